@@ -1,0 +1,70 @@
+"""`hywu`: one console command; each subcommand's code is imported only when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from .errors import HYWUError
+
+#: name -> (module relative to hywu_core, with configure(parser) and run(args) -> int; one line)
+COMMANDS: dict[str, tuple[str, str]] = {
+    "edit": (".editor.command", "edit an image by an instruction with the bundled editor"),
+    "inspect": (".commands.inspect", "what a checkpoint or a LoRA holds: layout, sizes, origin, norms"),
+    "generate": (".commands.generate", "condition in, generated LoRA out"),
+    "convert": (".commands.convert", "official folder <-> one file; LoRA formats into each other"),
+    "pretrain": (".training.pretrain", "train the bundled editor itself"),
+    "train": (".training.command", "train a generator, or a baseline, end to end"),
+    "conflict": (".training.conflict.command", "the experiment on contradictory tasks"),
+    "eval": (".evaluation.command", "WU-Eval, GEdit-Bench, ImgEdit-Bench, human GSB"),
+    "comfy": (".headless.command", "run a workflow on a ComfyUI server"),
+}
+
+EPILOG = "`hywu COMMAND --help` explains one command and shows an example."
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name.ljust(width)}  {summary}" for name, (_, summary) in COMMANDS.items()]
+    return "commands:\n" + "\n".join(lines) + f"\n\n{EPILOG}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Exit codes: 0 done, 1 an error it explains, 2 wrong usage, 130 interrupted.
+
+    A command may document further exit codes and return them itself.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="hywu",
+        description="HY-WU: a LoRA for each image and instruction, written by a hypernetwork.",
+        epilog=_overview(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", metavar="COMMAND", choices=COMMANDS)
+    args = parser.parse_args(argv[:1])
+    module = importlib.import_module(COMMANDS[args.command][0], package=__package__)
+    command = argparse.ArgumentParser(
+        prog=f"hywu {args.command}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.configure(command)
+    parsed = command.parse_args(argv[1:])
+    try:
+        return int(module.run(parsed) or 0)
+    except HYWUError as error:
+        sys.stderr.write(f"hywu {args.command}: {error}\n")
+        return 1
+    except OSError as error:
+        sys.stderr.write(f"hywu {args.command}: {error.strerror or error}: {error.filename or ''}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write(f"hywu {args.command}: interrupted\n")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

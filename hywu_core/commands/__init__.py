@@ -1,0 +1,1 @@
+"""`hywu inspect`, `hywu generate`, `hywu convert`."""

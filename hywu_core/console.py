@@ -1,0 +1,36 @@
+"""What commands write for people: lines and aligned tables on standard output."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+
+
+def say(text: str = "") -> None:
+    """Write one line to standard output."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def format_table(rows: Iterable[Sequence[object]], header: Sequence[str]) -> str:
+    """Columns padded to their widest cell; numbers aligned right."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(len(r[i]) for r in [list(header), *cells]) for i in range(len(header))]
+    numeric = [
+        bool(cells) and all(row[i].replace(",", "")[:1].lstrip("-+").isdigit() or not row[i] for row in cells)
+        for i in range(len(header))
+    ]
+
+    def line(row: Sequence[str]) -> str:
+        padded = (
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, numeric, strict=True)
+        )
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([line(list(header)), line(["-" * w for w in widths]), *map(line, cells)])
+
+
+def table(rows: Iterable[Sequence[object]], header: Sequence[str]) -> None:
+    """Write an aligned table to standard output."""
+    say(format_table(rows, header))

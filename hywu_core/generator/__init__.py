@@ -1,0 +1,1 @@
+"""The hypernetwork: configuration, attention and rotary positions, forward, checkpoints."""
