@@ -12,7 +12,10 @@ from .errors import HYWUError
 #: name -> (module relative to hywu_core, with configure(parser) and run(args) -> int; one line)
 COMMANDS: dict[str, tuple[str, str]] = {
     "edit": (".editor.command", "edit an image by an instruction with the bundled editor"),
-    "inspect": (".commands.inspect", "what a checkpoint or a LoRA holds: layout, sizes, origin, norms"),
+    "inspect": (
+        ".commands.inspect",
+        "what a checkpoint or a LoRA holds: layout, sizes, origin, norms",
+    ),
     "generate": (".commands.generate", "condition in, generated LoRA out"),
     "convert": (".commands.convert", "official folder <-> one file; LoRA formats into each other"),
     "pretrain": (".training.pretrain", "train the bundled editor itself"),
@@ -59,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"hywu {args.command}: {error}\n")
         return 1
     except OSError as error:
-        sys.stderr.write(f"hywu {args.command}: {error.strerror or error}: {error.filename or ''}\n")
+        sys.stderr.write(
+            f"hywu {args.command}: {error.strerror or error}: {error.filename or ''}\n"
+        )
         return 1
     except KeyboardInterrupt:
         sys.stderr.write(f"hywu {args.command}: interrupted\n")

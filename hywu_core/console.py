@@ -17,7 +17,8 @@ def format_table(rows: Iterable[Sequence[object]], header: Sequence[str]) -> str
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(len(r[i]) for r in [list(header), *cells]) for i in range(len(header))]
     numeric = [
-        bool(cells) and all(row[i].replace(",", "")[:1].lstrip("-+").isdigit() or not row[i] for row in cells)
+        bool(cells)
+        and all(row[i].replace(",", "")[:1].lstrip("-+").isdigit() or not row[i] for row in cells)
         for i in range(len(header))
     ]
 

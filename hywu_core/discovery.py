@@ -1,0 +1,177 @@
+"""Finding target modules in any torch model: repeated blocks, Linear and 1x1-conv modules, experts.
+
+A *layer* is an entry of a numbered container (``nn.ModuleList``, ``nn.Sequential``) whose entries
+are of one class and hold target modules; of nested ones the innermost counts, so the layers of a
+UNet are its transformer blocks and the rest of each level forms stacks of its own. Lists of experts
+are no layers: they become grouped modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+from torch import nn
+
+from .errors import HYWUError
+from .layout import Module, Stack
+
+
+class _Found(NamedTuple):
+    layer: str
+    module: Module
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int, int] | None:
+    """(experts, out, in) of a module that a LoRA can adapt, or None.
+
+    Duck-typed, since quantized layers rarely inherit from nn.Linear: anything with integer
+    ``in_features`` and ``out_features``, a convolution with kernel 1 and one group, or a grouped
+    module whose weight is ``[experts, out, in]``.
+    """
+    out, in_ = getattr(module, "out_features", None), getattr(module, "in_features", None)
+    if isinstance(out, int) and isinstance(in_, int):
+        experts = getattr(module, "num_experts", 0)
+        return (experts if isinstance(experts, int) else 0, out, in_)
+    if is_pointwise_conv(module):
+        return (0, module.out_channels, module.in_channels)
+    return None
+
+
+def is_pointwise_conv(module: nn.Module) -> bool:
+    kernel = getattr(module, "kernel_size", None)
+    return (
+        isinstance(kernel, tuple)
+        and all(k == 1 for k in kernel)
+        and all(s == 1 for s in getattr(module, "stride", (1,)))
+        and getattr(module, "groups", 0) == 1
+        and not getattr(module, "transposed", False)
+    )
+
+
+def target_shape(model: nn.Module, path: str, num_experts: int) -> tuple[int, int, int] | None:
+    """(experts, out, in) of the target at `path`; None when there is no such module.
+
+    A grouped target is one module with a three-dimensional weight, or ``<list>.<name>`` where the
+    list holds one module `name` per expert.
+    """
+    module = submodule(model, path)
+    if module is not None:
+        return linear_shape(module)
+    if not num_experts:
+        return None
+    experts = expert_modules(model, path)
+    shapes = {linear_shape(expert) for expert in experts}
+    if len(shapes) != 1 or (shape := shapes.pop()) is None:
+        return None
+    return (len(experts), shape[1], shape[2])
+
+
+def submodule(model: nn.Module, path: str) -> nn.Module | None:
+    """The module at `path`, or None."""
+    for name in path.split(".") if path else ():
+        model = getattr(model, name, None)  # type: ignore[assignment]
+        if not isinstance(model, nn.Module):
+            return None
+    return model
+
+
+def expert_modules(model: nn.Module, path: str) -> list[nn.Module]:
+    """The modules of ``<list>.<name>``, one per expert; empty when there is no such list."""
+    parts = path.split(".")
+    for cut in range(len(parts) - 1, 0, -1):
+        experts = submodule(model, ".".join(parts[:cut]))
+        if isinstance(experts, (nn.ModuleList, nn.ModuleDict)):
+            children = experts.values() if isinstance(experts, nn.ModuleDict) else experts
+            found = [submodule(expert, ".".join(parts[cut:])) for expert in children]
+            return [module for module in found if module is not None]
+    return []
+
+
+def find_stacks(
+    model: nn.Module,
+    include: str | Sequence[str] | None,
+    exclude: str | Sequence[str] | None,
+) -> tuple[Stack, ...]:
+    """The stacks of `model`. Layers with equal modules share a stack, wherever they stand."""
+    include, exclude = _patterns(include), _patterns(exclude)
+    levels = _layer_paths(model)
+    layers: dict[str, dict[str, Module]] = {}
+    for path, module in model.named_modules():
+        shape = linear_shape(module)
+        if shape is None or _matches(path, exclude):
+            continue
+        found = _place(path, shape, is_pointwise_conv(module), levels, model)
+        if include:
+            if not _matches(path, include):
+                continue
+        elif not found.layer:
+            continue
+        _add(layers.setdefault(found.layer, {}), found.module, shape[0])
+    groups: dict[tuple[Module, ...], list[str]] = {}
+    for layer, modules in layers.items():
+        groups.setdefault(tuple(modules.values()), []).append(layer)
+    if not groups:
+        tried = f" that match {', '.join(include)}" if include else ""
+        raise HYWUError(
+            f"{type(model).__name__}: no repeated blocks with Linear or 1x1-conv modules{tried} "
+            "were found; name the modules with include=, for example include='*.attn.*'."
+        )
+    return tuple(Stack(tuple(paths), modules) for modules, paths in groups.items())
+
+
+def _patterns(patterns: str | Sequence[str] | None) -> tuple[str, ...]:
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns or ())
+
+
+def _matches(path: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(path, pattern) for pattern in patterns)
+
+
+def _holds_target(module: nn.Module) -> bool:
+    return any(linear_shape(m) is not None for m in module.modules())
+
+
+def _layer_paths(model: nn.Module) -> set[str]:
+    """Paths of all entries of numbered containers that qualify as layers."""
+    paths: set[str] = set()
+    for path, container in model.named_modules():
+        if not isinstance(container, (nn.ModuleList, nn.Sequential)) or is_expert_list(path):
+            continue
+        entries = [(n, m) for n, m in container.named_children() if _holds_target(m)]
+        direct = any(linear_shape(m) is not None for _, m in entries)
+        if entries and not direct and len({type(m) for _, m in entries}) == 1:
+            paths |= {f"{path}.{name}" if path else name for name, _ in entries}
+    return paths
+
+
+def is_expert_list(path: str) -> bool:
+    return "expert" in path.rpartition(".")[2].lower()
+
+
+def _place(
+    path: str, shape: tuple[int, int, int], conv: bool, levels: set[str], model: nn.Module
+) -> _Found:
+    """The layer that holds `path`, and the module as the layout names it inside that layer."""
+    parts = path.split(".")
+    experts, out, in_ = shape
+    for cut in range(1, len(parts) - 1):
+        if is_expert_list(".".join(parts[:cut])) and parts[cut].isdigit():
+            # experts.<e>.name, one module per expert, becomes the grouped module experts.name
+            experts = len(submodule(model, ".".join(parts[:cut])) or ())  # type: ignore[arg-type]
+            parts = parts[:cut] + parts[cut + 1 :]
+            break
+    cuts = [cut for cut in range(1, len(parts)) if ".".join(parts[:cut]) in levels]
+    cut = max(cuts, default=0)
+    return _Found(".".join(parts[:cut]), Module(".".join(parts[cut:]), in_, out, experts, conv))
+
+
+def _add(modules: dict[str, Module], module: Module, own_experts: int) -> None:
+    known = modules.setdefault(module.name, module)
+    if known != module:
+        raise HYWUError(
+            f"experts of {module.name} differ in shape: {known.out_features} x "
+            f"{known.in_features} and {module.out_features} x {module.in_features}; leave them out "
+            f"with exclude='*{module.name.rpartition('.')[0]}*'."
+        )
