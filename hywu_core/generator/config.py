@@ -1,0 +1,256 @@
+"""Hyperparameters of a generator: one dataclass, from our header or an official config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any, Literal
+
+from ..condition import OFFICIAL_PART
+from ..errors import HYWUError
+from ..layout import LoRALayout
+from ..tokens import TokenGrid, token_grid
+
+RoPEPrecision = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """Everything that fixes a generator's parameters and function.
+
+    layout: the LoRAs it writes. condition: part name -> width, in the order of the tokens.
+    token_dim: columns of a token (a token is ``rank x token_dim`` LoRA values).
+    dim_accumulation: rank rows of a token that share one position of the sequence.
+    num_blocks: transformer blocks. rope_precision: in which the position tables are computed; the
+    official pipeline runs with "bfloat16". lora_b_scale: factor on every lora_B (1 officially); a
+    small one keeps early training steps small.
+    encoder, base, provenance: JSON-safe, what conditions come from, which base model the LoRAs
+    fit, how the weights came about.
+    """
+
+    layout: LoRALayout
+    condition: Mapping[str, int]
+    token_dim: int
+    dim_accumulation: int
+    d_model: int
+    head_dim: int
+    num_blocks: int
+    rope_precision: RoPEPrecision = "float32"
+    lora_b_scale: float = 1.0
+    encoder: Mapping[str, Any] = field(default_factory=dict)
+    base: str = ""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("token_dim", "dim_accumulation", "d_model", "head_dim", "num_blocks"):
+            if getattr(self, name) < 1:
+                raise HYWUError(
+                    f"generator config: {name} is {getattr(self, name)}; it must be 1+."
+                )
+        for whole, part in (
+            ("rank", "dim_accumulation"),
+            ("d_model", "dim_accumulation"),
+            ("d_model", "head_dim"),
+        ):
+            value = self.layout.rank if whole == "rank" else getattr(self, whole)
+            if value % getattr(self, part):
+                raise HYWUError(
+                    f"generator config: {whole} {value} must be divisible by {part} "
+                    f"{getattr(self, part)}."
+                )
+        if self.head_dim % 4:
+            raise HYWUError(
+                f"generator config: head_dim {self.head_dim} must be divisible by 4 (two rotary "
+                "axes of pairs)."
+            )
+        if not self.condition or min(self.condition.values()) < 1:
+            raise HYWUError("generator config: at least one condition part with a width is needed.")
+        if self.rope_precision not in ("float32", "bfloat16"):
+            raise HYWUError(
+                f"generator config: rope_precision '{self.rope_precision}' is unknown; it is "
+                "'float32' or 'bfloat16'."
+            )
+        for name in ("condition", "encoder", "provenance"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+
+    @property
+    def grids(self) -> tuple[TokenGrid, ...]:
+        """The token grid of each stack."""
+        layout = self.layout
+        return tuple(token_grid(stack, layout.rank, self.token_dim) for stack in layout.stacks)
+
+    @property
+    def rows_per_token(self) -> int:
+        """Positions of the sequence that one token takes: rank / dim_accumulation."""
+        return self.layout.rank // self.dim_accumulation
+
+    @property
+    def num_positions(self) -> int:
+        """Positions of the whole sequence, all stacks and layers together."""
+        return sum(g.num_layers * g.num_tokens * self.rows_per_token for g in self.grids)
+
+    @property
+    def official(self) -> bool:
+        """Whether an official folder can hold this generator."""
+        stack = self.layout.stacks[0]
+        return (
+            len(self.layout.stacks) == 1
+            and len(self.condition) == 1
+            and stack.prefix != ""
+            and stack.layers == tuple(f"{stack.prefix}{i}" for i in range(len(stack.layers)))
+            and not any(module.conv for module in stack.modules)
+        )
+
+    def flops(self, condition_tokens: int, batch_size: int = 1) -> float:
+        """Floating-point operations of one forward (a multiplication and an addition count two)."""
+        d, total = self.d_model, 0.0
+        for grid in self.grids:
+            length = grid.num_tokens * self.rows_per_token
+            positions = grid.num_layers * length
+            linear = 2 * positions * 18 * d * d
+            attention = 4 * positions * d * (grid.num_layers + length + condition_tokens)
+            total += self.num_blocks * (linear + attention) + 2 * positions * d * self.token_dim
+        total += self.num_blocks * 2 * condition_tokens * 2 * d * d
+        total += sum(2 * condition_tokens * width * d for width in self.condition.values())
+        return batch_size * total
+
+    # -- JSON ------------------------------------------------------------------------------------
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "layout": self.layout.to_json(),
+            "layout_digest": self.layout.digest,
+            "condition": [[name, width] for name, width in self.condition.items()],
+            "token_dim": self.token_dim,
+            "dim_accumulation": self.dim_accumulation,
+            "d_model": self.d_model,
+            "head_dim": self.head_dim,
+            "num_blocks": self.num_blocks,
+            "rope_precision": self.rope_precision,
+            "lora_b_scale": self.lora_b_scale,
+            "encoder": dict(self.encoder),
+            "base": self.base,
+            "provenance": dict(self.provenance),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> GeneratorConfig:
+        """Raises HYWUError on missing fields, or when another program reordered the layout."""
+        try:
+            layout = LoRALayout.from_json(data["layout"])
+            if data["layout_digest"] != layout.digest:
+                raise HYWUError(
+                    "the layout's modules are in another order than when the file was written "
+                    f"(hash {layout.digest}, recorded {data['layout_digest']}): order sets the "
+                    "meaning of every token, so use the original file."
+                )
+            names = ("token_dim", "dim_accumulation", "d_model", "head_dim", "num_blocks")
+            return cls(
+                layout=layout,
+                condition={str(name): int(width) for name, width in data["condition"]},
+                **{name: int(data[name]) for name in names},
+                rope_precision=data["rope_precision"],
+                lora_b_scale=float(data["lora_b_scale"]),
+                encoder=data["encoder"],
+                base=data["base"],
+                provenance=data["provenance"],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, HYWUError):
+                raise
+            raise HYWUError(f"the generator's description is damaged ({error!r}).") from error
+
+    @classmethod
+    def from_official(cls, config: Mapping[str, Any]) -> GeneratorConfig:
+        """From an official ``config.json``, read in file order. Keys it lacks raise HYWUError.
+
+        Official checkpoints run with bfloat16 position tables unless the file names
+        ``rope_precision`` itself (ours do).
+        """
+        if config.get("model_type") != "parameter_generator":
+            raise HYWUError(
+                f"model_type is {config.get('model_type')!r}, not 'parameter_generator'."
+            )
+        layout = LoRALayout.from_official(config)
+        recorded = config.get("layout_digest")
+        if recorded not in (None, layout.digest):
+            raise HYWUError(
+                "pg_mapping was reordered after it was written (a tool that sorts keys does that); "
+                "its order sets the meaning of every token, so restore the original config.json."
+            )
+        try:
+            if config["output_dim"] != config["token_dim"]:
+                raise HYWUError(
+                    f"output_dim {config['output_dim']} differs from token_dim "
+                    f"{config['token_dim']}; they must be equal."
+                )
+            return cls(
+                layout=layout,
+                condition={OFFICIAL_PART: int(config["input_dim"])},
+                token_dim=int(config["token_dim"]),
+                dim_accumulation=int(config["dim_accumulation"]),
+                d_model=int(config["d_model"]),
+                head_dim=int(config["head_dim"]),
+                num_blocks=int(config["num_pg_layers"]),
+                rope_precision=config.get("rope_precision", "bfloat16"),
+                encoder=config.get("encoder", {"type": "hunyuan_image_3"}),
+                base=config.get("base", "tencent/HunyuanImage-3.0-Instruct"),
+                provenance=config.get("provenance", {}),
+            )
+        except KeyError as error:
+            raise HYWUError(f"the key {error} is missing.") from error
+
+    def to_official(self) -> dict[str, Any]:
+        """The ``config.json`` of an official folder, with our additions under keys it ignores.
+
+        Raises HYWUError when the architecture goes beyond the official one.
+        """
+        if not self.official:
+            raise HYWUError(
+                f"this generator has {len(self.layout.stacks)} stacks and {len(self.condition)} "
+                "condition parts; the official form holds one of each, with numbered layers and "
+                "Linear modules. Keep it as one of our .safetensors files."
+            )
+        stack = self.layout.stacks[0]
+        alpha = self.layout.alpha
+        return {
+            "model_type": "parameter_generator",
+            "architectures": ["ParameterGenerator"],
+            "token_dim": self.token_dim,
+            "rank": self.layout.rank,
+            "alpha": int(alpha) if alpha == int(alpha) else alpha,
+            "input_dim": next(iter(self.condition.values())),
+            "dim_accumulation": self.dim_accumulation,
+            "d_model": self.d_model,
+            "head_dim": self.head_dim,
+            "num_base_model_layers": len(stack.layers),
+            "output_dim": self.token_dim,
+            "num_pg_layers": self.num_blocks,
+            "prefix": stack.prefix,
+            "pg_mapping": _official_mapping(self.layout),
+            "layout_digest": self.layout.digest,
+            "rope_precision": self.rope_precision,
+            "encoder": dict(self.encoder),
+            "base": self.base,
+            "provenance": dict(self.provenance),
+        }
+
+    def with_(self, **changes: Any) -> GeneratorConfig:
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+
+def _official_mapping(layout: LoRALayout) -> dict[str, Any]:
+    mapping: dict[str, Any] = {}
+    for module in layout.stacks[0].modules:
+        dims = {"lora_A_dim": module.in_features, "lora_B_dim": module.out_features}
+        if not module.num_experts:
+            mapping[module.name] = dims
+            continue
+        group, _, sub = module.name.rpartition(".")
+        entry = mapping.setdefault(
+            group, {"type": "grouped", "num_experts": module.num_experts, "sub_weights": {}}
+        )
+        entry["sub_weights"][sub] = dims
+    return mapping
