@@ -1,0 +1,333 @@
+"""Generator checkpoints: official folders and our own single files, read shard by shard.
+
+Both forms hold the same tensors under the official names (``...W_q``, ``W_k``, ``W_v`` apart); in memory
+q, k and v are one product. Our file's header says everything: config, layout, encoder, base.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..errors import HYWUError
+from ..files import atomic_path, open_tensors, read_header, save_tensors
+from .config import GeneratorConfig, RoPEPrecision
+from .model import ParameterGenerator
+
+FORMAT = "hywu-generator-1"
+INDEX = "model.safetensors.index.json"
+
+#: fused projection -> the official ones it holds, in order
+FUSED = {"W_qkv": ("W_q", "W_k", "W_v"), "W_kv": ("W_k", "W_v")}
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a tensor of a file goes: rows [start, start + shape[0]) of a parameter."""
+
+    parameter: str
+    start: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """The files of a checkpoint and what it says of itself."""
+
+    path: Path
+    files: tuple[Path, ...]
+    config: GeneratorConfig
+
+
+def load_generator(
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    rope_precision: RoPEPrecision | None = None,
+    operations: Any = nn,
+) -> ParameterGenerator:
+    """Load a generator, ready for inference (eval mode, parameters without gradients).
+
+    path: an official folder (config.json and safetensors, sharded or not, with or without index),
+        or one of our files. dtype: None keeps the file's. rope_precision: None keeps the
+        checkpoint's. operations: see ParameterGenerator.
+    Tensors go from the file's memory map straight to the device and dtype, one shard at a time.
+    Raises HYWUError naming the file and the keys when something is missing, extra, misshaped, not
+    finite or truncated.
+    """
+    source = open_checkpoint(path)
+    config = source.config
+    if rope_precision is not None:
+        config = config.with_(rope_precision=rope_precision)
+    with torch.device("meta"):
+        generator = ParameterGenerator(config, operations)
+    tensors = _read_into(generator, source, torch.device(device), dtype)
+    for name, tensor in tensors.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(generator.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
+    return generator.eval()
+
+
+def open_checkpoint(path: str | Path) -> Source:
+    """Find a checkpoint's files and read its description, without reading weights. Raises HYWUError."""
+    path = Path(path)
+    if path.is_dir():
+        return _open_folder(path)
+    if not path.exists():
+        raise HYWUError(f"{path}: there is no such file or folder.")
+    if path.suffix != ".safetensors":
+        raise HYWUError(
+            f"{path}: not a .safetensors file. Generators load from safetensors only (other formats "
+            "can run code); use an official folder or a file that `hywu convert` wrote."
+        )
+    header = read_header(path)
+    if header.get("format") != FORMAT:
+        if (path.parent / "config.json").is_file():
+            return _open_folder(path.parent)
+        raise HYWUError(
+            f"{path}: not a HY-WU generator file (its header says "
+            f"{header.get('format', 'nothing of the kind')}), and no config.json lies beside it."
+        )
+    try:
+        config = GeneratorConfig.from_json(header["generator"])
+    except (KeyError, HYWUError) as error:
+        raise HYWUError(f"{path}: {error}") from error
+    return _with_identity(Source(path, (path,), config))
+
+
+def _open_folder(folder: Path) -> Source:
+    config_file = folder / "config.json"
+    try:
+        data = json.loads(config_file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise HYWUError(f"{folder}: no config.json; this is not a generator's folder.") from None
+    except json.JSONDecodeError as error:
+        raise HYWUError(f"{config_file}: not JSON ({error}); download it again.") from error
+    try:
+        config = GeneratorConfig.from_official(data)
+    except HYWUError as error:
+        raise HYWUError(f"{config_file}: {error}") from error
+    return _with_identity(Source(folder, _folder_files(folder), config))
+
+
+def _folder_files(folder: Path) -> tuple[Path, ...]:
+    index = folder / INDEX
+    if not index.is_file():
+        for pattern in ("model.safetensors", "model-*.safetensors", "*.safetensors"):
+            if files := tuple(sorted(folder.glob(pattern))):
+                return files
+        raise HYWUError(f"{folder}: holds no .safetensors file.")
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise HYWUError(f"{index}: not an index of shards ({error!r}).") from error
+    # only names: an index must not lead out of its folder
+    files = tuple(folder / Path(name).name for name in sorted(set(weight_map.values())))
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise HYWUError(f"{folder}: the index names shards that are missing: {', '.join(missing)}.")
+    return files
+
+
+def _with_identity(source: Source) -> Source:
+    identity = {"name": source.path.name, "digest": checkpoint_digest(source.files)}
+    provenance = {**source.config.provenance, "checkpoint": identity}
+    return Source(source.path, source.files, source.config.with_(provenance=provenance))
+
+
+def checkpoint_digest(files: tuple[Path, ...]) -> str:
+    """Identity of a checkpoint: hash of every file's size and of blocks spread over it.
+
+    It tells checkpoints apart in milliseconds, official ones of 16 GB too; it is no integrity check.
+    """
+    sha, block = hashlib.sha256(), 1 << 18
+    for file in files:
+        size = file.stat().st_size
+        sha.update(f"{size}".encode())
+        with file.open("rb") as stream:
+            for position in sorted({0, *(max(0, (size - block) * i // 15) for i in range(16))}):
+                stream.seek(position)
+                sha.update(stream.read(block))
+    return sha.hexdigest()[:32]
+
+
+# -- tensors of a file <-> parameters --------------------------------------------------------------
+
+
+def slots(generator: ParameterGenerator) -> dict[str, Slot]:
+    """Tensor name in files -> its place among the generator's parameters."""
+    result = {}
+    for name, parameter in generator.named_parameters():
+        shape = tuple(parameter.shape)
+        fused, _, leaf = name.rpartition(".")
+        owner, _, projection = fused.rpartition(".")
+        pieces = FUSED.get(projection)
+        if pieces is None:
+            result[name] = Slot(name, 0, shape)
+            continue
+        rows = shape[0] // len(pieces)
+        for i, piece in enumerate(pieces):
+            result[f"{owner}.{piece}.{leaf}"] = Slot(name, i * rows, (rows, *shape[1:]))
+    return result
+
+
+def file_tensors(generator: ParameterGenerator) -> Iterator[tuple[str, Tensor]]:
+    """(name in files, view of the parameter) for every tensor of a checkpoint."""
+    parameters = dict(generator.named_parameters())
+    for name, slot in slots(generator).items():
+        whole = parameters[slot.parameter]
+        yield name, whole[slot.start : slot.start + slot.shape[0]]
+
+
+def _read_into(
+    generator: ParameterGenerator, source: Source, device: torch.device, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """The generator's parameters, filled from the checkpoint's files; one file open at a time."""
+    wanted = slots(generator)
+    shapes = {name: tuple(p.shape) for name, p in generator.named_parameters()}
+    tensors: dict[str, Tensor] = {}
+    read: set[str] = set()
+    sums: dict[str, Tensor] = {}
+    for file in source.files:
+        with open_tensors(file) as opened:
+            _check_keys(file, opened, wanted, read)
+            for key in opened.keys():  # noqa: SIM118
+                value, slot = opened.get_tensor(key), wanted[key]
+                name = slot.parameter
+                if name not in tensors:
+                    tensors[name] = torch.empty(
+                        shapes[name], dtype=dtype or value.dtype, device=device
+                    )
+                part = tensors[name][slot.start : slot.start + slot.shape[0]]
+                part.copy_(value)
+                # a sum is finite only if every value is (or it overflows, which is looked at below)
+                sums[key] = part.sum(dtype=torch.float32)
+                del value
+    missing = sorted(set(wanted) - read)
+    if missing:
+        raise HYWUError(
+            f"{source.path}: lacks {len(missing)} tensors, for example {', '.join(missing[:3])}; a "
+            "shard may be missing or the config belongs to another checkpoint."
+        )
+    _check_finite(source, sums, wanted, tensors)
+    return tensors
+
+
+def _check_keys(file: Path, opened: Any, wanted: Mapping[str, Slot], read: set[str]) -> None:
+    """Every key of one file: known, new, of the right shape. One error for all that are wrong."""
+    extra, wrong = [], []
+    for key in opened.keys():  # noqa: SIM118
+        slot = wanted.get(key)
+        if slot is None or key in read:
+            extra.append(key)
+        elif tuple(opened.get_slice(key).get_shape()) != slot.shape:
+            shape = tuple(opened.get_slice(key).get_shape())
+            wrong.append(f"{key} is {shape}, the config says {slot.shape}")
+        read.add(key)
+    if extra or wrong:
+        parts = [f"{len(extra)} tensors too many ({', '.join(extra[:3])})"] if extra else []
+        parts += [f"{len(wrong)} of another shape ({'; '.join(wrong[:3])})"] if wrong else []
+        raise HYWUError(
+            f"{file}: {' and '.join(parts)}; the weights and the config belong to different "
+            "checkpoints."
+        )
+
+
+def _check_finite(
+    source: Source, sums: dict[str, Tensor], wanted: dict[str, Slot], tensors: dict[str, Tensor]
+) -> None:
+    if bool(torch.isfinite(torch.stack(list(sums.values()))).all()):
+        return
+    bad = []
+    for key in sums:
+        slot = wanted[key]
+        part = tensors[slot.parameter][slot.start : slot.start + slot.shape[0]]
+        if not bool(torch.isfinite(part).all()):
+            bad.append(key)
+    if bad:
+        raise HYWUError(
+            f"{source.path}: values that are not finite in {', '.join(bad[:3])}"
+            f"{f' and {len(bad) - 3} more tensors' if len(bad) > 3 else ''}; the file is damaged, or "
+            "the weights don't fit the dtype (try bfloat16 or float32)."
+        )
+
+
+# -- saving ------------------------------------------------------------------------------------------
+
+
+def save_generator(
+    generator: ParameterGenerator,
+    path: str | Path,
+    overwrite: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write one of our .safetensors files, atomically. dtype: None keeps the parameters'."""
+    tensors = {name: value.detach().to(dtype=dtype) for name, value in file_tensors(generator)}
+    config = generator.config
+    header = {"format": FORMAT, "generator": _without_identity(config).to_json()}
+    return save_tensors(path, tensors, header, overwrite)
+
+
+def save_official(
+    generator: ParameterGenerator,
+    folder: str | Path,
+    overwrite: bool = False,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = 5_000_000_000,
+) -> Path:
+    """Write an official folder: config.json and shards with an index. Raises HYWUError.
+
+    A `lora_b_scale` is folded into proj_out_B, which the official form has no other place for.
+    """
+    folder = Path(folder)
+    config = _without_identity(generator.config).with_(lora_b_scale=1.0)
+    description = config.to_official()
+    if folder.exists() and any(folder.iterdir()) and not overwrite:
+        raise HYWUError(f"{folder}: exists already and isn't empty; choose another folder.")
+    factor = generator.config.lora_b_scale
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, value in file_tensors(generator):
+        value = value.detach() * factor if ".proj_out_B." in name and factor != 1.0 else value
+        value = value.detach().to(device="cpu", dtype=dtype).clone()
+        if size + value.nbytes > shard_bytes and shards[-1]:
+            shards.append({})
+            size = 0
+        shards[-1][name] = value
+        size += value.nbytes
+    count, weight_map = len(shards), {}
+    for i, shard in enumerate(shards, 1):
+        name = f"model-{i:05}-of-{count:05}.safetensors" if count > 1 else "model.safetensors"
+        weight_map |= dict.fromkeys(shard, name)
+        with atomic_path(folder / name, overwrite) as part:
+            save_file(shard, str(part), metadata={"format": "pt"})
+    total = sum(value.nbytes for shard in shards for value in shard.values())
+    description["torch_dtype"] = str(next(iter(shards[0].values())).dtype).removeprefix("torch.")
+    if count > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(folder / INDEX, index, overwrite)
+    else:
+        # an index left by a sharded checkpoint would lead readers to its shards
+        (folder / INDEX).unlink(missing_ok=True)
+    _write_json(folder / "config.json", description, overwrite)
+    return folder
+
+
+def _write_json(path: Path, data: Mapping[str, Any], overwrite: bool) -> None:
+    with atomic_path(path, overwrite) as part:
+        # never sort the keys: the order of pg_mapping is the order of the tokens
+        part.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def _without_identity(config: GeneratorConfig) -> GeneratorConfig:
+    """The checkpoint's own name and hash are read off the file, so they are not stored in it."""
+    provenance = {k: v for k, v in config.provenance.items() if k != "checkpoint"}
+    return config.with_(provenance=provenance)

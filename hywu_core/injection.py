@@ -1,0 +1,297 @@
+"""Applying a LoRA to any torch module: unmerged (hooks, one LoRA per batch item) or merged.
+
+Unmerged, a target's output becomes ``y + s·B(A x)`` with ``s = scale·strength``, folded into the
+rank-wide intermediate. Merged, ``s·B·A`` is added to the base weight (Hu et al. 2021; PEFT's words).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .discovery import expert_modules, is_pointwise_conv, submodule
+from .errors import HYWUError
+from .grouped import grouped_linear, item_groups
+from .lora import GeneratedLoRA
+
+#: One number for all targets, or shell patterns over target paths; the last match counts.
+Strength = float | Mapping[str, float]
+
+
+@contextlib.contextmanager
+def inject(
+    model: nn.Module,
+    lora: GeneratedLoRA,
+    strength: Strength = 1.0,
+    index: Sequence[int] | Tensor | None = None,
+) -> Iterator[nn.Module]:
+    """Run `model` with the LoRA inside the block, unmerged; always undone. Injections nest.
+
+    strength: a number, or {pattern: number} over target paths ("*" matches dots too); the last match
+        counts, a target that no pattern matches gets 1.
+    index: which LoRA each item of the model's batch uses. Without it, a single LoRA serves every
+        item, and a batch of LoRAs needs a model batch of the same size. Inputs whose first
+        dimension is a multiple of the index (windows of an image, say) repeat it item by item.
+    Gradients flow into the LoRA and so to a generator. Raises HYWUError, before anything is changed,
+    when a target is missing or has another shape, or a pattern matches nothing.
+    """
+    hooks = _hooks(model, lora, target_strengths(lora, strength), _as_index(lora, index))
+    handles = []
+    try:
+        for module, hook in hooks:
+            handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        yield model
+    finally:
+        for handle in reversed(handles):
+            handle.remove()
+
+
+@dataclass
+class Merged:
+    """What `merge` changed: the original weights, for `unmerge`."""
+
+    originals: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
+
+
+@torch.no_grad()
+def merge(model: nn.Module, lora: GeneratedLoRA, strength: Strength = 1.0) -> Merged:
+    """Add ``s·B·A`` to the base weights. Returns what `unmerge` needs to restore them bit by bit.
+
+    The LoRA must be a single one. Raises HYWUError, before anything is changed, on a batch, a
+    missing or misshapen target, or a weight that isn't floating point (quantized).
+    """
+    if lora.batch_size != 1:
+        raise HYWUError(
+            f"{lora.batch_size} LoRAs can't be merged into one base model; pick one with select(i), "
+            "or inject() them, which gives each image of a batch its own."
+        )
+    strengths = target_strengths(lora, strength)
+    lora.layout.check(model)
+    plan = [(path, s, _weights_of(model, lora, path)) for path, s in strengths.items() if s]
+    merged = Merged()
+    seen: set[int] = set()
+    try:
+        for path, s, parameters in plan:
+            a, b = (factor[0].float() for factor in lora[path])
+            delta = (b @ a).mul_(s * lora.scale)
+            for parameter, piece in zip(parameters, _pieces(delta, parameters), strict=True):
+                if id(parameter) not in seen:
+                    merged.originals.append((parameter, parameter.detach().clone()))
+                    seen.add(id(parameter))
+                summed = parameter.float() + piece.reshape(parameter.shape).to(parameter.device)
+                parameter.copy_(summed)
+    except BaseException:
+        unmerge(merged)
+        raise
+    return merged
+
+
+@torch.no_grad()
+def unmerge(merged: Merged) -> None:
+    """Restore the weights that `merge` changed, exactly. A second call does nothing."""
+    while merged.originals:
+        parameter, original = merged.originals.pop()
+        parameter.copy_(original)
+
+
+def target_strengths(lora: GeneratedLoRA, strength: Strength) -> dict[str, float]:
+    """Strength of every target. Raises HYWUError on a non-finite number or an idle pattern."""
+    patterns = strength if isinstance(strength, Mapping) else {"*": strength}
+    for pattern, value in patterns.items():
+        if not math.isfinite(value):
+            raise HYWUError(f"The strength for '{pattern}' is {value}; it must be a finite number.")
+        if not any(fnmatchcase(path, pattern) for path in lora):
+            raise HYWUError(
+                f"The strength pattern '{pattern}' matches none of the LoRA's {len(lora)} targets, "
+                f"such as {next(iter(lora))}."
+            )
+    result = dict.fromkeys(lora, 1.0)
+    for pattern, value in patterns.items():
+        result.update({path: float(value) for path in lora if fnmatchcase(path, pattern)})
+    return result
+
+
+# -- unmerged -----------------------------------------------------------------------------------
+
+
+def linear_delta(x: Tensor, a: Tensor, b: Tensor, s: float, index: Tensor | None = None) -> Tensor:
+    """``s·B(A x)`` for the input of a Linear.
+
+    x: ``[n, ..., in]``; a: ``[K, r, in]``, b: ``[K, out, r]``; one LoRA (K = 1) serves all items, else
+    `index` (int64 ``[n]``) names each item's, and without it K must be n. Returns ``[n, ..., out]``.
+    """
+    if a.shape[0] == 1:
+        return F.linear(F.linear(x, a[0]) * s, b[0])
+    if index is not None:
+        a, b = a[index], b[index]
+    rows = x.reshape(x.shape[0], -1, x.shape[-1])
+    delta = torch.bmm(torch.bmm(rows, a.mT) * s, b.mT)
+    return delta.view(*x.shape[:-1], b.shape[-2])
+
+
+def conv_delta(x: Tensor, a: Tensor, b: Tensor, s: float, index: Tensor | None = None) -> Tensor:
+    """`linear_delta` for a 1x1 convolution: x ``[n, in, ...]`` -> ``[n, out, ...]``."""
+    if index is not None and a.shape[0] > 1:
+        a, b = a[index], b[index]
+    columns = x.flatten(2)
+    delta = torch.matmul(b, torch.matmul(a, columns) * s)
+    return delta.view(x.shape[0], b.shape[-2], *x.shape[2:])
+
+
+class _Adapter:
+    """The forward hook of one target: adds the LoRA's branch to the module's output."""
+
+    def __init__(self, path: str, pair: tuple[Tensor, Tensor], s: float, index: Tensor | None):
+        self.path, self.s, self.index = path, s, index
+        self._pair = pair
+        self._cast: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+    def pair_for(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Both factors on x's device in x's dtype; kept, unless a gradient must flow through."""
+        a, b = self._pair
+        if a.device == x.device and a.dtype == x.dtype:
+            return a, b
+        if a.requires_grad or b.requires_grad:
+            return a.to(x), b.to(x)
+        key = (x.device, x.dtype)
+        if key not in self._cast:
+            self._cast[key] = (a.to(x), b.to(x))
+        return self._cast[key]
+
+    def index_for(self, x: Tensor) -> Tensor | None:
+        """The LoRA of each row of x's first dimension; None where one serves all."""
+        count = self._pair[0].shape[0]
+        if count == 1:
+            return None
+        if self.index is None:
+            if x.shape[0] != count:
+                raise HYWUError(
+                    f"{self.path} gets a batch of {x.shape[0]}, but there are {count} LoRAs; give "
+                    "index= to say which LoRA each item uses."
+                )
+            return None
+        repeats, rest = divmod(x.shape[0], len(self.index))
+        if rest:
+            raise HYWUError(
+                f"{self.path} gets a batch of {x.shape[0]}, which the index of "
+                f"{len(self.index)} items does not divide."
+            )
+        index = self.index.to(x.device)
+        return index if repeats == 1 else index.repeat_interleave(repeats)
+
+
+class _LinearAdapter(_Adapter):
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+        x = args[0] if args else kwargs["input"]
+        delta = linear_delta(x, *self.pair_for(x), self.s, self.index_for(x))
+        return output + delta.to(output.dtype)
+
+
+class _ConvAdapter(_Adapter):
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+        x = args[0] if args else kwargs["input"]
+        delta = conv_delta(x, *self.pair_for(x), self.s, self.index_for(x))
+        return output + delta.to(output.dtype)
+
+
+class _GroupedAdapter(_Adapter):
+    """For modules called as ``module(x [T, in], ends [E])`` with rows sorted by expert."""
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+        x, ends = args[0], args[1] if len(args) > 1 else kwargs["ends"]
+        a, b = self.pair_for(x)
+        if a.shape[0] == 1:
+            hidden = grouped_linear(x, a[0], ends) * self.s
+            return output + grouped_linear(hidden, b[0], ends).to(output.dtype)
+        items = kwargs.get("items")
+        if items is None:
+            raise HYWUError(
+                f"{self.path}: {a.shape[0]} LoRAs, but the rows of an expert module don't tell which "
+                "image they belong to; pass items=, or use one LoRA at a time."
+            )
+        which = items if self.index is None else self.index.to(items.device)[items]
+        order, group_ends = item_groups(which, ends, a.shape[0])
+        hidden = grouped_linear(x[order], a.flatten(0, 1), group_ends) * self.s
+        delta = torch.empty_like(output)
+        delta[order] = grouped_linear(hidden, b.flatten(0, 1), group_ends).to(output.dtype)
+        return output + delta
+
+
+def _hooks(
+    model: nn.Module, lora: GeneratedLoRA, strengths: Mapping[str, float], index: Tensor | None
+) -> list[tuple[nn.Module, Callable]]:
+    """(module, forward hook) for every target with a strength; checks everything first."""
+    lora.layout.check(model)
+    hooks: list[tuple[nn.Module, Callable]] = []
+    for path, strength in strengths.items():
+        if strength == 0:
+            continue
+        pair, s = lora[path], strength * lora.scale
+        module = submodule(model, path)
+        if module is None:
+            hooks += _expert_hooks(model, path, pair, s)
+        elif lora.target(path).module.num_experts:
+            hooks.append((module, _GroupedAdapter(path, pair, s, index)))
+        elif is_pointwise_conv(module):
+            hooks.append((module, _ConvAdapter(path, pair, s, index)))
+        else:
+            hooks.append((module, _LinearAdapter(path, pair, s, index)))
+    return hooks
+
+
+def _expert_hooks(
+    model: nn.Module, path: str, pair: tuple[Tensor, Tensor], s: float
+) -> list[tuple[nn.Module, Callable]]:
+    """Hooks for experts that are modules of their own, one slice of the LoRA each."""
+    a, b = pair
+    if a.shape[0] != 1:
+        raise HYWUError(
+            f"{path}: the experts of this model see rows of all images mixed, so they can take one "
+            f"LoRA at a time, not {a.shape[0]}; use select(i)."
+        )
+    return [
+        (expert, _LinearAdapter(f"{path}[{e}]", (a[:, e], b[:, e]), s, None))
+        for e, expert in enumerate(expert_modules(model, path))
+    ]
+
+
+def _as_index(lora: GeneratedLoRA, index: Sequence[int] | Tensor | None) -> Tensor | None:
+    if index is None:
+        return None
+    if isinstance(index, Tensor):
+        # the values of a tensor are not looked at: that would wait for the device
+        return index.to(torch.int64)
+    bad = [i for i in index if not 0 <= i < lora.batch_size]
+    if bad or not len(index):
+        raise HYWUError(
+            f"index names the LoRAs {bad or 'of no item'}; there are {lora.batch_size}, counted from 0."
+        )
+    return torch.tensor(list(index), dtype=torch.int64)
+
+
+# -- merged -------------------------------------------------------------------------------------
+
+
+def _weights_of(model: nn.Module, lora: GeneratedLoRA, path: str) -> list[nn.Parameter]:
+    """The base weights of a target: one, or one an expert."""
+    module = submodule(model, path)
+    modules = [module] if module is not None else expert_modules(model, path)
+    weights = [m.weight for m in modules]
+    for weight in weights:
+        if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
+            raise HYWUError(
+                f"{path}: the base weight is {getattr(weight, 'dtype', type(weight).__name__)}, into "
+                "which nothing can be merged exactly; use inject() instead."
+            )
+    return weights
+
+
+def _pieces(delta: Tensor, parameters: list[nn.Parameter]) -> Sequence[Tensor]:
+    return [delta] if len(parameters) == 1 else delta.unbind(0)
