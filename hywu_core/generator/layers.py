@@ -108,10 +108,11 @@ class Block(nn.Module):
         context: Context,
         skip_prefix: bool = False,
     ) -> list[Tensor]:
-        """streams: a residual stream ``[B, N, S, d]`` for each stack; the list is consumed.
+        """streams: a residual stream ``[B, N, S, d]`` for each stack.
 
         skip_prefix: the attentions that do not see the condition were done already.
         """
+        streams = list(streams)  # a recomputed block must find its list as it was
         if not skip_prefix:
             streams = self.prefix(streams, tables, context)
         streams = self.cross(streams, tables, context)
