@@ -9,8 +9,15 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from hywu_core import Condition, GeneratorConfig, HYWUError, LoRALayout, ParameterGenerator
-from hywu_core import inject, load_generator
+from hywu_core import (
+    Condition,
+    GeneratorConfig,
+    HYWUError,
+    LoRALayout,
+    ParameterGenerator,
+    inject,
+    load_generator,
+)
 from hywu_core.generator.rope import axis_table, rotate
 from hywu_core.layout import Module, Stack
 
@@ -174,9 +181,10 @@ def test_condition_of_length_one():
         one = generator(torch.randn(2, 1, 48))
         assert bool(one.is_finite())
         twice = generator(torch.randn(2, 1, 48).repeat(1, 2, 1))
-    assert one["model.layers.0.self_attn.o_proj"].A.shape == twice[
-        "model.layers.0.self_attn.o_proj"
-    ].A.shape
+    assert (
+        one["model.layers.0.self_attn.o_proj"].A.shape
+        == twice["model.layers.0.self_attn.o_proj"].A.shape
+    )
 
 
 def test_output_is_views_of_one_buffer_a_stack():

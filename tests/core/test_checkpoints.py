@@ -1,0 +1,306 @@
+"""Generator checkpoints: both forms, their round trip, and every way a file can be wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hywu_core import (
+    GeneratorConfig,
+    HYWUError,
+    LoRALayout,
+    ParameterGenerator,
+    load_generator,
+    save_generator,
+)
+from hywu_core.files import HEADER, read_header
+from hywu_core.generator.checkpoints import INDEX, file_tensors, open_checkpoint, save_official
+from hywu_core.layout import Module, Stack
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of an official folder, to break."""
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "official").mkdir(exist_ok=True)
+        shutil.copy(GOLDEN / "ragged" / name, tmp_path / "official" / name)
+    return tmp_path / "official"
+
+
+@pytest.fixture
+def condition():
+    return load_file(GOLDEN / "ragged" / "expected.safetensors")["condition"]
+
+
+def edit_config(folder: Path, **changes) -> None:
+    path = folder / "config.json"
+    data = json.loads(path.read_text())
+    data.update(changes)
+    path.write_text(json.dumps(data))
+
+
+def edit_weights(folder: Path, edit) -> None:
+    path = folder / "model.safetensors"
+    tensors = {key: value.clone() for key, value in load_file(path).items()}
+    path.unlink()
+    edit(tensors)
+    save_file(tensors, path)
+
+
+def assert_same(one: ParameterGenerator, two: ParameterGenerator) -> None:
+    for (name, value), (other, expected) in zip(file_tensors(one), file_tensors(two), strict=True):
+        assert name == other
+        assert torch.equal(value, expected)
+
+
+def test_round_trip_through_every_form(folder, condition, tmp_path):
+    first = load_generator(folder)
+    own = load_generator(save_generator(first, tmp_path / "own"))
+    sharded = load_generator(save_official(own, tmp_path / "shards", shard_bytes=500_000))
+    single = load_generator(save_official(sharded, tmp_path / "single"))
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 3
+    with torch.no_grad():
+        expected = first(condition)
+        for other in (own, sharded, single):
+            assert_same(other, first)
+            assert other.config.layout == first.config.layout
+            assert other.config.rope_precision == "bfloat16"
+            lora = other(condition)
+            assert all(torch.equal(lora.factors[k], v) for k, v in expected.factors.items())
+    names = load_file(tmp_path / "single" / "model.safetensors").keys()
+    assert names == load_file(folder / "model.safetensors").keys()
+
+
+def test_shards_load_without_an_index(folder, tmp_path):
+    save_official(load_generator(folder), tmp_path / "shards", shard_bytes=500_000)
+    (tmp_path / "shards" / INDEX).unlink()
+    assert_same(load_generator(tmp_path / "shards"), load_generator(folder))
+
+
+def test_rewriting_shards_as_one_file_leaves_no_index(folder, tmp_path):
+    generator = load_generator(folder)
+    save_official(generator, tmp_path / "out", shard_bytes=500_000)
+    save_official(generator, tmp_path / "out", overwrite=True)
+    assert not (tmp_path / "out" / INDEX).exists()
+    assert_same(load_generator(tmp_path / "out"), generator)
+
+
+def test_dtype_and_device_of_the_request(folder):
+    generator = load_generator(folder, dtype=torch.bfloat16)
+    assert {p.dtype for p in generator.parameters()} == {torch.bfloat16}
+    assert not any(p.requires_grad or p.is_meta for p in generator.parameters())
+    assert not generator.training
+
+
+def test_several_stacks_round_trip_and_have_no_official_form(tmp_path):
+    layout = LoRALayout(
+        (
+            Stack(("a.0", "a.1"), (Module("fc", 8, 8),)),
+            Stack(("b.0",), (Module("conv", 8, 4, conv=True),)),
+        ),
+        2,
+        2.0,
+    )
+    config = GeneratorConfig(
+        layout,
+        {"x": 3, "y": 5},
+        8,
+        1,
+        8,
+        4,
+        1,
+        "float32",
+        0.25,
+        {"type": "test"},
+        "toy",
+        {"seed": 1},
+    )
+    generator = ParameterGenerator(config)
+    generator.reset_parameters()
+    torch.nn.init.normal_(generator.model.proj_out_B.weight)
+    path = save_generator(generator, tmp_path / "own.safetensors", dtype=torch.float16)
+    loaded = load_generator(path, dtype=torch.float32)
+    without = {k: v for k, v in loaded.config.provenance.items() if k != "checkpoint"}
+    assert loaded.config.with_(provenance=without) == config
+    assert loaded.config.provenance["checkpoint"]["name"] == "own.safetensors"
+    with pytest.raises(HYWUError, match="2 stacks and 2 condition parts"):
+        save_official(generator, tmp_path / "official")
+    assert not (tmp_path / "official").exists()
+
+
+def test_b_scale_is_folded_into_the_official_form(folder, condition, tmp_path):
+    generator = load_generator(folder)
+    generator.config = generator.config.with_(lora_b_scale=0.5)
+    again = load_generator(save_official(generator, tmp_path / "out"))
+    assert again.config.lora_b_scale == 1.0
+    with torch.no_grad():
+        expected, lora = generator(condition), again(condition)
+    for key, value in expected.factors.items():
+        torch.testing.assert_close(lora.factors[key], value)
+
+
+def test_nothing_is_overwritten_unless_told(folder, tmp_path):
+    generator = load_generator(folder)
+    path = save_generator(generator, tmp_path / "own")
+    before = path.read_bytes()
+    with pytest.raises(HYWUError, match="exists already"):
+        save_generator(generator, path)
+    with pytest.raises(HYWUError, match="exists already"):
+        save_official(generator, folder)
+    assert path.read_bytes() == before
+    save_generator(generator, path, overwrite=True)
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_header_says_everything_without_reading_weights(folder, tmp_path):
+    path = save_generator(load_generator(folder), tmp_path / "own")
+    header = read_header(path)
+    assert header["generator"]["layout"]["rank"] == 4
+    assert "checkpoint" not in header["generator"]["provenance"]
+    assert open_checkpoint(path).config.base == "tencent/HunyuanImage-3.0-Instruct"
+
+
+# -- wrong files ----------------------------------------------------------------------------------
+
+
+def test_missing_extra_and_misshaped_tensors_are_named(folder):
+    edit_weights(folder, lambda t: t.pop("model.norm_final.weight"))
+    with pytest.raises(HYWUError, match=r"official: lacks 1 tensors.*model.norm_final.weight"):
+        load_generator(folder)
+
+    def extra_and_wrong(tensors):
+        tensors["model.norm_final.weight"] = torch.ones(64)
+        tensors["model.surplus"] = torch.ones(2)
+
+    edit_weights(folder, extra_and_wrong)
+    with pytest.raises(HYWUError, match=r"model.surplus.*norm_final.weight is \(64,\)") as error:
+        load_generator(folder)
+    assert "model.safetensors" in str(error.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite(folder, value):
+    edit_weights(folder, lambda t: t["model.blocks.1.self_attn_hw.W_k.weight"].fill_(value))
+    with pytest.raises(HYWUError, match=r"not finite in model.blocks.1.self_attn_hw.W_k.weight"):
+        load_generator(folder)
+
+
+def test_finite_values_whose_sum_overflows_are_fine(folder):
+    edit_weights(folder, lambda t: t["model.blocks.1.feed_forward.fc1.weight"].fill_(3e38))
+    load_generator(folder)
+
+
+def test_truncated_and_foreign_files(folder, tmp_path):
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    for content in (whole[:-1000], whole[:40], b"PK not safetensors", b""):
+        weights.write_bytes(content)
+        with pytest.raises(HYWUError, match=r"model.safetensors: not a whole safetensors file"):
+            load_generator(folder)
+    weights.write_bytes(whole)
+    pickle = tmp_path / "weights.pt"
+    pickle.write_bytes(b"\x80\x02")
+    with pytest.raises(HYWUError, match="not a .safetensors file"):
+        load_generator(pickle)
+    with pytest.raises(HYWUError, match="no such file or folder"):
+        load_generator(tmp_path / "nothing.safetensors")
+    foreign = tmp_path / "foreign.safetensors"
+    save_file({"x": torch.ones(1)}, foreign)
+    with pytest.raises(HYWUError, match="not a HY-WU generator file"):
+        load_generator(foreign)
+    damaged = tmp_path / "damaged.safetensors"
+    save_file({"x": torch.ones(1)}, damaged, metadata={HEADER: "{"})
+    with pytest.raises(HYWUError, match="not JSON"):
+        load_generator(damaged)
+
+
+def test_missing_shard_and_missing_files(folder, tmp_path):
+    save_official(load_generator(folder), tmp_path / "shards", shard_bytes=500_000)
+    shard = sorted((tmp_path / "shards").glob("*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(HYWUError, match=rf"shards that are missing: {shard.name}"):
+        load_generator(tmp_path / "shards")
+    (tmp_path / "shards" / INDEX).unlink()
+    with pytest.raises(HYWUError, match="a shard may be missing"):
+        load_generator(tmp_path / "shards")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(HYWUError, match=r"no config.json"):
+        load_generator(tmp_path / "empty")
+    shutil.copy(folder / "config.json", tmp_path / "empty")
+    with pytest.raises(HYWUError, match=r"holds no .safetensors"):
+        load_generator(tmp_path / "empty")
+    (tmp_path / "shards" / INDEX).write_text("[]")
+    with pytest.raises(HYWUError, match="not an index of shards"):
+        load_generator(tmp_path / "shards")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"output_dim": 32}, "output_dim 32 differs from token_dim 64"),
+        ({"rank": 3}, "rank 3 must be divisible by dim_accumulation 2"),
+        ({"model_type": "llama"}, "model_type is 'llama'"),
+        ({"pg_mapping": {"ff": {"lora_A_dim": 3}}}, "'lora_B_dim'"),
+        ({"pg_mapping": None}, "missing or not of its type"),
+        ({"layout_digest": "0123"}, "pg_mapping was reordered"),
+    ],
+)
+def test_wrong_config(folder, changes, words):
+    edit_config(folder, **changes)
+    with pytest.raises(HYWUError, match=words) as error:
+        load_generator(folder)
+    assert "config.json" in str(error.value)
+
+
+def test_config_that_lacks_a_key_or_is_not_json(folder):
+    path = folder / "config.json"
+    data = json.loads(path.read_text())
+    del data["d_model"]
+    path.write_text(json.dumps(data))
+    with pytest.raises(HYWUError, match="config.json: the key 'd_model' is missing"):
+        load_generator(folder)
+    path.write_text("{")
+    with pytest.raises(HYWUError, match="config.json: not JSON"):
+        load_generator(folder)
+
+
+def test_a_mapping_sorted_by_another_tool_is_detected(folder, tmp_path):
+    ours = save_official(load_generator(folder), tmp_path / "ours")
+    path = ours / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()), sort_keys=True))
+    with pytest.raises(HYWUError, match="pg_mapping was reordered"):
+        load_generator(ours)
+
+
+def test_a_damaged_description_names_the_file(folder, tmp_path):
+    path = save_generator(load_generator(folder), tmp_path / "own")
+    tensors, header = load_file(path), read_header(path)
+    header["generator"]["layout"]["stacks"][0]["modules"].reverse()
+    broken = tmp_path / "reordered.safetensors"
+    save_file(tensors, broken, metadata={HEADER: json.dumps(header)})
+    with pytest.raises(
+        HYWUError, match=r"reordered.safetensors: the layout's modules are in another"
+    ):
+        load_generator(broken)
+    for gone in ("token_dim", "layout"):
+        header = read_header(path)
+        del header["generator"][gone]
+        broken = tmp_path / f"{gone}.safetensors"
+        save_file(tensors, broken, metadata={HEADER: json.dumps(header)})
+        with pytest.raises(HYWUError, match=rf"{gone}.safetensors.*damaged"):
+            load_generator(broken)
+
+
+def test_an_index_cannot_lead_out_of_its_folder(folder, tmp_path):
+    outside = tmp_path / "outside.safetensors"
+    shutil.copy(folder / "model.safetensors", outside)
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"x": "../outside.safetensors"}}))
+    with pytest.raises(HYWUError, match=r"missing: outside.safetensors"):
+        load_generator(folder)

@@ -1,0 +1,311 @@
+"""Applying LoRAs to torch modules: per item, merged, experts, convolutions, errors, undo."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hywu_core import GeneratedLoRA, HYWUError, LoRALayout, inject, merge, unmerge
+from hywu_core.grouped import GroupedLinear, grouped_linear, item_groups
+
+
+class Block(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.conv = nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        x = x + self.proj(F.scaled_dot_product_attention(q, k, v))
+        image = x.transpose(1, 2).unflatten(2, (2, -1))
+        return x + self.conv(image).flatten(2).transpose(1, 2)
+
+
+class Base(nn.Module):
+    def __init__(self, dim: int = 8, depth: int = 3) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(Block(dim) for _ in range(depth))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def random_lora(layout: LoRALayout, batch: int = 1, seed: int = 0, std: float = 0.3):
+    rng = torch.Generator().manual_seed(seed)
+    factors = {}
+    for s, stack in enumerate(layout.stacks):
+        for m, module in enumerate(stack.modules):
+            for side in "AB":
+                shape = (batch, len(stack.layers), *module.shape(side, layout.rank))
+                factors[s, m, side] = torch.randn(shape, generator=rng) * std
+    return GeneratedLoRA(layout, factors)
+
+
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_unchanged(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
+    after = model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.fixture
+def base():
+    return Base()
+
+
+@pytest.fixture
+def x():
+    return torch.randn(3, 6, 8, generator=torch.Generator().manual_seed(5))
+
+
+def test_unmerged_equals_merged_and_both_are_undone(base, x):
+    layout = LoRALayout.of(base, rank=2, alpha=3.0)
+    assert len(list(layout.targets())) == 9
+    lora, before = random_lora(layout), state(base)
+    plain = base(x)
+    with inject(base, lora, strength=0.8):
+        unmerged = base(x)
+    assert_unchanged(base, before)
+    merged = merge(base, lora, strength=0.8)
+    torch.testing.assert_close(base(x), unmerged, rtol=1e-4, atol=1e-5)
+    assert (unmerged - plain).abs().max() > 0.1
+    unmerge(merged)
+    assert_unchanged(base, before)
+    unmerge(merged)
+    assert_unchanged(base, before)
+
+
+def test_each_item_of_a_batch_gets_its_own(base, x):
+    lora = random_lora(LoRALayout.of(base, rank=2), batch=3)
+    with inject(base, lora):
+        together = base(x)
+    for i in range(3):
+        with inject(base, lora.select(i)):
+            torch.testing.assert_close(together[i : i + 1], base(x[i : i + 1]))
+    with inject(base, lora, index=[2, 0, 2]):
+        mapped = base(x)
+    for i, k in enumerate([2, 0, 2]):
+        with inject(base, lora.select(k)):
+            torch.testing.assert_close(mapped[i : i + 1], base(x[i : i + 1]))
+
+
+def test_windows_repeat_the_index_item_by_item(base, x):
+    lora = random_lora(LoRALayout.of(base, rank=2), batch=3)
+    windows = x.repeat_interleave(2, dim=0)
+    with inject(base, lora, index=[0, 1, 2]):
+        result = base(windows)
+    with inject(base, lora):
+        expected = base(x).repeat_interleave(2, dim=0)
+    torch.testing.assert_close(result, expected)
+
+
+def test_strength_by_pattern(base, x):
+    layout = LoRALayout.of(base, rank=2)
+    lora = random_lora(layout)
+    with inject(base, lora, strength={"*": 0.0, "blocks.1.*": 1.0, "*.conv": 0.0}):
+        partial = base(x)
+    only = {path: pair for path, pair in lora.items() if path in ("blocks.1.qkv", "blocks.1.proj")}
+    expected = GeneratedLoRA.from_pairs(only, alpha=layout.alpha)
+    with inject(base, expected):
+        torch.testing.assert_close(base(x), partial)
+
+
+def test_nested_injections_add_up(base, x):
+    one = random_lora(LoRALayout.of(base, rank=2), seed=1)
+    two = random_lora(LoRALayout.of(base, rank=4, exclude="*.conv"), seed=2)
+    before = state(base)
+    first, second = merge(base, one), merge(base, two, strength=-0.5)
+    expected = base(x)
+    unmerge(second)
+    unmerge(first)
+    assert_unchanged(base, before)
+    with inject(base, one), inject(base, two, strength=-0.5):
+        torch.testing.assert_close(base(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_undone_when_the_model_raises(base, x):
+    lora, before = random_lora(LoRALayout.of(base, rank=2)), state(base)
+    with pytest.raises(RuntimeError), inject(base, lora):
+        base(x[:, :, :3])
+    assert_unchanged(base, before)
+
+
+def test_half_precision_base_takes_a_float32_lora(base, x):
+    lora = random_lora(LoRALayout.of(base, rank=2), batch=3)
+    with inject(base, lora):
+        expected = base(x)
+    half = Base().bfloat16()
+    with inject(half, lora):
+        result = half(x.bfloat16())
+    assert result.dtype == torch.bfloat16
+    assert (result.float() - expected).norm() / expected.norm() < 0.02
+
+
+def test_gradients_reach_the_lora_alone(base, x):
+    base.requires_grad_(False)
+    lora = random_lora(LoRALayout.of(base, rank=2), batch=3)
+    factors = {key: value.requires_grad_() for key, value in lora.factors.items()}
+    with inject(base, GeneratedLoRA(lora.layout, factors)):
+        base(x).square().sum().backward()
+    assert all(value.grad.abs().sum() > 0 for value in factors.values())
+
+
+# -- experts ------------------------------------------------------------------------------------
+
+
+class MoEBlock(nn.Module):
+    """Top-1 routing by the sign pattern of two features, as a list of experts or as one weight."""
+
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, x):
+        rows = x.flatten(0, 1)
+        route = (rows[:, 0] > 0).long() * 2 + (rows[:, 1] > 0).long()
+        order = route.argsort(stable=True)
+        ends = torch.bincount(route, minlength=4).cumsum(0).to(torch.int32)
+        items = torch.arange(x.shape[0]).repeat_interleave(x.shape[1])[order]
+        out = torch.empty_like(rows)
+        if isinstance(self.experts, nn.ModuleList):
+            pieces = rows[order].tensor_split(ends[:-1].tolist())
+            done = [e["w1"](piece) for e, piece in zip(self.experts, pieces, strict=True)]
+            out[order] = torch.cat(done)
+        else:
+            out[order] = self.experts["w1"](rows[order], ends, items=items)
+        return x + out.view_as(x)
+
+
+class MoE(nn.Module):
+    def __init__(self, grouped: bool, dim: int = 8) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        weights = torch.randn(2, 4, dim, dim) * 0.3
+        self.layers = nn.ModuleList()
+        for layer in range(2):
+            if grouped:
+                experts = nn.ModuleDict({"w1": GroupedLinear(4, dim, dim)})
+                experts["w1"].weight.data.copy_(weights[layer])
+            else:
+                experts = nn.ModuleList(
+                    nn.ModuleDict({"w1": nn.Linear(dim, dim, bias=False)}) for _ in range(4)
+                )
+                for e, expert in enumerate(experts):
+                    expert["w1"].weight.data.copy_(weights[layer, e])
+            self.layers.append(MoEBlock(experts))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_experts_unmerged_equal_merged(grouped, x):
+    model = MoE(grouped)
+    layout = LoRALayout.of(model, rank=2)
+    assert [m.num_experts for m in layout.stacks[0].modules] == [4]
+    assert layout.stacks[0].target(1, 0) == "layers.1.experts.w1"
+    lora, before = random_lora(layout), state(model)
+    with inject(model, lora):
+        unmerged = model(x)
+    merged = merge(model, lora)
+    torch.testing.assert_close(model(x), unmerged, rtol=1e-4, atol=1e-5)
+    unmerge(merged)
+    assert_unchanged(model, before)
+
+
+def test_grouped_experts_take_a_lora_per_item(x):
+    model = MoE(grouped=True)
+    lora = random_lora(LoRALayout.of(model, rank=2), batch=3)
+    with inject(model, lora):
+        together = model(x)
+    for i in range(3):
+        with inject(model, lora.select(i)):
+            torch.testing.assert_close(together[i : i + 1], model(x[i : i + 1]))
+    with pytest.raises(HYWUError, match="experts of this model see rows of all images"):
+        separate = MoE(grouped=False)
+        with inject(separate, lora):
+            separate(x)
+
+
+@pytest.mark.parametrize("shape", [(16, 24), (6, 10)])
+def test_grouped_product_and_its_gradient(shape):
+    torch.manual_seed(0)
+    in_, out = shape
+    x = torch.randn(10, in_, requires_grad=True)
+    weight = torch.randn(3, out, in_, requires_grad=True)
+    ends = torch.tensor([4, 4, 10], dtype=torch.int32)
+    result = grouped_linear(x, weight, ends)
+    expected = torch.cat([x[:4] @ weight[0].T, x[4:] @ weight[2].T])
+    torch.testing.assert_close(result, expected)
+    grads = torch.autograd.grad(result.sum(), (x, weight))
+    for ours, theirs in zip(grads, torch.autograd.grad(expected.sum(), (x, weight)), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_item_groups():
+    items, ends = torch.tensor([1, 0, 1, 0, 0]), torch.tensor([2, 2, 5])
+    order, group_ends = item_groups(items, ends, 2)
+    assert items[order].tolist() == [0, 0, 0, 1, 1]
+    assert group_ends.tolist() == [1, 1, 3, 4, 4, 5]
+
+
+# -- errors -------------------------------------------------------------------------------------
+
+
+def test_another_base_is_an_error_that_names_everything(base, x):
+    layout = LoRALayout.of(Base(dim=10, depth=4), rank=2)
+    before = state(base)
+    with pytest.raises(HYWUError, match="blocks.3.qkv") as error, inject(base, random_lora(layout)):
+        pass
+    text = str(error.value)
+    assert "3 target modules are missing" in text
+    assert "blocks.0.qkv is 24 x 8, the layout says 30 x 10" in text
+    with pytest.raises(HYWUError, match="does not fit"):
+        merge(base, random_lora(layout))
+    assert_unchanged(base, before)
+
+
+@pytest.mark.parametrize("strength", [math.nan, math.inf, {"*": math.nan}])
+def test_strength_must_be_finite(base, strength):
+    lora = random_lora(LoRALayout.of(base, rank=2))
+    with pytest.raises(HYWUError, match="finite number"), inject(base, lora, strength):
+        pass
+    with pytest.raises(HYWUError, match="finite number"):
+        merge(base, lora, strength)
+
+
+def test_other_errors(base, x):
+    layout = LoRALayout.of(base, rank=2)
+    lora = random_lora(layout, batch=3)
+    with (
+        pytest.raises(HYWUError, match="'nothing.*' matches none"),
+        inject(base, lora, {"nothing.*": 1}),
+    ):
+        pass
+    with pytest.raises(HYWUError, match="batch of 2, but there are 3 LoRAs"), inject(base, lora):
+        base(x[:2])
+    with pytest.raises(HYWUError, match="does not divide"), inject(base, lora, index=[0, 1]):
+        base(x)
+    with pytest.raises(HYWUError, match=r"\[7\].*there are 3"), inject(base, lora, index=[0, 7, 1]):
+        pass
+    with pytest.raises(HYWUError, match="3 LoRAs can't be merged"):
+        merge(base, lora)
+    base.blocks[0].proj.weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.int8), False)
+    before = state(base)
+    with pytest.raises(HYWUError, match=r"blocks.0.proj.*int8"):
+        merge(base, lora.select(0))
+    assert_unchanged(base, before)
