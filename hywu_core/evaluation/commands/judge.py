@@ -1,0 +1,59 @@
+"""Ask a judge about the results of one or more methods; answers are kept one by one.
+
+  hywu eval judge results/hywu --judge reference
+  OPENAI_API_KEY=... hywu eval judge results/hywu --judge openai --model gpt-4.1 --parallel 8
+  hywu eval judge results/hywu --judge local --folder models/Qwen2.5-VL-7B-Instruct --device cuda
+
+Answered questions are not asked again; a changed picture or prompt is. Failures are asked again by
+the next run. Exit code 3: finished, but some questions got no answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from ...console import say
+from ..judging import JudgingCount, judge_results
+from ..questionnaires import load_questionnaire
+from ..results import open_results
+from ..store import ANSWERED, FAILED, REFUSED
+from . import shared
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `hywu eval judge`."""
+    parser.add_argument("results", nargs="+", metavar="OUT/METHOD", help="results to judge")
+    shared.add_data(parser, required=False)
+    shared.add_questionnaire(parser)
+    shared.add_judge(parser)
+    parser.add_argument(
+        "--again",
+        nargs="+",
+        default=[FAILED],
+        choices=(FAILED, REFUSED, ANSWERED),
+        help="which earlier outcomes are asked once more (%(default)s)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Judge every method; exit code 0, or 3 when a question got no answer."""
+    judge = shared.make_judge(args)
+    code = 0
+    for root in args.results:
+        data = shared.data_path(args.benchmark, args.data)
+        results, items = open_results(root, args.benchmark, data)
+        name = args.questionnaire or shared.USUAL[results.benchmark]
+        questionnaire = load_questionnaire(name, args.prompts)
+        count = judge_results(results, items, questionnaire, judge, tuple(args.again))
+        say(f"{root}: {tell(count)}")
+        if count.failed or count.refused:
+            code = shared.INCOMPLETE
+    return code
+
+
+def tell(count: JudgingCount) -> str:
+    """One line on what a run did."""
+    return (
+        f"{count.answered} answered, {count.refused} refused, {count.failed} failed, "
+        f"{count.kept} known already; {count.without_picture} items have no result"
+    )

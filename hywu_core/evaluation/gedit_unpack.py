@@ -1,0 +1,104 @@
+"""GEdit-Bench as published (parquet or arrow files) into the exported folder that `gedit` reads."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+from ..errors import HYWUError, need
+from ..files import atomic_path
+from .items import check_name
+
+FIELDS = ("task_type", "key", "instruction", "instruction_language", "Intersection_exist")
+PICTURES = ("input_image", "input_image_raw")
+
+
+def packed_files(folder: Path) -> list[Path]:
+    """The parquet or arrow files of a folder, those of the train split first where splits are told."""
+    for ending in ("parquet", "arrow"):
+        files = sorted(folder.rglob(f"*.{ending}"))
+        if files:
+            return [f for f in files if "train" in f.name or f.parent.name == "train"] or files
+    return []
+
+
+def unpack(files: Sequence[Path], out: Path) -> Path:
+    """Write ``gedit.jsonl`` and the pictures under `out`; returns `out`. Done once, then reused.
+
+    Pictures keep their encoded bytes. Raises HYWUError naming the file when a field is missing.
+    """
+    index = out / "gedit.jsonl"
+    stamp = [[str(file), file.stat().st_size] for file in files]
+    done = out / "unpacked.json"
+    if done.is_file() and index.is_file() and json.loads(done.read_text()) == stamp:
+        return out
+    lines = []
+    for number, row in enumerate(tqdm(_rows(files), desc="unpacking", unit="item")):
+        try:
+            name = check_name(row["key"], "key") + f"_{check_name(row['task_type'], 'task_type')}"
+        except HYWUError:
+            name = f"row_{number:05d}"
+        entry: dict[str, Any] = {field: row[field] for field in FIELDS}
+        for field in PICTURES:
+            entry[field] = _write_picture(row[field], out / field, f"{number:05d}_{name}")
+        lines.append(json.dumps(entry, ensure_ascii=False))
+    with atomic_path(index, overwrite=True) as part:
+        part.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with atomic_path(done, overwrite=True) as part:
+        part.write_text(json.dumps(stamp), encoding="utf-8")
+    return out
+
+
+def _rows(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
+    need("pyarrow", "to read GEdit-Bench's parquet or arrow files")
+    for file in files:
+        for batch in _batches(file):
+            if missing := set(FIELDS) - set(batch.schema.names):
+                raise HYWUError(
+                    f"{file}: lacks the columns {', '.join(sorted(missing))}; is it GEdit-Bench?"
+                )
+            columns = [name for name in (*FIELDS, *PICTURES) if name in batch.schema.names]
+            for row in batch.select(columns).to_pylist():
+                yield {**dict.fromkeys(PICTURES), **row}
+
+
+def _batches(file: Path) -> Iterator[Any]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        if file.suffix == ".parquet":
+            # A few rows at a time: each holds two photographs
+            yield from pq.ParquetFile(file).iter_batches(batch_size=8)
+            return
+        with pa.memory_map(str(file)) as source:
+            try:
+                yield from pa.ipc.open_stream(source)
+            except pa.ArrowInvalid:
+                source.seek(0)
+                reader = pa.ipc.open_file(source)
+                yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
+    except pa.ArrowException as error:
+        raise HYWUError(f"{file}: not a whole parquet or arrow file ({error}).") from error
+
+
+def _write_picture(value: Any, folder: Path, name: str) -> str | None:
+    data = value.get("bytes") if isinstance(value, dict) else value
+    if not isinstance(data, bytes):
+        return None
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            ending = (image.format or "png").lower()
+    except (UnidentifiedImageError, OSError):
+        ending = "broken"  # the row is kept; reading the item will name this file
+    path = folder / f"{name}.{ending}"
+    if not path.is_file() or path.stat().st_size != len(data):
+        with atomic_path(path, overwrite=True) as part:
+            part.write_bytes(data)
+    return f"{folder.name}/{path.name}"

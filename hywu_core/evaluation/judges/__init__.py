@@ -1,0 +1,1 @@
+"""Judges behind one small interface: an OpenAI-compatible endpoint, a local model, pixels."""

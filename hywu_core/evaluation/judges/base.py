@@ -1,0 +1,72 @@
+"""The interface of a judge, and what it is given and gives back."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Protocol
+
+from PIL import Image
+
+from ...errors import HYWUError
+from ..questionnaires import Question
+
+
+@dataclass(frozen=True)
+class JudgeRequest:
+    """One question with its pictures (RGB). `target` is for judges that compute, where it is known."""
+
+    question: Question
+    source: Image.Image
+    edited: Image.Image
+    target: Image.Image | None = None
+
+    @property
+    def images(self) -> list[Image.Image]:
+        """The pictures the question shows, in its order."""
+        return [getattr(self, role) for role in self.question.roles]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A judge's raw answer. model: what the endpoint says answered; tokens: as it counts them."""
+
+    text: str
+    model: str = ""
+    tokens_in: int = 0
+    tokens_out: int = 0
+    attempts: int = 1
+
+
+class Refusal(Exception):
+    """The judge declined to answer; asking again would not help."""
+
+
+class Failure(Exception):
+    """No answer came (after retries); asking again later may help."""
+
+
+class Judge(Protocol):
+    """name and version say who judges: answers of different ones are never put in one report.
+
+    parallel: how many requests it takes at once.
+    """
+
+    name: str
+    version: str
+    parallel: int
+
+    def score(self, request: JudgeRequest) -> Reply:
+        """The raw answer. Raises Refusal, Failure, or HYWUError when no request can succeed."""
+        ...
+
+
+def slug(text: str) -> str:
+    """A name as part of a file name."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.") or "unnamed"
+
+
+def check_answerable(judge: Judge) -> None:
+    """Raises HYWUError when the judge has no name or version to report."""
+    if not judge.name or not judge.version:
+        raise HYWUError("A judge needs a name and a version, since every report names them.")

@@ -1,0 +1,93 @@
+"""A judge on this machine: any vision-language model that `transformers` loads from a folder."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...errors import HYWUError, need
+from .base import JudgeRequest, Reply
+
+
+@dataclass
+class LocalJudge:
+    """Greedy answers of the model in `folder` (safetensors, with its processor and chat template).
+
+    Nothing is downloaded and no code from the folder runs. dtype: "auto" takes the checkpoint's.
+    The version is a hash of the folder's config and of its weights' names and sizes.
+    Raises HYWUError when the folder holds no such model, or no chat template.
+    """
+
+    folder: Path
+    device: str = "cpu"
+    dtype: str = "auto"
+    max_tokens: int = 512
+    parallel: int = field(default=1, init=False)
+    name: str = field(default="", init=False)
+    version: str = field(default="", init=False)
+
+    def __post_init__(self) -> None:
+        self.folder = Path(self.folder)
+        if not (self.folder / "config.json").is_file():
+            raise HYWUError(
+                f"{self.folder}: holds no config.json; give a transformers model's folder."
+            )
+        self.name = self.folder.resolve().name
+        self.version = f"local-1-{_folder_hash(self.folder)}"
+        self._model, self._processor = _load(self.folder, self.device, self.dtype)
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """Free the model."""
+        self._model = self._processor = None
+
+    @torch.inference_mode()
+    def score(self, request: JudgeRequest) -> Reply:
+        content: list[dict[str, Any]] = [{"type": "image", "image": i} for i in request.images]
+        content.append({"type": "text", "text": request.question.prompt})
+        with self._lock:
+            inputs = self._processor.apply_chat_template(
+                [{"role": "user", "content": content}],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+            ).to(self._model.device, dtype=self._model.dtype)
+            length = inputs["input_ids"].shape[1]
+            output = self._model.generate(
+                **inputs, max_new_tokens=self.max_tokens, do_sample=False, num_beams=1
+            )[0, length:]
+        text = self._processor.decode(output, skip_special_tokens=True)
+        return Reply(text, self.name, length, len(output))
+
+
+def _load(folder: Path, device: str, dtype: str) -> tuple[Any, Any]:
+    transformers = need("transformers", "to judge with a local vision-language model")
+    options = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        processor = transformers.AutoProcessor.from_pretrained(folder, **options)
+        model = transformers.AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, **options
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise HYWUError(
+            f"{folder}: no vision-language model that transformers loads ({first})."
+        ) from error
+    if getattr(processor, "chat_template", None) is None:
+        raise HYWUError(
+            f"{folder}: its processor has no chat template; take an instruction-tuned model."
+        )
+    return model.to(device).eval(), processor
+
+
+def _folder_hash(folder: Path) -> str:
+    sha = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in sorted(folder.glob("*.safetensors")):
+        sha.update(f"{file.name}{file.stat().st_size}".encode())
+    return sha.hexdigest()[:8]

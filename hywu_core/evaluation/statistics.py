@@ -1,0 +1,88 @@
+"""Means with bootstrap intervals, over items or over clusters of items that share a photograph."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+RESAMPLES = 10_000
+SEED = 20_240_613
+
+#: Resamples drawn at once: bounds the memory of the index matrix.
+_CHUNK = 1_000_000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its 95 % interval and the number of values; NaN where there is none."""
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+    def __str__(self) -> str:
+        if not self.count:
+            return "–"
+        return f"{self.mean:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+NOTHING = Estimate(math.nan, math.nan, math.nan, 0)
+
+
+def bootstrap_mean(
+    values: Sequence[float],
+    clusters: Sequence[Hashable] | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = SEED,
+) -> Estimate:
+    """Mean and percentile bootstrap interval.
+
+    clusters: one label a value; whole clusters are drawn, so that several instructions on one
+    photograph don't count as independent. Default: each value by itself.
+    """
+    return bootstrap_mean_of_means([values], [clusters], resamples, seed)
+
+
+def bootstrap_mean_of_means(
+    groups: Sequence[Sequence[float]],
+    clusters: Sequence[Sequence[Hashable] | None] | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = SEED,
+) -> Estimate:
+    """Mean of the groups' means; values are redrawn within each group (groups stay as they are)."""
+    clusters = clusters or [None] * len(groups)
+    pairs = [(g, c) for g, c in zip(groups, clusters, strict=True) if len(g)]
+    if not pairs:
+        return NOTHING
+    rng = np.random.default_rng(seed)
+    draws = np.mean([_resampled_means(*_cluster_sums(g, c), resamples, rng) for g, c in pairs], 0)
+    mean = float(np.mean([np.mean(group) for group, _ in pairs]))
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return Estimate(mean, float(low), float(high), sum(len(group) for group, _ in pairs))
+
+
+def _cluster_sums(
+    values: Sequence[float], clusters: Sequence[Hashable] | None
+) -> tuple[np.ndarray, np.ndarray]:
+    data = np.asarray(values, dtype=np.float64)
+    if clusters is None:
+        return data, np.ones_like(data)
+    order = {label: number for number, label in enumerate(dict.fromkeys(clusters))}
+    index = np.array([order[label] for label in clusters])
+    return np.bincount(index, weights=data), np.bincount(index).astype(np.float64)
+
+
+def _resampled_means(
+    sums: np.ndarray, counts: np.ndarray, resamples: int, rng: np.random.Generator
+) -> np.ndarray:
+    size = len(sums)
+    rows = max(1, _CHUNK // size)
+    means = []
+    for start in range(0, resamples, rows):
+        index = rng.integers(0, size, (min(rows, resamples - start), size))
+        means.append(sums[index].sum(1) / counts[index].sum(1))
+    return np.concatenate(means)
