@@ -1,0 +1,74 @@
+"""Apply Generated LoRA: onto any MODEL whose modules it fits, merged or unmerged."""
+
+from __future__ import annotations
+
+from .host import application
+from .reports import text_output
+from .sockets import CATEGORY, LORA, LORA_TIP
+
+MODES = ["auto", "merge", "unmerged"]
+
+
+class HYWUApplyLoRA:
+    CATEGORY = CATEGORY
+    DESCRIPTION = (
+        "Applies a generated LoRA to the model it was made for. 'unmerged' leaves the weights alone: a "
+        "new LoRA with every prompt costs nothing to exchange, quantized weights stay exact, and each "
+        "image of a batch gets its own LoRA. 'merge' adds it to the weights, as Load LoRA does. Both "
+        "give the same picture. Several Apply nodes and stock LoRA loaders add up."
+    )
+    SEARCH_ALIASES = ["hy-wu apply", "hywu", "lora in memory", "apply lora", "load lora"]
+    RETURN_TYPES = ("MODEL", "STRING")
+    RETURN_NAMES = ("model", "report")
+    OUTPUT_TOOLTIPS = (
+        "The model with the LoRA; the model that went in is unchanged.",
+        "How many modules matched and how, as JSON.",
+    )
+    FUNCTION = "apply"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {
+                "model": (
+                    "MODEL",
+                    {"tooltip": "The base model that the generator was trained for."},
+                ),
+                "lora": (LORA, {"tooltip": LORA_TIP}),
+                "strength": (
+                    "FLOAT",
+                    {
+                        "default": 1.0,
+                        "min": -100.0,
+                        "max": 100.0,
+                        "step": 0.05,
+                        "tooltip": "Multiplies the LoRA: 1 as generated, 0 off, negative the opposite "
+                        "direction. Changing it never generates the LoRA again.",
+                    },
+                ),
+                "mode": (
+                    MODES,
+                    {
+                        "default": "auto",
+                        "tooltip": "'auto' is unmerged wherever the model allows it, and merge "
+                        "otherwise (for instance inside compiled models). A batch of LoRAs needs unmerged.",
+                    },
+                ),
+            },
+            "optional": {
+                "apply_to_negative": (
+                    "BOOLEAN",
+                    {
+                        "default": True,
+                        "label_on": "both branches",
+                        "label_off": "positive only",
+                        "tooltip": "Off leaves the negative branch of guidance without the LoRA, which "
+                        "makes guidance push towards the edit. Needs unmerged; no effect at cfg 1.",
+                    },
+                ),
+            },
+        }
+
+    def apply(self, model, lora, strength, mode, apply_to_negative=True):
+        patched, report = application.apply(model, lora, strength, mode, apply_to_negative)
+        return text_output(report, (patched, report))

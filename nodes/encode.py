@@ -1,0 +1,83 @@
+"""Condition Encode: images and instructions become the condition that a generator reads."""
+
+from __future__ import annotations
+
+from .host import encoders
+from .reports import text_output
+from .sockets import CATEGORY, CONDITION, GENERATOR
+
+
+class HYWUConditionEncode:
+    CATEGORY = CATEGORY
+    DESCRIPTION = (
+        "Encodes the image and the instruction for the generator, with the encoder that the "
+        "checkpoint names. A batch of images gives a batch of conditions. Write one instruction for "
+        "all images, or one line for each."
+    )
+    SEARCH_ALIASES = [
+        "hy-wu condition",
+        "hywu",
+        "instruction encode",
+        "edit instruction",
+        "condition",
+    ]
+    RETURN_TYPES = (CONDITION,)
+    RETURN_NAMES = ("condition",)
+    OUTPUT_TOOLTIPS = ("What the generator reads: tokens of the images and instructions.",)
+    FUNCTION = "encode"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {
+                "generator": (
+                    GENERATOR,
+                    {
+                        "tooltip": "The generator that the condition is for: its checkpoint names the encoder."
+                    },
+                ),
+                "image": (
+                    "IMAGE",
+                    {
+                        "tooltip": "The image to edit, or a batch of them. Any size; transparency is ignored."
+                    },
+                ),
+                "instruction": (
+                    "STRING",
+                    {
+                        "multiline": True,
+                        "default": "",
+                        "tooltip": "What to do with the image. With a batch of images, one line for "
+                        "each, or a single line for all of them.",
+                    },
+                ),
+            },
+            "optional": {
+                "model": (
+                    "MODEL",
+                    {
+                        "tooltip": "The base model, for encoders that read its hidden states. The "
+                        "bundled generator brings its own; leave it unconnected there."
+                    },
+                ),
+                "clip": (
+                    "CLIP",
+                    {
+                        "tooltip": "A text encoder, for checkpoints whose encoder is one of ComfyUI's CLIPs."
+                    },
+                ),
+                "clip_vision": (
+                    "CLIP_VISION",
+                    {
+                        "tooltip": "An image encoder, for checkpoints whose encoder is one of ComfyUI's "
+                        "CLIP vision models."
+                    },
+                ),
+            },
+        }
+
+    def encode(self, generator, image, instruction, model=None, clip=None, clip_vision=None):
+        condition, report = encoders.encode(
+            generator, image, instruction, model=model, clip=clip, clip_vision=clip_vision
+        )
+        return text_output(report, (condition,))

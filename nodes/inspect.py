@@ -1,0 +1,36 @@
+"""Inspect LoRA: where a generated LoRA changes the base, as a picture and a table."""
+
+from __future__ import annotations
+
+from .host.runtime import engine_errors
+from .pictures import norm_map
+from .reports import lora_output, lora_summary, norm_table
+from .sockets import CATEGORY, LORA, LORA_TIP
+
+
+class HYWUInspectLoRA:
+    CATEGORY = CATEGORY
+    DESCRIPTION = (
+        "Shows where a LoRA changes the base model: the norm of every layer and module as a heat map, and "
+        "the numbers as a table. A batch gives one picture an image."
+    )
+    SEARCH_ALIASES = ["hy-wu inspect", "hywu", "lora norms", "lora heat map", "lora analysis"]
+    RETURN_TYPES = ("IMAGE", "STRING")
+    RETURN_NAMES = ("image", "table")
+    OUTPUT_TOOLTIPS = (
+        "Heat maps of the norms |scale * B * A|: layers from left to right, modules from top to bottom.",
+        "The same numbers as text, one line a layer and module.",
+    )
+    FUNCTION = "inspect"
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"lora": (LORA, {"tooltip": LORA_TIP})}}
+
+    @engine_errors
+    def inspect(self, lora):
+        norms = lora.norms()
+        return lora_output(
+            lora, lora_summary(lora), (norm_map(lora, norms), norm_table(lora, norms)), norms=norms
+        )

@@ -1,0 +1,80 @@
+"""Loaders: a generator checkpoint, and the bundled editor as MODEL, CLIP and VAE."""
+
+from __future__ import annotations
+
+from .host import editor, generators, paths
+from .sockets import CATEGORY, GENERATOR
+
+PRECISIONS = ["auto", "float32", "bfloat16", "float16"]
+
+
+class HYWULoadGenerator:
+    CATEGORY = CATEGORY
+    DESCRIPTION = (
+        "Loads a HY-WU generator: the hypernetwork that reads an image and an instruction and writes "
+        "a LoRA. 'bundled' is the small one that comes with this extension, for its own editor. Others "
+        "go into models/hywu: one .safetensors file, or an official folder with its config.json."
+    )
+    SEARCH_ALIASES = ["hypernetwork", "parameter generator", "hy-wu", "hywu", "lora generator"]
+    RETURN_TYPES = (GENERATOR,)
+    RETURN_NAMES = ("generator",)
+    OUTPUT_TOOLTIPS = (
+        "The generator, managed by ComfyUI like any model: loaded when used, offloaded when memory is short.",
+    )
+    FUNCTION = "load"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {
+                "checkpoint": (
+                    paths.generator_names(),
+                    {
+                        "tooltip": "'bundled', or a checkpoint in models/hywu (and in the folders of "
+                        "extra_model_paths.yaml under 'hywu'). Everything else about it is in the file."
+                    },
+                ),
+                "precision": (
+                    PRECISIONS,
+                    {
+                        "default": "auto",
+                        "tooltip": "In what the generator computes. 'auto' keeps the checkpoint's "
+                        "precision where the device is good at it. Position tables keep the "
+                        "precision that the checkpoint was trained with.",
+                    },
+                ),
+            }
+        }
+
+    @classmethod
+    def IS_CHANGED(cls, checkpoint, precision):
+        return paths.generator_stamp(checkpoint)
+
+    def load(self, checkpoint, precision):
+        return (generators.load(checkpoint, precision),)
+
+
+class HYWULoadBundledEditor:
+    CATEGORY = CATEGORY
+    DESCRIPTION = (
+        "Loads the small image editor that comes with this extension, as an ordinary base model: use it "
+        "with CLIPTextEncode, InstructPixToPixConditioning, KSampler and VAEDecode. It works in pixel "
+        "space, on any image size, in 4 to 8 steps (euler, simple, cfg 1). It is frozen: what it does "
+        "beyond its own edits comes from the LoRA that is applied to it."
+    )
+    SEARCH_ALIASES = ["hy-wu editor", "hywu", "image edit model", "pixel space", "bundled model"]
+    RETURN_TYPES = ("MODEL", "CLIP", "VAE")
+    RETURN_NAMES = ("model", "clip", "vae")
+    OUTPUT_TOOLTIPS = (
+        "The editor. Put Apply Generated LoRA between it and the sampler.",
+        "The editor's byte-level text encoder, for CLIPTextEncode. Any language's letters work.",
+        "The pixel-space VAE: pixels in, pixels out.",
+    )
+    FUNCTION = "load"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {}}
+
+    def load(self):
+        return editor.load_bundled()

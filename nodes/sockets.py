@@ -1,0 +1,13 @@
+"""Names that several nodes share: sockets, category, and texts that appear on more than one node."""
+
+from __future__ import annotations
+
+CATEGORY = "HY-WU"
+
+GENERATOR = "HYWU_GENERATOR"
+CONDITION = "HYWU_CONDITION"
+LORA = "HYWU_LORA"
+#: ComfyUI's own socket for a LoRA in memory: a dict of ``<module>.lora_up.weight`` and so on.
+STOCK_LORA = "LORA_MODEL"
+
+LORA_TIP = "A generated LoRA: from HY-WU Generate LoRA, or Load Generated LoRA. One for each image of the batch."
