@@ -1,0 +1,1 @@
+"""Encoders: what makes a Condition from images and an instruction."""

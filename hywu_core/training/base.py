@@ -1,0 +1,88 @@
+"""What the training loop needs of a base model: the one seam between the loop and any model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..condition import Condition
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples of one step: what to edit, how, and what it should become.
+
+    source, target: float32 ``[B, 3, H, W]`` in 0..1. instruction, task: one string an item.
+    """
+
+    source: Tensor
+    target: Tensor
+    instruction: tuple[str, ...]
+    task: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return self.source.shape[0]
+
+    def select(self, items: Sequence[int]) -> Batch:
+        """Some of the examples, in the order given."""
+        index = list(items)
+        return Batch(
+            self.source[index],
+            self.target[index],
+            tuple(self.instruction[i] for i in index),
+            tuple(self.task[i] for i in index),
+        )
+
+    def to(self, device: torch.device | str) -> Batch:
+        return Batch(self.source.to(device), self.target.to(device), self.instruction, self.task)
+
+
+#: step -> the whole batch of that step, the same on every process. A function of the step alone, so
+#: that an interrupted run goes on with the examples that it would have seen.
+BatchSource = Callable[[int], Batch]
+
+#: Random draws of a batch (noise, times), each tensor with the batch as its first dimension.
+Draws = Mapping[str, Tensor]
+
+
+class BaseModel(Protocol):
+    """A frozen base model as the loop sees it. `name` is stored as the checkpoint's base."""
+
+    name: str
+    module: nn.Module
+
+    @property
+    def encoder(self) -> Mapping[str, Any]:
+        """JSON-safe identity of what makes the conditions; stored in the checkpoint."""
+
+    @property
+    def condition_parts(self) -> Mapping[str, int]:
+        """Part name -> width of the conditions."""
+
+    def encode(self, source: Tensor, instruction: Sequence[str]) -> Condition:
+        """Condition of every item, without gradients."""
+
+    def draw(self, batch: Batch, seed: int) -> Draws:
+        """Random draws for a batch, on the CPU: the same for the same seed on every machine."""
+
+    def loss(self, module: nn.Module, batch: Batch, draws: Draws) -> Tensor:
+        """Loss of every item ``[B]`` with `module` (the frozen one, or an adapted copy of it)."""
+
+    def edit(self, module: nn.Module, batch: Batch, seed: int) -> Tensor:
+        """Sampled edits ``[B, 3, H, W]`` in 0..1; the batch's target is not looked at."""
+
+
+def frozen_digest(module: nn.Module) -> str:
+    """Hash of all parameters and buffers of a module, bit by bit."""
+    import hashlib
+
+    sha = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        sha.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        raw = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+        sha.update(raw.numpy().tobytes())
+    return sha.hexdigest()

@@ -1,0 +1,104 @@
+"""What a training leaves for people: a CSV, TensorBoard on request, a loss plot, sample grids."""
+
+from __future__ import annotations
+
+import csv
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import need
+from ..files import atomic_path
+
+logger = logging.getLogger(__name__)
+
+FIELDS = ("step", "loss", "lr", "grad_norm", "seconds")
+
+
+class Log:
+    """One row a logged step in ``log.csv``; rows after the step that a run resumes at are dropped."""
+
+    def __init__(self, folder: Path, resumed_at: int, tensorboard: bool = False) -> None:
+        self.path = folder / "log.csv"
+        self.rows = [row for row in read_log(self.path) if row["step"] <= resumed_at]
+        with atomic_path(self.path, overwrite=True) as part, part.open("w", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS)
+            writer.writeheader()
+            writer.writerows(self.rows)
+        self._board: Any = None
+        if tensorboard:
+            board = need("torch.utils.tensorboard", "to log for TensorBoard", "tensorboard")
+            self._board = board.SummaryWriter(
+                str(folder / "tensorboard"), purge_step=resumed_at + 1
+            )
+
+    def add(self, row: Mapping[str, float]) -> None:
+        self.rows.append(dict(row))
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, FIELDS).writerow(row)
+        if self._board is not None:
+            for key in FIELDS[1:]:
+                self._board.add_scalar(key, row[key], int(row["step"]))
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+
+
+def read_log(path: Path) -> list[dict[str, float]]:
+    """Rows of a ``log.csv``; none when there is no file. A last row cut short is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            try:
+                numbers = {key: float(row[key]) for key in FIELDS}
+            except (TypeError, ValueError, KeyError):
+                continue
+            numbers["step"] = int(numbers["step"])
+            rows.append(numbers)
+    return rows
+
+
+def plot_loss(rows: Sequence[Mapping[str, float]], path: Path) -> None:
+    """Loss over steps, raw and smoothed, as a PNG; nothing where matplotlib is missing."""
+    try:
+        import matplotlib
+    except ImportError:
+        logger.warning("no loss plot: matplotlib is not installed (`pip install matplotlib`)")
+        return
+    matplotlib.use("Agg", force=False)
+    from matplotlib.figure import Figure
+
+    if not rows:
+        return
+    steps, losses = [r["step"] for r in rows], [r["loss"] for r in rows]
+    smooth, value = [], losses[0]
+    for loss in losses:
+        value += 0.1 * (loss - value)
+        smooth.append(value)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(steps, losses, color="0.8", linewidth=0.8, label="loss")
+    axes.plot(steps, smooth, color="tab:blue", label="smoothed")
+    axes.set(xlabel="step", ylabel="loss", yscale="log")
+    axes.legend(frameon=False)
+    with atomic_path(path, overwrite=True) as part:
+        figure.savefig(part, format="png", dpi=110)
+
+
+def save_grid(columns: Sequence[Tensor], path: Path, zoom: int = 2) -> None:
+    """A PNG with one row an item; columns ``[B, 3, H, W]`` in 0..1 side by side."""
+    from PIL import Image
+
+    grid = torch.cat([column.detach().float().cpu().clamp(0, 1) for column in columns], dim=-1)
+    pixels = torch.cat(list(grid), dim=-2).permute(1, 2, 0).mul(255).round().to(torch.uint8)
+    image = Image.fromarray(pixels.numpy())
+    image = image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
+    with atomic_path(path, overwrite=True) as part:
+        image.save(part, format="PNG")

@@ -1,0 +1,106 @@
+"""Hyperparameters of a training, the learning-rate schedule, the moving average of the weights."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import HYWUError
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that the trained weights depend on, but for the data and the model.
+
+    batch_size: examples of one optimizer step over all processes and accumulated parts.
+    accumulation: parts that a process splits its share into. warmup: steps of linear warm-up, then
+    a cosine down to `final_lr` times the peak. ema: decay of the moving average, 0 for none; early
+    on it averages over what there is. clip: largest norm of the gradient. precision: "bf16" runs
+    under autocast with float32 weights.
+    """
+
+    steps: int
+    batch_size: int = 24
+    lr: float = 4e-4
+    warmup: int = 20
+    final_lr: float = 0.02
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    ema: float = 0.98
+    accumulation: int = 1
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulation"):
+            if getattr(self, name) < 1:
+                raise HYWUError(f"training: {name} is {getattr(self, name)}; it must be 1 or more.")
+        if not self.lr > 0 or not math.isfinite(self.lr):
+            raise HYWUError(f"training: the learning rate is {self.lr}; it must be above 0.")
+        if not 0 <= self.ema < 1:
+            raise HYWUError(f"training: ema is {self.ema}; it must be in [0, 1).")
+        if self.precision not in ("no", "bf16", "fp16"):
+            raise HYWUError(f"training: precision '{self.precision}'; it is no, bf16 or fp16.")
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def check_same(self, recorded: Mapping[str, Any], where: object) -> None:
+        """Raise HYWUError naming every setting in which an interrupted run was started otherwise."""
+        mine = self.to_json()
+        odd = [
+            f"{key} {recorded.get(key)} -> {value}"
+            for key, value in mine.items()
+            if recorded.get(key) != value
+        ]
+        if odd:
+            raise HYWUError(
+                f"{where}: was started with other settings ({', '.join(odd)}); use the same ones to "
+                "go on, or another output folder."
+            )
+
+
+def lr_at(config: TrainConfig, step: int) -> float:
+    """Learning rate of a step, counted from 0: linear warm-up, then a cosine."""
+    warmup = min(config.warmup, config.steps - 1)
+    if step < warmup:
+        return config.lr * (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, config.steps - warmup)
+    floor = config.lr * config.final_lr
+    return floor + (config.lr - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class Average:
+    """Exponential moving average of the trained parameters."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+        self.parameters, self.decay = dict(parameters), decay
+        self.values = {n: p.detach().clone() for n, p in parameters.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the parameters after `step` (counted from 0)."""
+        decay = min(self.decay, (1 + step) / (10 + step)) if self.decay else 0.0
+        mine = list(self.values.values())
+        torch._foreach_lerp_(mine, [p.detach() for p in self.parameters.values()], 1 - decay)
+
+    @contextlib.contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Inside the block the parameters hold their averages."""
+        kept = {name: p.detach().clone() for name, p in self.parameters.items()}
+        try:
+            self._set(self.values)
+            yield
+        finally:
+            self._set(kept)
+
+    @torch.no_grad()
+    def _set(self, values: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(values[name])

@@ -1,0 +1,67 @@
+"""The state of an interrupted training in one safetensors file: weights, average, optimizer, step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import HYWUError
+from ..files import read_tensors, save_tensors
+from .schedule import Average
+
+FORMAT = "hywu-training-1"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def save_state(
+    path: Path,
+    step: int,
+    parameters: Mapping[str, nn.Parameter],
+    average: Average,
+    optimizer: torch.optim.Optimizer,
+    header: Mapping[str, Any],
+) -> None:
+    """Write everything that `load_state` needs to go on after `step` steps, atomically."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        tensors[f"parameters.{name}"] = parameter
+        tensors[f"average.{name}"] = average.values[name]
+        for moment in _MOMENTS:
+            if moment in optimizer.state.get(parameter, {}):
+                tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
+    save_tensors(path, tensors, {**header, "format": FORMAT, "step": step}, overwrite=True)
+
+
+def load_state(
+    path: Path,
+    parameters: Mapping[str, nn.Parameter],
+    average: Average,
+    optimizer: torch.optim.Optimizer,
+) -> dict[str, Any]:
+    """Restore a state; returns its header. Raises HYWUError, before anything changes, on a misfit."""
+    tensors, header = read_tensors(path)
+    if header.get("format") != FORMAT:
+        raise HYWUError(f"{path}: not a training state of this program; choose another folder.")
+    for name, parameter in parameters.items():
+        found = tensors.get(f"parameters.{name}")
+        if found is None or found.shape != parameter.shape:
+            what = "is missing" if found is None else f"is {tuple(found.shape)}"
+            raise HYWUError(
+                f"{path}: {name} {what}, the model has {tuple(parameter.shape)}; go on with the "
+                "model that the run was started with, or use another output folder."
+            )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[f"parameters.{name}"])
+            average.values[name].copy_(tensors[f"average.{name}"])
+            if f"exp_avg.{name}" not in tensors:
+                continue
+            optimizer.state[parameter] = {
+                "step": torch.tensor(float(header["step"]), dtype=torch.float32),
+                **{m: tensors[f"{m}.{name}"].to(parameter.device) for m in _MOMENTS},
+            }
+    return header

@@ -1,0 +1,157 @@
+"""The ways to adapt a frozen base model: a generator, one static LoRA, all of its weights.
+
+Each strategy holds the parameters that are trained and says how the base runs with them; the loop,
+the loss, the data and the schedule are the same for all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ..condition import Condition
+from ..errors import HYWUError, need
+from ..generator.config import GeneratorConfig
+from ..generator.model import ParameterGenerator
+from ..injection import inject
+from ..layout import LoRALayout
+from ..lora import GeneratedLoRA
+from .base import BaseModel
+
+
+class Strategy(Protocol):
+    """name; the module whose trainable parameters are optimized; whether it reads conditions."""
+
+    name: str
+    trained: nn.Module
+    needs_condition: bool
+
+    def adapted(self, condition: Condition | None) -> contextlib.AbstractContextManager[nn.Module]:
+        """The base model as adapted for the items of `condition`, inside a with block."""
+
+    def export(self, path: Path, provenance: Mapping[str, Any]) -> Path:
+        """Write the weights for use: a generator, a LoRA, or the base's own weights."""
+
+
+class HyperNetwork:
+    """HY-WU: a generator writes a LoRA for every item; the base itself is never changed."""
+
+    name = "hywu"
+    needs_condition = True
+
+    def __init__(self, base: BaseModel, config: GeneratorConfig, checkpointing: bool = False):
+        self.base = base
+        config.layout.check(base.module)
+        generator = ParameterGenerator(config)
+        generator.reset_parameters()
+        generator.checkpointing = checkpointing
+        self.trained: ParameterGenerator = generator
+
+    def generate(self, condition: Condition) -> GeneratedLoRA:
+        """The LoRAs of a condition's items."""
+        return self.trained(condition)
+
+    @contextlib.contextmanager
+    def adapted(self, condition: Condition | None) -> Iterator[nn.Module]:
+        if condition is None:
+            raise HYWUError("HY-WU generates from a condition; none was given.")
+        with inject(self.base.module, self.generate(condition)) as module:
+            yield module
+
+    def export(self, path: Path, provenance: Mapping[str, Any]) -> Path:
+        from ..generator.checkpoints import save_generator
+
+        config = self.trained.config
+        whole = {**config.provenance, **provenance}
+        half = ParameterGenerator(config.with_(provenance=whole))
+        half.load_state_dict(self.trained.state_dict())
+        return save_generator(half.half(), path, overwrite=True)
+
+
+class StaticLoRA:
+    """One LoRA for everything it is trained on, through PEFT on a copy of the base."""
+
+    needs_condition = False
+
+    def __init__(self, base: BaseModel, layout: LoRALayout, name: str = "shared") -> None:
+        peft = need("peft", "to train a static LoRA")
+        layout.check(base.module)
+        self.name, self.layout = name, layout
+        self.paths = [target.path for target in layout.targets()]
+        config = peft.LoraConfig(
+            r=layout.rank,
+            lora_alpha=layout.alpha,
+            target_modules=self.paths,
+            lora_dropout=0.0,
+            bias="none",
+        )
+        self.trained = peft.inject_adapter_in_model(config, copy.deepcopy(base.module))
+        wrapped = {n for n, m in self.trained.named_modules() if hasattr(m, "lora_A")}
+        if wrapped != set(self.paths):
+            # PEFT matches suffixes too; anything beyond the layout would be an unfair advantage
+            odd = sorted(wrapped ^ set(self.paths))
+            raise HYWUError(
+                f"PEFT adapts other modules than the layout says: {', '.join(odd[:5])}."
+            )
+
+    @contextlib.contextmanager
+    def adapted(self, condition: Condition | None) -> Iterator[nn.Module]:
+        yield self.trained
+
+    def lora(self, provenance: Mapping[str, Any] | None = None) -> GeneratedLoRA:
+        """The trained LoRA as a value with a batch of 1."""
+        pairs = {}
+        for path in self.paths:
+            module = self.trained.get_submodule(path)
+            pairs[path] = tuple(
+                side["default"].weight.detach().clone().flatten(1)[None]
+                for side in (module.lora_A, module.lora_B)
+            )
+        conv = {t.path for t in self.layout.targets() if t.module.conv}
+        layers = {
+            t.path: self.layout.stacks[t.stack].layers[t.layer] for t in self.layout.targets()
+        }
+        return GeneratedLoRA.from_pairs(
+            pairs, self.layout.alpha, conv=conv, layers=layers, provenance=provenance or {}
+        )
+
+    def export(self, path: Path, provenance: Mapping[str, Any]) -> Path:
+        lora = self.lora({**provenance, "strategy": self.name}).to(dtype=torch.float16)
+        return Path(lora.save(path, format="native", overwrite=True))
+
+
+class FullFineTuning:
+    """SFT: every weight of a copy of the base is trained."""
+
+    name = "sft"
+    needs_condition = False
+
+    def __init__(self, base: BaseModel) -> None:
+        self.trained = copy.deepcopy(base.module).requires_grad_(True)
+
+    @contextlib.contextmanager
+    def adapted(self, condition: Condition | None) -> Iterator[nn.Module]:
+        yield self.trained
+
+    def export(self, path: Path, provenance: Mapping[str, Any]) -> Path:
+        from ..files import save_tensors
+
+        tensors = {name: value.half() for name, value in self.trained.state_dict().items()}
+        header = {"strategy": self.name, "provenance": dict(provenance)}
+        return save_tensors(path, tensors, header, overwrite=True)
+
+
+def count_parameters(strategy: Strategy) -> int:
+    """Number of trained values."""
+    return sum(p.numel() for p in strategy.trained.parameters() if p.requires_grad)
+
+
+def rank_for(layout: LoRALayout, parameters: int) -> int:
+    """The rank at which one LoRA of this layout has about `parameters` values."""
+    return max(1, round(parameters / layout.with_rank(1).num_values))

@@ -1,0 +1,226 @@
+"""The training loop: what it trains, what it leaves alone, and that it goes on where it stopped."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from hywu_core.errors import HYWUError
+from hywu_core.files import read_tensors
+from hywu_core.generator.checkpoints import load_generator
+from hywu_core.injection import inject
+from hywu_core.training.logs import read_log
+from hywu_core.training.schedule import TrainConfig, lr_at
+from hywu_core.training.strategies import StaticLoRA, count_parameters, rank_for
+
+TOY = Path(__file__).with_name("toy_base.py")
+_spec = importlib.util.spec_from_file_location("toy_base", TOY)
+toy = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(toy)
+
+STRATEGIES = ["hywu", "shared", "sft"]
+
+
+def trained(folder: Path) -> dict[str, torch.Tensor]:
+    return read_tensors(folder / "state.safetensors")[0]
+
+
+def largest_difference(one: dict, two: dict) -> float:
+    assert one.keys() == two.keys()
+    return max(float((one[key] - two[key]).abs().max()) for key in one)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_loss_falls_and_the_base_stays(tmp_path, name):
+    trainer = toy.make_trainer(tmp_path, name, steps=30, lr=1e-2)
+    before = {k: v.clone() for k, v in trainer.base.module.state_dict().items()}
+    assert trainer.run()
+    rows = read_log(tmp_path / "log.csv")
+    first, last = (sum(r["loss"] for r in part) for part in (rows[:5], rows[-5:]))
+    assert last < 0.9 * first
+    for key, value in trainer.base.module.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    assert (tmp_path / "loss.png").stat().st_size > 1000
+    assert len(list((tmp_path / "samples").glob("*.png"))) == 7
+    assert not list(tmp_path.rglob("*.part"))
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_resumed_run_equals_an_uninterrupted_one(tmp_path, name):
+    toy.make_trainer(tmp_path / "whole", name).run()
+    assert not toy.make_trainer(tmp_path / "cut", name).run(until=3)
+    assert toy.make_trainer(tmp_path / "cut", name).run()
+    assert largest_difference(trained(tmp_path / "whole"), trained(tmp_path / "cut")) == 0
+    steps = [row["step"] for row in read_log(tmp_path / "cut" / "log.csv")]
+    assert steps == list(range(1, 9))
+
+
+def test_only_the_generator_learns_contradictory_tasks(tmp_path):
+    losses = {}
+    for name in ("hywu", "shared"):
+        toy.make_trainer(tmp_path / name, name, steps=150, lr=1e-2).run()
+        losses[name] = sum(r["loss"] for r in read_log(tmp_path / name / "log.csv")[-10:]) / 10
+    # the toy base does not see the instruction, so no static change beats the mean of both tasks
+    assert losses["shared"] > 0.03
+    assert losses["hywu"] < 0.3 * losses["shared"]
+
+
+def test_accumulated_parts_equal_the_whole_batch(tmp_path):
+    toy.make_trainer(tmp_path / "one").run()
+    toy.make_trainer(tmp_path / "four", accumulation=4).run()
+    one, four = trained(tmp_path / "one"), trained(tmp_path / "four")
+    one = {k: v for k, v in one.items() if k.startswith("parameters.")}
+    four = {k: four[k] for k in one}
+    assert largest_difference(one, four) < 2e-4
+
+
+@pytest.mark.parametrize("name", ["hywu", "shared"])
+def test_two_processes_equal_one(tmp_path, name):
+    """Two gloo processes, half of each batch each, as `accelerate launch` starts them."""
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    env["PYTHONPATH"] = str(TOY.parents[2])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1",
+              "--num_processes", "2", "--mixed_precision", "no", "--dynamo_backend", "no",
+              "--main_process_ip", "127.0.0.1", "--main_process_port", port]  # fmt: skip
+    done = subprocess.run(
+        [*launch, str(TOY), str(tmp_path / "two"), name, "6"],
+        env=env, timeout=240, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    toy.make_trainer(tmp_path / "one", name, steps=6).run()
+    one, two = trained(tmp_path / "one"), trained(tmp_path / "two")
+    one = {k: v for k, v in one.items() if k.startswith("parameters.")}
+    moved = max(float(v.abs().max()) for v in one.values())
+    assert largest_difference(one, {k: two[k] for k in one}) < 1e-4 * max(1.0, moved)
+    # one log, written once
+    assert [r["step"] for r in read_log(tmp_path / "two" / "log.csv")] == list(range(1, 7))
+
+
+def test_interrupt_keeps_a_resumable_state(tmp_path):
+    trainer = toy.make_trainer(tmp_path / "cut", steps=400)
+
+    def press_ctrl_c():
+        while not trainer.step:
+            time.sleep(0.005)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=press_ctrl_c)
+    thread.start()
+    assert not trainer.run()
+    thread.join()
+    assert trainer.interrupted
+    assert 0 < trainer.step < 400
+    toy.make_trainer(tmp_path / "cut", steps=400).run(until=trainer.step + 3)
+    toy.make_trainer(tmp_path / "whole", steps=400).run(until=trainer.step + 3)
+    assert largest_difference(trained(tmp_path / "cut"), trained(tmp_path / "whole")) == 0
+
+
+def test_other_settings_or_strategy_are_refused(tmp_path):
+    toy.make_trainer(tmp_path).run(until=2)
+    with pytest.raises(HYWUError, match=r"lr 0\.005 -> 0\.001"):
+        toy.make_trainer(tmp_path, lr=1e-3).run()
+    with pytest.raises(HYWUError, match="strategy 'hywu'"):
+        toy.make_trainer(tmp_path, "shared").run()
+
+
+def test_divergence_is_an_error_and_keeps_the_last_state(tmp_path):
+    toy.make_trainer(tmp_path).run(until=4)
+    trainer = toy.make_trainer(tmp_path)
+    good = trainer.base.loss
+    trainer.base.loss = lambda *args: good(*args) * float("nan")
+    with pytest.raises(HYWUError, match="lower learning rate"):
+        trainer.run()
+    assert all(torch.isfinite(v).all() for v in trained(tmp_path).values())
+
+
+def test_batch_that_cannot_be_split_is_refused(tmp_path):
+    with pytest.raises(HYWUError, match="multiple of 3"):
+        toy.make_trainer(tmp_path, accumulation=3)
+
+
+def test_bf16_autocast_trains(tmp_path):
+    trainer = toy.make_trainer(tmp_path, steps=30, lr=1e-2, precision="bf16")
+    trainer.run()
+    rows = read_log(tmp_path / "log.csv")
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert all(p.dtype == torch.float32 for p in trainer.parameters.values())
+
+
+def test_exported_generator_makes_the_edits_of_the_trainer(tmp_path):
+    trainer = toy.make_trainer(tmp_path, steps=20)
+    trainer.run()
+    path = trainer.export(tmp_path / "generator.safetensors", {"commit": "abc"})
+    generator = load_generator(path, dtype=torch.float32)
+    assert generator.config.base == "toy"
+    assert generator.config.encoder["type"] == "toy"
+    assert generator.config.provenance["steps"] == 20
+    assert generator.config.provenance["commit"] == "abc"
+    batch = toy.batches(50)
+    with torch.no_grad():
+        lora = generator(trainer.base.encode(batch.source, batch.instruction))
+        with inject(trainer.base.module, lora) as module:
+            edits = trainer.base.edit(module, batch, 0)
+    assert (edits - trainer.edit(batch)).abs().max() < 2e-3
+    assert (edits - batch.source).abs().max() > 1e-2
+
+
+def test_exported_peft_lora_makes_the_edits_of_the_trainer(tmp_path):
+    trainer = toy.make_trainer(tmp_path, "shared", steps=20, lr=2e-2)
+    trainer.run()
+    with trainer.average.swapped(), torch.no_grad():
+        lora = trainer.strategy.lora()
+    batch = toy.batches(50)
+    with torch.no_grad(), inject(trainer.base.module, lora) as module:
+        edits = trainer.base.edit(module, batch, 0)
+    assert (edits - trainer.edit(batch)).abs().max() < 1e-5
+
+
+def test_average_is_an_exponential_mean(tmp_path):
+    trainer = toy.make_trainer(tmp_path, "sft", steps=3, ema=0.5)
+    seen = []
+    update = trainer.average.update
+
+    def spy(step):
+        update(step)
+        seen.append(trainer.parameters["out.bias"].detach().clone())
+
+    trainer.average.update = spy
+    start = trainer.parameters["out.bias"].detach().clone()
+    trainer.run()
+    expected = start
+    for step, value in enumerate(seen):
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * value
+    assert torch.allclose(trainer.average.values["out.bias"], expected, atol=1e-6)
+
+
+def test_schedule_warms_up_and_ends_low():
+    config = TrainConfig(steps=100, lr=1.0, warmup=10, final_lr=0.1)
+    rates = [lr_at(config, step) for step in range(100)]
+    assert rates[:10] == sorted(rates[:10])
+    assert rates[0] < 0.1
+    assert max(rates) == pytest.approx(1.0)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert 0.1 <= rates[-1] < 0.11
+    assert max(lr_at(TrainConfig(steps=1), s) for s in range(1)) > 0
+
+
+def test_rank_for_a_parameter_count():
+    base = toy.ToyBase()
+    layout = toy.LoRALayout.of(base.module, 2)
+    wanted = count_parameters(toy.make_strategy(base, "hywu"))
+    strategy = StaticLoRA(base, layout.with_rank(rank_for(layout, wanted)))
+    assert abs(count_parameters(strategy) - wanted) <= layout.with_rank(1).num_values
