@@ -1,0 +1,290 @@
+"""The bundled editor: a small flow-matching transformer in pixel space, one stream of text and image.
+
+Rectified flow (Liu et al. 2022): ``x_t = (1 - t) x0 + t noise``, velocity ``noise - x0``. The network
+predicts the clean image as *source + correction*; the velocity is derived from it. Modulation is
+shared by all blocks with a learned offset each (PixArt's adaLN-single).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import HYWUError
+
+
+@dataclass(frozen=True)
+class EditorConfig:
+    """Hyperparameters. width must be divisible by heads, and a head by 4 (two rotary axes of pairs).
+
+    patch: side of a patch in pixels. text_bytes: longest instruction, in UTF-8 bytes.
+    train_size: side of the training crops; larger images are edited in tiles of that size.
+    pool: the condition has at most ``pool x pool`` image tokens.
+    """
+
+    width: int = 192
+    depth: int = 8
+    heads: int = 6
+    text_depth: int = 2
+    patch: int = 4
+    text_bytes: int = 96
+    train_size: int = 64
+    pool: int = 8
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value < 1:
+                raise HYWUError(f"editor config: {name} is {value}; it must be 1 or more.")
+        if self.width % self.heads or self.width // self.heads % 4:
+            raise HYWUError(
+                f"editor config: width {self.width} over {self.heads} heads must give heads whose "
+                "size is divisible by 4."
+            )
+        if self.train_size % self.patch:
+            raise HYWUError(
+                f"editor config: train_size {self.train_size} must be divisible by patch {self.patch}."
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> EditorConfig:
+        """Raises HYWUError on unknown or missing fields."""
+        names = {f.name for f in fields(cls)}
+        if odd := names.symmetric_difference(data):
+            raise HYWUError(f"editor config: unknown or missing fields: {', '.join(sorted(odd))}.")
+        return cls(**{name: int(value) for name, value in data.items()})
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int, operations: Any) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = operations.Linear(width, 3 * width)
+        self.proj = operations.Linear(width, width)
+
+    def forward(self, x: Tensor, rope: Tensor | None, mask: Tensor | None) -> Tensor:
+        """x ``[B, L, C]``; rope ``[L, head_dim / 2, 2]`` or None; mask bool ``[B, 1, 1, L]`` or None."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int, operations: Any) -> None:
+        super().__init__()
+        self.fc1 = operations.Linear(width, 4 * width)
+        self.fc2 = operations.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int, operations: Any) -> None:
+        super().__init__()
+        self.attn = Attention(width, heads, operations)
+        self.mlp = MLP(width, operations)
+        self.modulation = nn.Parameter(torch.zeros(6, width))
+
+    def forward(self, x: Tensor, modulation: Tensor, rope: Tensor, mask: Tensor | None) -> Tensor:
+        """modulation ``[B, 6, C]``, to which the block adds its own offsets."""
+        parts = (modulation + self.modulation.to(modulation)).unsqueeze(2).unbind(1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = parts
+        x = x + gate1 * self.attn(norm(x) * (1 + scale1) + shift1, rope, mask)
+        return x + gate2 * self.mlp(norm(x) * (1 + scale2) + shift2)
+
+
+class TextBlock(nn.Module):
+    def __init__(self, width: int, heads: int, operations: Any) -> None:
+        super().__init__()
+        self.attn = Attention(width, heads, operations)
+        self.mlp = MLP(width, operations)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = x + self.attn(norm(x), None, mask)
+        return x + self.mlp(norm(x))
+
+
+class TextEncoder(nn.Module):
+    """Bytes of the instruction -> tokens. Position 0 is a start token, so that "" has one token."""
+
+    def __init__(self, config: EditorConfig, operations: Any) -> None:
+        super().__init__()
+        self.embed = operations.Embedding(257, config.width)
+        self.position = nn.Parameter(torch.randn(config.text_bytes + 1, config.width) * 0.02)
+        self.layers = nn.ModuleList(
+            TextBlock(config.width, config.heads, operations) for _ in range(config.text_depth)
+        )
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """ids int64 ``[B, T]``, mask bool ``[B, T]`` -> ``[B, T, C]``."""
+        x = self.embed(ids)
+        x = x + self.position[: ids.shape[1]].to(x)
+        for layer in self.layers:
+            x = layer(x, mask[:, None, None])
+        return norm(x)
+
+
+class Editor(nn.Module):
+    """source ``[B, 3, H, W]`` in -1..1 and an instruction -> velocity of the flow to the edit.
+
+    operations: namespace with Linear and Embedding (torch.nn, or a host's own).
+    """
+
+    def __init__(self, config: EditorConfig | None = None, operations: Any = nn) -> None:
+        super().__init__()
+        self.config = config = config or EditorConfig()
+        width, pixels = config.width, 3 * config.patch**2
+        self.image_in = operations.Linear(2 * pixels, width)
+        self.text = TextEncoder(config, operations)
+        self.time1 = operations.Linear(width, width)
+        self.time2 = operations.Linear(width, width)
+        self.text_pool = operations.Linear(width, width)
+        self.modulate = operations.Linear(width, 6 * width)
+        self.blocks = nn.ModuleList(
+            Block(width, config.heads, operations) for _ in range(config.depth)
+        )
+        self.final_modulate = operations.Linear(width, 2 * width)
+        self.image_out = operations.Linear(width, pixels)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start as the identity: the correction is zero."""
+        for module in (self.image_out, self.modulate, self.final_modulate):
+            module.weight.zero_()
+            module.bias.zero_()
+        for block in self.blocks:
+            block.modulation[[2, 5]] = 0.2  # gates: open a little, so that gradients flow
+
+    def encode_text(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Instructions -> tokens ``[B, T, C]`` and mask bool ``[B, T]``, True where a token counts.
+
+        A text longer than `text_bytes` UTF-8 bytes is cut there.
+        """
+        limit = self.config.text_bytes
+        rows = [
+            [0, *(b + 1 for b in text.strip().lower().encode()[:limit])] for text in instructions
+        ]
+        longest = max(map(len, rows))
+        device = self.text.position.device
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
+        lengths = torch.tensor([len(row) for row in rows], device=device)
+        mask = torch.arange(longest, device=device) < lengths[:, None]
+        return self.text(ids, mask), mask
+
+    def forward(self, x: Tensor, t: Tensor, source: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        """Velocity ``[B, 3, H, W]`` at x = x_t and t ``[B]`` in (0, 1]."""
+        clean = self.predict(x, t, source, text, mask)
+        return (x - clean) / t.to(x)[:, None, None, None].clamp_min(1e-3)
+
+    def predict(self, x: Tensor, t: Tensor, source: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        """The clean image ``[B, 3, H, W]`` as source + correction. Any size of one pixel or more."""
+        hidden, time, grid = self._run(x, t, source, text, mask)
+        shift, scale = self.final_modulate(F.silu(time)).unsqueeze(1).chunk(2, dim=-1)
+        patches = self.image_out(norm(hidden[:, text.shape[1] :]) * (1 + scale) + shift)
+        correction = unpatchify(patches, grid, self.config.patch)
+        return source + correction[..., : source.shape[2], : source.shape[3]]
+
+    def hidden_states(self, source: Tensor, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Last layer before the final norm at x_t = source, t = 0: tokens ``[B, L, C]``, mask.
+
+        Image tokens are pooled to at most `pool` x `pool` and stand before the text tokens.
+        """
+        t = source.new_zeros(source.shape[0])
+        hidden, _, grid = self._run(source, t, source, text, mask)
+        words, image = hidden[:, : text.shape[1]], hidden[:, text.shape[1] :]
+        size = tuple(min(side, self.config.pool) for side in grid)
+        image = F.adaptive_avg_pool2d(image.mT.unflatten(2, grid), size).flatten(2).mT
+        ones = mask.new_ones(image.shape[:2])
+        return torch.cat([image, words], dim=1), torch.cat([ones, mask], dim=1)
+
+    def _run(
+        self, x: Tensor, t: Tensor, source: Tensor, text: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        """(hidden states of text then image ``[B, T + h*w, C]``, time embedding, grid (h, w))."""
+        if x.shape != source.shape:
+            raise HYWUError(
+                f"The editor got an image of {tuple(x.shape)} and a source of {tuple(source.shape)}; "
+                "they must be of one shape."
+            )
+        patches, grid = patchify(
+            pad_to(torch.cat([x, source], dim=1), self.config.patch), self.config.patch
+        )
+        image = self.image_in(patches)
+        count = mask.sum(1, keepdim=True).to(text)
+        pooled = (text * mask[..., None]).sum(1) / count
+        time = self.time2(F.silu(self.time1(time_embedding(t, self.config.width).to(text))))
+        time = time + self.text_pool(pooled)
+        modulation = self.modulate(F.silu(time)).unflatten(-1, (6, -1))
+        rope = rope_2d(grid, text.shape[1], self.config.width // self.config.heads, x.device)
+        keep = torch.cat([mask, mask.new_ones(image.shape[:2])], dim=1)[:, None, None]
+        hidden = torch.cat([text.to(image), image], dim=1)
+        for block in self.blocks:
+            hidden = block(hidden, modulation, rope, keep)
+        return hidden, time, grid
+
+
+def norm(x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:])
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotary positions (Su et al. 2021) on interleaved pairs; x ``[B, heads, L, head_dim]``."""
+    cos, sin = rope.to(x).unbind(-1)
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
+
+
+def rope_2d(grid: tuple[int, int], text: int, head_dim: int, device: torch.device) -> Tensor:
+    """(cos, sin) ``[text + h*w, head_dim / 2, 2]``; half of the pairs turn with y, half with x.
+
+    Text tokens are not turned. float32.
+    """
+    pairs = head_dim // 4
+    frequency = 100.0 ** (-torch.arange(pairs, device=device, dtype=torch.float32) / pairs)
+    y, x = (torch.arange(side, device=device, dtype=torch.float32) for side in grid)
+    y, x = torch.meshgrid(y, x, indexing="ij")
+    angles = torch.cat([y.reshape(-1, 1) * frequency, x.reshape(-1, 1) * frequency], dim=1)
+    angles = torch.cat([angles.new_zeros(text, 2 * pairs), angles])
+    return torch.stack([angles.cos(), angles.sin()], dim=-1)
+
+
+def time_embedding(t: Tensor, width: int) -> Tensor:
+    """Sines and cosines of t in 0..1, ``[B, width]``, float32."""
+    half = width // 2
+    steps = torch.arange(half, device=t.device, dtype=torch.float32) / half
+    angles = 1000.0 * t.float()[:, None] * torch.exp(-math.log(10000.0) * steps)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def pad_to(x: Tensor, multiple: int) -> Tensor:
+    """Pad right and below to a multiple by reflection; by repetition where that is too narrow."""
+    height, width = x.shape[-2:]
+    right, below = -width % multiple, -height % multiple
+    if not right and not below:
+        return x
+    mode = "reflect" if right < width and below < height else "replicate"
+    return F.pad(x, (0, right, 0, below), mode=mode)
+
+
+def patchify(x: Tensor, patch: int) -> tuple[Tensor, tuple[int, int]]:
+    """``[B, C, h*p, w*p]`` -> ``[B, h*w, C*p*p]`` and (h, w)."""
+    x = x.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # b c h p w q
+    grid = (x.shape[2], x.shape[4])
+    return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2), grid
+
+
+def unpatchify(x: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
+    """Inverse of `patchify`."""
+    x = x.unflatten(2, (-1, patch, patch)).unflatten(1, grid)  # b h w c p q
+    return x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
