@@ -1,0 +1,33 @@
+"""A real ComfyUI server for the tests: prepared by dev.py, one a session, always stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+import dev
+from hywu_core.headless.local import LocalServer
+
+
+@pytest.fixture(scope="session")
+def comfyui() -> dev.Host:
+    """The ComfyUI under test: COMFYUI_PATH's, the one around the checkout, or the package's."""
+    return dev.prepare_host()
+
+
+@pytest.fixture(scope="session")
+def server(comfyui: dev.Host, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
+    """A running server with this extension in it and folders of its own."""
+    with dev.server_of(comfyui, tmp_path_factory.mktemp("comfyui")) as running:
+        yield running
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A failed test shows the end of the server's log."""
+    outcome = yield
+    report = outcome.get_result()
+    running = getattr(item, "funcargs", {}).get("server")
+    if report.when == "call" and report.failed and running is not None:
+        report.sections.append(("ComfyUI log", running.log_tail()))

@@ -1,0 +1,153 @@
+"""`hywu comfy run` against a real server, with stock nodes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import threading
+import time
+
+import pytest
+from PIL import Image
+
+from hywu_core.cli import main
+from hywu_core.headless.client import Client, Interrupted, TimedOut, run_sync
+from hywu_core.headless.local import LocalServer, free_port, get_json
+
+INVERT = {
+    "1": {"class_type": "LoadImage", "inputs": {"image": "missing.png"}},
+    "2": {"class_type": "ImageInvert", "inputs": {"image": ["1", 0]}},
+    "3": {"class_type": "SaveImage", "inputs": {"images": ["2", 0], "filename_prefix": "inverted"}},
+}
+
+
+def slow_graph(steps: int = 300) -> dict:
+    """Many blurs of a large image: seconds of work, a node each, so that it can be interrupted."""
+    graph: dict = {
+        "0": {"class_type": "EmptyImage", "inputs": {
+            "width": 1024, "height": 1024, "batch_size": 1, "color": time.time_ns() % 2**24}}
+    }  # fmt: skip
+    for step in range(1, steps + 1):
+        graph[str(step)] = {"class_type": "ImageBlur", "inputs": {
+            "image": [str(step - 1), 0], "blur_radius": 15, "sigma": 5.0}}  # fmt: skip
+    graph["end"] = {"class_type": "PreviewImage", "inputs": {"images": [str(steps), 0]}}
+    return graph
+
+
+@pytest.fixture
+def workflow(tmp_path):
+    path = tmp_path / "invert.json"
+    path.write_text(json.dumps(INVERT))
+    return path
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / "photo.png"
+    Image.new("RGB", (16, 8), (10, 20, 30)).save(path)
+    return path
+
+
+def command(server, workflow, out, *more) -> int:
+    url = getattr(server, "url", server)
+    return main(
+        ["comfy", "run", str(workflow), "--server", url, "--out", str(out), *map(str, more)]
+    )
+
+
+def test_uploads_runs_and_downloads(server, workflow, photo, tmp_path):
+    assert command(server, workflow, tmp_path / "out", "--image", photo) == 0
+    (result,) = (tmp_path / "out").glob("*.png")
+    assert Image.open(result).getpixel((3, 3)) == (245, 235, 225)
+
+
+def test_set_changes_an_input(server, workflow, photo, tmp_path):
+    out = tmp_path / "out"
+    prefix = "SaveImage.filename_prefix=other"
+    assert command(server, workflow, out, "--image", photo, "--set", prefix) == 0
+    assert [path.name.startswith("other") for path in out.iterdir()] == [True]
+
+
+def test_validation_names_node_and_input(server, workflow, tmp_path, capsys):
+    assert command(server, workflow, tmp_path / "out") == 4
+    assert "node 1 (LoadImage), input image" in capsys.readouterr().err
+
+
+def test_a_partly_valid_workflow_is_refused(server, tmp_path, photo, capsys):
+    bad = {"4": {"class_type": "SaveImage", "inputs": {"filename_prefix": "x"}}}
+    path = tmp_path / "partly.json"
+    path.write_text(json.dumps({**INVERT, **bad}))
+    assert command(server, path, tmp_path / "out", "--image", photo) == 4
+    error = capsys.readouterr().err
+    assert "node 4 (SaveImage), input images" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failing_node_is_one_sentence(server, tmp_path, photo, capsys):
+    graph = {
+        **INVERT,
+        "5": {"class_type": "EmptyLatentImage", "inputs": {
+            "width": 64, "height": 64, "batch_size": 1}},
+        "6": {"class_type": "SaveLatent", "inputs": {
+            "samples": ["5", 0], "filename_prefix": "../../escape"}},
+    }  # fmt: skip
+    path = tmp_path / "fails.json"
+    path.write_text(json.dumps(graph))
+    assert command(server, path, tmp_path / "out", "--image", photo) == 5
+    assert "Node 6 (SaveLatent) failed" in capsys.readouterr().err
+
+
+def test_no_server_says_so(workflow, photo, tmp_path, capsys):
+    url = f"http://127.0.0.1:{free_port()}"
+    assert command(url, workflow, tmp_path / "out", "--image", photo) == 3
+    assert url in capsys.readouterr().err
+
+
+def test_timeout_interrupts_and_the_server_goes_on(server):
+    with pytest.raises(TimedOut, match="--timeout"):
+        run_sync(server.url, slow_graph(), timeout=1.0)
+    quick = {"1": {"class_type": "EmptyImage", "inputs": {
+        "width": 8, "height": 8, "batch_size": 1, "color": 1}},
+        "2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}}}  # fmt: skip
+    record, _ = run_sync(server.url, quick, timeout=60)
+    assert record["status"]["status_str"] == "success"
+
+
+def test_cancelling_interrupts_on_the_server(server):
+    async def cancel() -> None:
+        async with Client(server.url) as client:
+            task = asyncio.create_task(client.run(slow_graph()))
+            await asyncio.sleep(1.0)
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+    asyncio.run(cancel())
+    deadline = time.monotonic() + 30
+    while get_json(f"{server.url}/queue")["queue_running"] and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert get_json(f"{server.url}/queue") == {"queue_running": [], "queue_pending": []}
+
+
+def test_somebody_else_interrupts(server):
+    async def interrupted() -> None:
+        async with Client(server.url) as client, Client(server.url) as other:
+            task = asyncio.create_task(client.run(slow_graph()))
+            await asyncio.sleep(1.0)
+            await other._call("POST", "/interrupt", json={})
+            await task
+
+    with pytest.raises(Interrupted, match="interrupted at node"):
+        asyncio.run(interrupted())
+
+
+def test_server_that_dies_is_reported(comfyui, tmp_path, capsys):
+    path = tmp_path / "slow.json"
+    path.write_text(json.dumps(slow_graph()))
+    with LocalServer(comfyui.python, comfyui.tree, tmp_path / "base") as dying:
+        killer = threading.Timer(2.0, dying.process.kill)
+        killer.start()
+        assert command(dying, path, tmp_path / "out") == 3
+        killer.join()
+    assert dying.url in capsys.readouterr().err
