@@ -17,7 +17,10 @@ _CHUNK = 1_000_000
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its 95 % interval and the number of values; NaN where there is none."""
+    """A mean with its 95 % interval and the number of values.
+
+    NaN where there is none: a single value, or values of a single photograph, have no interval.
+    """
 
     mean: float
     low: float
@@ -27,7 +30,11 @@ class Estimate:
     def __str__(self) -> str:
         if not self.count:
             return "–"
-        return f"{self.mean:.2f} [{self.low:.2f}, {self.high:.2f}]"
+        return f"{self.mean:.2f}{self.interval('')}"
+
+    def interval(self, sign: str) -> str:
+        """ " [low, high]", or nothing when there is none; sign: "+" to show signs."""
+        return "" if math.isnan(self.low) else f" [{self.low:{sign}.2f}, {self.high:{sign}.2f}]"
 
 
 NOTHING = Estimate(math.nan, math.nan, math.nan, 0)
@@ -59,10 +66,14 @@ def bootstrap_mean_of_means(
     if not pairs:
         return NOTHING
     rng = np.random.default_rng(seed)
-    draws = np.mean([_resampled_means(*_cluster_sums(g, c), resamples, rng) for g, c in pairs], 0)
     mean = float(np.mean([np.mean(group) for group, _ in pairs]))
+    count = sum(len(group) for group, _ in pairs)
+    sums = [_cluster_sums(group, labels) for group, labels in pairs]
+    if all(len(sizes) < 2 for _, sizes in sums):
+        return Estimate(mean, math.nan, math.nan, count)
+    draws = np.mean([_resampled_means(*pair, resamples, rng) for pair in sums], 0)
     low, high = np.quantile(draws, [0.025, 0.975])
-    return Estimate(mean, float(low), float(high), sum(len(group) for group, _ in pairs))
+    return Estimate(mean, float(low), float(high), count)
 
 
 def _cluster_sums(

@@ -184,6 +184,4 @@ def comparison_table(methods: Sequence[MethodScores]) -> Table:
 
 
 def _signed(value: Estimate) -> str:
-    if not value.count:
-        return "–"
-    return f"{value.mean:+.2f} [{value.low:+.2f}, {value.high:+.2f}]"
+    return f"{value.mean:+.2f}{value.interval('+')}" if value.count else "–"

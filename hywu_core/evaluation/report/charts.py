@@ -22,7 +22,7 @@ def bar_chart(bars: Sequence[Bar], scale: tuple[float, float], title: str) -> st
     height = 46 + len(groups) * (len(methods) * _ROW + 12) + 18 * _legend_rows(methods)
     parts = [
         f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(title)}" '
-        'xmlns="http://www.w3.org/2000/svg" font-family="system-ui, sans-serif" font-size="12">',
+        'font-family="system-ui, sans-serif" font-size="12">',
         *_legend(methods),
     ]
     y = 18 * _legend_rows(methods) + 8
@@ -50,15 +50,19 @@ def _bar(bar: Bar, y: float, colour: str, scale: tuple[float, float]) -> list[st
     estimate = bar.estimate
     if not estimate.count or math.isnan(estimate.mean):
         return [f'<text x="{_LEFT + 4}" y="{y + 12}" fill="#666">no score</text>']
-    end, low, high = (_x(v, scale) for v in (estimate.mean, estimate.low, estimate.high))
-    middle = y + 7.5
-    return [
+    end = _x(estimate.mean, scale)
+    parts = [
         f'<rect x="{_LEFT}" y="{y + 1}" width="{max(end - _LEFT, 1):.1f}" height="13" fill="{colour}">'
-        f"<title>{escape(bar.method)}, {escape(bar.group)}: {estimate}, n={estimate.count}</title></rect>",
-        f'<path d="M{low:.1f} {middle}H{high:.1f}M{low:.1f} {y + 4}v7M{high:.1f} {y + 4}v7" '
-        'stroke="#111" fill="none"/>',
-        f'<text x="{max(end, high) + 6:.1f}" y="{y + 12}">{estimate.mean:.2f}</text>',
+        f"<title>{escape(bar.method)}, {escape(bar.group)}: {estimate}, n={estimate.count}</title></rect>"
     ]
+    if not math.isnan(estimate.low):
+        low, high = _x(estimate.low, scale), _x(estimate.high, scale)
+        parts.append(
+            f'<path d="M{low:.1f} {y + 7.5}H{high:.1f}M{low:.1f} {y + 4}v7M{high:.1f} {y + 4}v7" '
+            'stroke="#111" fill="none"/>'
+        )
+        end = max(end, high)
+    return [*parts, f'<text x="{end + 6:.1f}" y="{y + 12}">{estimate.mean:.2f}</text>']
 
 
 def _axis(scale: tuple[float, float], top: float, bottom: float) -> list[str]:
