@@ -286,7 +286,7 @@ def test(args: argparse.Namespace, rest: list[str]) -> int:
     suites = [rest.pop(0)] if rest and rest[0] in ("core", "host", "browser") else []
     if suites != ["core"]:
         prepare_host()
-    targets = [f"tests/{suite}" for suite in suites]
+    targets = [f"tests/{suite}" for suite in suites or ("core", "host", "browser")]
     python = ensure_venv()
     return subprocess.run([str(python), "-m", "pytest", *targets, *rest], cwd=ROOT).returncode
 

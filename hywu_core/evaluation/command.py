@@ -1,4 +1,4 @@
-"""Evaluate image editors: results, judges, scores, reports, human votes.
+"""Evaluate image editors: results, judges, scores, reports.
 
 The steps, each resumable, each reading what the one before left in OUT/METHOD:
 
@@ -16,9 +16,8 @@ from their authors; nothing is downloaded here, and `--data samples` is a two-it
 from __future__ import annotations
 
 import argparse
-import importlib
 
-from .commands import generate, judge, report, score, unpack, wu_eval
+from .commands import generate, judge, report, score, unpack
 
 #: step -> (module with configure(parser) and run(args) -> int, one line)
 STEPS = {
@@ -26,11 +25,8 @@ STEPS = {
     "judge": (judge, "ask a judge about results"),
     "score": (score, "parse the answers; write scores in the benchmark authors' files"),
     "report": (report, "compare methods: one HTML file and Markdown"),
-    "wu-eval": (wu_eval, "all of these for several strategies of the bundled editor"),
     "unpack": (unpack, "GEdit-Bench's parquet or arrow files into an exported folder"),
 }
-
-GSB = ".gsb.command"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -45,15 +41,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
         )
         module.configure(step)
         step.set_defaults(run_step=module.run)
-    gsb = importlib.import_module(GSB, __package__)
-    step = steps.add_parser(
-        "gsb",
-        help="human preference: a blind voting page, and its report",
-        description=gsb.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    gsb.configure(step)
-    step.set_defaults(run_step=gsb.run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -24,7 +24,7 @@ from .rope import StackTables
 
 #: Bytes of one chunk's widest intermediate: large enough for full matrix products on the device,
 #: small enough to stay in the caches of a CPU and far below the weights of a GPU.
-CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 512 << 20}
+CHUNK_BYTES = {"cpu": 12 << 20, "cuda": 512 << 20}
 
 #: The constant prefix is kept when it is no larger than this.
 PREFIX_CACHE_BYTES = 256 << 20

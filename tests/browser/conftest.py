@@ -41,9 +41,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
         yield running
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # Playwright holds the event loop of this thread while it runs
 def browser(chromium: str):
-    """One browser for the session."""
+    """One browser for the tests of a file."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:

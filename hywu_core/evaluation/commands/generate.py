@@ -7,7 +7,7 @@
 What is there is kept, so the same command resumes an interrupted run and retries what failed (it
 stands in OUT/METHOD/failures.jsonl). Exit code 3: finished, but some items have no result.
 
-  hywu eval generate --benchmark gedit --data GEdit-Bench --out results --method hywu --editor bundled
+  hywu eval generate --benchmark gedit --data GEdit-Bench --out results --method copy --editor copy
   hywu eval generate --benchmark imgedit --data ImgEdit --out results --method flux --editor comfy \\
       --workflow edit_api.json --comfy-image 12.image --comfy-instruction 6.text --comfy-seed 3.seed
   hywu eval generate --benchmark folder --data items --out results --method mine --editor command \\
@@ -46,20 +46,11 @@ def add_editor(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--editor",
         required=True,
-        choices=("bundled", "comfy", "command", "copy"),
-        help="bundled: this engine; comfy: a workflow on a ComfyUI server; command: any program; "
+        choices=("comfy", "command", "copy"),
+        help="comfy: a workflow on a ComfyUI server; command: any program; "
         "copy: the unchanged source, a lower anchor",
     )
     parser.add_argument("--workers", type=int, default=1, help="edits at once (%(default)s)")
-    bundled = parser.add_argument_group("bundled")
-    bundled.add_argument(
-        "--strategy",
-        default="hywu",
-        choices=("hywu", "shared", "single", "none"),
-        help="generated LoRA, Shared LoRA, Single LoRA of the item's task, or the editor alone",
-    )
-    bundled.add_argument("--steps", type=int, default=8, help="sampling steps (%(default)s)")
-    bundled.add_argument("--device", default="cpu", help="torch device (%(default)s)")
     comfy = parser.add_argument_group("comfy")
     comfy.add_argument("--server", default="http://127.0.0.1:8188", help="%(default)s")
     comfy.add_argument("--workflow", help="the workflow in API format (JSON)")
@@ -84,35 +75,30 @@ def make_editor(args: argparse.Namespace) -> Editor:
         if not args.command:
             raise HYWUError("--editor command needs --command.")
         return CommandEditor(args.command, args.workers, args.item_timeout)
-    if args.editor == "comfy":
-        from ..comfy_editor import ComfyEditor
+    from ..comfy_editor import ComfyEditor
 
-        needed = ("workflow", "comfy_image", "comfy_instruction")
-        if missing := [name for name in needed if not getattr(args, name)]:
-            names = ", ".join("--" + name.replace("_", "-") for name in missing)
-            raise HYWUError(f"--editor comfy needs {names}.")
-        return ComfyEditor(
-            args.server,
-            Path(args.workflow),
-            image=args.comfy_image,
-            instruction=args.comfy_instruction,
-            seed=args.comfy_seed,
-            output=args.comfy_output,
-            parallel=args.workers,
-            timeout=args.item_timeout,
-        )
-    from ..bundled_editor import BundledEditor
-
-    return BundledEditor(args.strategy, steps=args.steps, device=args.device)
+    needed = ("workflow", "comfy_image", "comfy_instruction")
+    if missing := [name for name in needed if not getattr(args, name)]:
+        names = ", ".join("--" + name.replace("_", "-") for name in missing)
+        raise HYWUError(f"--editor comfy needs {names}.")
+    return ComfyEditor(
+        args.server,
+        Path(args.workflow),
+        image=args.comfy_image,
+        instruction=args.comfy_instruction,
+        seed=args.comfy_seed,
+        output=args.comfy_output,
+        parallel=args.workers,
+        timeout=args.item_timeout,
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Generate what is missing; exit code 0, or 3 when items remain without a result."""
     data = shared.data_path(args.benchmark, args.data)
-    usual = args.strategy if args.editor == "bundled" else args.editor
     out = Path(args.out)
     try:
-        method = check_name(args.method or usual, "name")
+        method = check_name(args.method or args.editor, "name")
     except HYWUError as error:
         raise HYWUError(f"The method can't be used: {error}.") from error
     items = shared.load_items(args.benchmark, data, out)

@@ -1,0 +1,185 @@
+"""Time and memory of the generator against a straightforward eager implementation.
+
+    python bench/generator.py [--json FILE] [--repeats N] [--skip-load]
+
+CPU: d_model 512, head_dim 64, 10 blocks, 8 layers x 80 tokens, rank 16, accumulation 4, float32, a
+condition of 1,000 tokens. With a CUDA device also the official default size with random bfloat16
+weights. Then the peak host memory of loading 2 GB in four shards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from eager import EagerGenerator
+from measure import paired, peak_memory, summary, write_json
+
+from hywu_core import Condition, GeneratorConfig, LoRALayout, ParameterGenerator
+from hywu_core.console import say, table
+from hywu_core.generator.checkpoints import file_tensors, save_official
+from hywu_core.layout import Module, Stack
+
+
+def cpu_config() -> GeneratorConfig:
+    """8 layers x 80 tokens of 16 x 128: four modules whose A and B take ten tokens each."""
+    modules = tuple(Module(name, 1280, 1280) for name in ("qkv", "proj", "up", "down"))
+    layers = tuple(f"layers.{i}" for i in range(8))
+    layout = LoRALayout((Stack(layers, modules),), 16, 16.0)
+    return GeneratorConfig(layout, {"hidden_states": 512}, 128, 4, 512, 64, 10)
+
+
+def official_config() -> GeneratorConfig:
+    """The published default: 8.1 billion parameters, 176,512 positions."""
+    modules = (
+        Module("self_attn.qkv_proj", 4096, 6144),
+        Module("self_attn.o_proj", 4096, 4096),
+        Module("mlp.shared_mlp.gate_and_up_proj", 4096, 6144),
+        Module("mlp.shared_mlp.down_proj", 3072, 4096),
+        Module("mlp.experts.w1", 4096, 3072, 64),
+        Module("mlp.experts.w2", 3072, 4096, 64),
+        Module("mlp.experts.w3", 4096, 3072, 64),
+    )
+    layers = tuple(f"model.layers.{i}" for i in range(32))
+    layout = LoRALayout((Stack(layers, modules),), 16, 64.0)
+    return GeneratorConfig(layout, {"hidden_states": 4096}, 1024, 4, 4096, 128, 24, "bfloat16")
+
+
+def make(config: GeneratorConfig, device: str = "cpu", dtype=torch.float32) -> ParameterGenerator:
+    """A generator with random weights, made on the device."""
+    torch.manual_seed(0)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            generator = ParameterGenerator(config)
+    finally:
+        torch.set_default_dtype(default)
+    generator.reset_parameters()
+    torch.nn.init.normal_(generator.model.proj_out_B.weight, std=0.02)
+    return generator.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def cpu(repeats: int) -> dict:
+    config = cpu_config()
+    generator = make(config)
+    eager = EagerGenerator(config).eval()
+    eager.load_state_dict(dict(file_tensors(generator)))
+    tokens = torch.randn(1, 1000, 512)
+    condition = Condition.of(tokens)
+    expected, grid = eager(tokens), generator.generate_grids(condition)[0]
+    error = ((grid - expected).norm() / expected.norm()).item()
+    del expected, grid
+    functions = {
+        "plain eager": lambda: eager(tokens),
+        "ours": lambda: generator.generate_grids(condition),
+    }
+    result = summary(paired(functions, repeats), "plain eager")
+    memory = {name: peak_memory(function) for name, function in functions.items()}
+    say(f"CPU, {config.num_positions:,} positions, relative difference {error:.1e}")
+    table(
+        [
+            (
+                name,
+                f"{r['median_s']:.3f}",
+                f"{r['faster_than_reference']:.2f}x",
+                f"{memory[name] / 2**20:.1f}",
+                f"{memory[name] / memory['plain eager']:.2f}",
+            )
+            for name, r in result.items()
+        ],
+        ("forward", "median s", "speed", "peak activations MiB", "of eager"),
+    )
+    return {"relative_difference": error, "time": result, "peak_bytes": memory}
+
+
+@torch.no_grad()
+def cuda_official(condition_tokens: int = 4000) -> dict:
+    generator = make(official_config(), "cuda", torch.bfloat16)
+    tokens = torch.randn(1, condition_tokens, 4096, device="cuda", dtype=torch.bfloat16)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    start, stop = torch.cuda.Event(True), torch.cuda.Event(True)
+    start.record()
+    generator(tokens)
+    stop.record()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    seconds = start.elapsed_time(stop) / 1000
+    say(f"CUDA, official size: {seconds:.2f} s, {peak / 2**30:.2f} GiB over the weights")
+    return {"seconds": seconds, "peak_over_weights_bytes": peak}
+
+
+LOAD = """
+import sys
+from pathlib import Path
+import torch
+from hywu_core import load_generator
+def high_water():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+Path("/proc/self/clear_refs").write_text("5")
+before = high_water()
+generator = load_generator(sys.argv[1])
+weights = sum(p.numel() * p.element_size() for p in generator.parameters())
+print(high_water() - before, weights)
+"""
+
+
+def load_memory(gigabytes: float = 2.0) -> dict:
+    """Peak resident memory of loading a checkpoint in four shards, in a process of its own."""
+    if not Path("/proc/self/clear_refs").exists():
+        say(
+            "Loading: peak resident memory is read from /proc, which this system lacks; not measured."
+        )
+        return {}
+    config = cpu_config().with_(d_model=2048, num_blocks=1)
+    per_block = 18 * 2048**2 * 4
+    config = config.with_(num_blocks=max(1, round(gigabytes * 1e9 / per_block)), head_dim=128)
+    config = config.with_(token_dim=512)
+    with tempfile.TemporaryDirectory() as folder:
+        generator = make(config)
+        total = sum(p.numel() * p.element_size() for p in generator.parameters())
+        save_official(generator, folder, shard_bytes=total // 4 + (64 << 20))
+        del generator
+        shards = len(list(Path(folder).glob("*.safetensors")))
+        root = str(Path(__file__).parent.parent)
+        paths = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
+        out = subprocess.run(
+            [sys.executable, "-c", LOAD, folder],
+            env={**os.environ, "PYTHONPATH": paths},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    peak, weights = map(int, out.stdout.split())
+    say(
+        f"Loading {weights / 1e9:.2f} GB in {shards} shards: peak resident memory "
+        f"{peak / weights:.2f} x the weights"
+    )
+    return {"weights_bytes": weights, "shards": shards, "peak_bytes": peak}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--skip-load", action="store_true", help="leave out loading 2 GB")
+    args = parser.parse_args()
+    figures = {"cpu": cpu(args.repeats)}
+    if not args.skip_load:
+        figures["load"] = load_memory()
+    if torch.cuda.is_available():
+        figures["cuda_official"] = cuda_official()
+    write_json(args.json, figures)
+
+
+if __name__ == "__main__":
+    main()

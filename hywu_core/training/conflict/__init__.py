@@ -1,0 +1,1 @@
+"""Pieces of the experiment on contradictory tasks: controls, gradient cosines, statistics."""
