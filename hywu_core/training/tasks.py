@@ -1,0 +1,313 @@
+"""Edits made by arithmetic: what the editor is pretrained on, and the conflict pairs kept out of it.
+
+A task turns clean photographs into (source, target) pairs, batched in torch, and has phrasings. The
+two directions of a pair draw their sources from one function, so that only the instruction tells them
+apart; the degree of the source varies and is not told. The last two phrasings of a task are held out
+of every training and share no template with the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import HYWUError
+from .base import Batch
+
+#: clean ``[B, 3, H, W]`` in 0..1, random generator -> (source, target), the same shape and range
+Make = Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]]
+
+HELD_OUT = 2
+
+
+@dataclass(frozen=True)
+class Task:
+    """name; phrasings (the last `HELD_OUT` never trained on); make; opposite: the pair's other task."""
+
+    name: str
+    phrasings: tuple[str, ...]
+    make: Make
+    opposite: str = ""
+
+    @property
+    def seen(self) -> tuple[str, ...]:
+        return self.phrasings[:-HELD_OUT]
+
+    @property
+    def held_out(self) -> tuple[str, ...]:
+        return self.phrasings[-HELD_OUT:]
+
+
+# -- arithmetic ---------------------------------------------------------------------------------
+
+
+def uniform(x: Tensor, low: float, high: float, generator: torch.Generator) -> Tensor:
+    """One draw an item, ``[B, 1, 1, 1]``."""
+    return low + (high - low) * torch.rand(x.shape[0], 1, 1, 1, generator=generator)
+
+
+def luminance(x: Tensor) -> Tensor:
+    """Rec. 601 luma ``[B, 1, H, W]``."""
+    return (x * x.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+
+
+def blur(x: Tensor, sigma: Tensor) -> Tensor:
+    """Gaussian blur, one sigma in pixels an item ``[B, 1, 1, 1]``; edges by replication."""
+    radius = 6
+    at = torch.arange(-radius, radius + 1, dtype=torch.float32)
+    kernel = torch.exp(-0.5 * (at / sigma.flatten()[:, None].clamp_min(0.05)) ** 2)
+    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(x.shape[1], 0)
+    rows = F.pad(x, (radius,) * 4, mode="replicate").flatten(0, 1)[None]
+    rows = F.conv2d(rows, kernel[:, None, :, None], groups=kernel.shape[0])
+    rows = F.conv2d(rows, kernel[:, None, None, :], groups=kernel.shape[0])
+    return rows[0].unflatten(0, x.shape[:2])
+
+
+def _noise(x: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(x.shape, generator=generator)
+
+
+def _tint(x: Tensor, red: float, green: float, blue: float) -> Tensor:
+    return (x * x.new_tensor([red, green, blue]).view(1, 3, 1, 1)).clamp(0, 1)
+
+
+def _age(x: Tensor, degree: Tensor, generator: torch.Generator) -> Tensor:
+    """Sepia, fading, grain and vertical scratches; degree 0..1 an item."""
+    sepia = luminance(x) * x.new_tensor([1.07, 0.88, 0.66]).view(1, 3, 1, 1)
+    aged = torch.lerp(x, sepia, degree)
+    aged = torch.lerp(aged, torch.full_like(x, 0.62), 0.4 * degree)
+    aged = aged + 0.06 * degree * torch.randn(x[:, :1].shape, generator=generator)
+    columns = torch.rand(x.shape[0], 1, 1, x.shape[3], generator=generator) < 0.05 * degree
+    return torch.where(columns, aged + 0.25 * degree, aged).clamp(0, 1)
+
+
+def _mosaic(x: Tensor, degree: Tensor, cell: int = 8) -> Tensor:
+    height, width = x.shape[2:]
+    small = F.adaptive_avg_pool2d(x, (max(1, height // cell), max(1, width // cell)))
+    return torch.lerp(x, F.interpolate(small, (height, width), mode="nearest"), degree)
+
+
+# -- conflict pairs: one distribution of sources for both directions ------------------------------
+
+
+def _blurred(x: Tensor, g: torch.Generator) -> Tensor:
+    return blur(x, uniform(x, 0.5, 1.5, g))
+
+
+def _aged(x: Tensor, g: torch.Generator) -> Tensor:
+    return _age(x, uniform(x, 0.2, 0.6, g), g)
+
+
+def _exposed(x: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    exposure = uniform(x, 0.6, 0.85, g)
+    return x * exposure, exposure
+
+
+def _pixelated(x: Tensor, g: torch.Generator) -> Tensor:
+    return _mosaic(x, uniform(x, 0.25, 0.6, g), 4)
+
+
+def _make_blur(x: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    source = _blurred(x, g)
+    return source, blur(source, torch.full((x.shape[0], 1, 1, 1), 2.0))
+
+
+def _make_deblur(x: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    return _blurred(x, g), x
+
+
+def _make_age(x: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    source = _aged(x, g)
+    # without fresh grain or scratches, which no model could foretell
+    sepia = luminance(source) * x.new_tensor([1.07, 0.88, 0.66]).view(1, 3, 1, 1)
+    return source, torch.lerp(sepia, torch.full_like(x, 0.62), 0.35).clamp(0, 1)
+
+
+def _make_restore(x: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    return _aged(x, g), x
+
+
+def _make_darken(x: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    # to an absolute exposure: how much to darken must be read off the picture
+    return _exposed(x, g)[0], 0.45 * x
+
+
+def _make_brighten(x: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    return _exposed(x, g)[0], x
+
+
+def _make_pixelate(x: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    source = _pixelated(x, g)
+    return source, _mosaic(source, torch.ones(x.shape[0], 1, 1, 1), 4)
+
+
+def _make_depixelate(x: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    return _pixelated(x, g), x
+
+
+# -- pretraining ----------------------------------------------------------------------------------
+
+
+def _fixed(change: Callable[[Tensor], Tensor]) -> Make:
+    """An edit of the clean photograph without anything random."""
+    return lambda x, g: (x, change(x).clamp(0, 1))
+
+
+def _make_denoise(x: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    return (x + uniform(x, 0.03, 0.15, g) * _noise(x, g)).clamp(0, 1), x
+
+
+def _sharpen(x: Tensor) -> Tensor:
+    return x + 0.8 * (x - blur(x, torch.ones(x.shape[0], 1, 1, 1)))
+
+
+def _edges(x: Tensor) -> Tensor:
+    y = F.pad(luminance(x), (1, 1, 1, 1), mode="replicate")
+    dx, dy = y[..., 1:-1, 2:] - y[..., 1:-1, :-2], y[..., 2:, 1:-1] - y[..., :-2, 1:-1]
+    return (1 - 2 * (dx.square() + dy.square() + 1e-8).sqrt()).expand_as(x)
+
+
+def _warm(x: Tensor) -> Tensor:
+    return _tint(x, 1.18, 1.02, 0.8)
+
+
+def _cool(x: Tensor) -> Tensor:
+    return _tint(x, 0.8, 0.98, 1.2)
+
+
+def _saturation(factor: float) -> Callable[[Tensor], Tensor]:
+    return lambda x: torch.lerp(luminance(x), x, factor)
+
+
+def _contrast(factor: float) -> Callable[[Tensor], Tensor]:
+    return lambda x: (x - 0.5) * factor + 0.5
+
+
+def _task(name: str, make: Make, opposite: str, *phrasings: str) -> Task:
+    return Task(name, phrasings, make, opposite)
+
+
+CONFLICT: dict[str, Task] = {
+    task.name: task
+    for task in (
+        _task("blur", _make_blur, "deblur",
+              "blur the image", "make the picture blurry", "apply a gaussian blur", "soften the focus",
+              "put this photo out of focus", "add blur to this", "i want it smoother and blurrier",
+              "defocus the shot", "smear all fine detail away"),
+        _task("deblur", _make_deblur, "blur",
+              "deblur the image", "make the picture crisp", "remove the blur", "bring it into focus",
+              "take the blur out of this photo", "undo the gaussian blur",
+              "i want it sharp and clear", "recover the lost detail", "give me a focused version"),
+        _task("age", _make_age, "restore",
+              "age the photo", "make the picture look old", "give it a vintage sepia look",
+              "turn this into an old photograph", "fade it like an antique print",
+              "add decades to this image", "weather the photograph", "let it look worn by time",
+              "as if from grandmother's album"),
+        _task("restore", _make_restore, "age",
+              "restore the photo", "repair this old picture", "remove the sepia and the scratches",
+              "make the old photograph look new", "undo the fading", "clean up this damaged print",
+              "bring back the original colours", "renew this worn image", "mend what time has done"),
+        _task("darken", _make_darken, "brighten",
+              "darken the image", "make the picture darker", "lower the exposure", "turn the light down",
+              "reduce the brightness", "i want this photo dim", "underexpose the shot",
+              "let dusk fall on it", "less luminous please"),
+        _task("brighten", _make_brighten, "darken",
+              "brighten the image", "make the picture brighter", "raise the exposure",
+              "turn the light up", "increase the brightness", "i want this photo bright",
+              "lift the shadows of this shot", "let daylight into it", "more luminous please"),
+        _task("pixelate", _make_pixelate, "depixelate",
+              "pixelate the image", "turn the picture into a mosaic", "make it blocky",
+              "render this as big pixels", "add pixelation", "reduce it to square blocks",
+              "i want a mosaic effect", "censor it with tiles", "retro eight bit look"),
+        _task("depixelate", _make_depixelate, "pixelate",
+              "depixelate the image", "remove the mosaic", "smooth away the blocks",
+              "undo the pixelation", "make the blocky picture natural", "clear the square blocks",
+              "i want the mosaic gone", "rebuild what the tiles hide", "no more visible squares"),
+    )
+}  # fmt: skip
+
+PRETRAINING: dict[str, Task] = {
+    task.name: task
+    for task in (
+        _task("identity", _fixed(lambda x: x), "",
+              "keep the image", "do nothing", "leave the picture as it is", "no change",
+              "return the same photo", "copy this image", "hands off", "preserve everything"),
+        _task("grayscale", _fixed(lambda x: luminance(x).expand_as(x)), "",
+              "make it black and white", "convert to grayscale", "remove the colour",
+              "a monochrome version", "turn the picture gray", "desaturate completely",
+              "only shades of gray", "colourless please"),
+        _task("warm", _fixed(_warm), "",
+              "make it warmer", "add a warm tint", "warm up the colours", "shift towards orange",
+              "warmer white balance", "a warm look", "golden hour tones", "cosy orange mood"),
+        _task("cool", _fixed(_cool), "",
+              "make it cooler", "add a cool tint", "cool down the colours", "shift towards blue",
+              "cooler white balance", "a cold look", "icy tones", "wintry blue mood"),
+        _task("invert", _fixed(lambda x: 1 - x), "",
+              "invert the colours", "make a negative", "photographic negative", "invert this image",
+              "swap light and dark", "negate the picture", "like a film negative", "reverse all values"),
+        _task("denoise", _make_denoise, "",
+              "remove the noise", "denoise the image", "clean the grain", "reduce the noise",
+              "a noise-free version", "get rid of the speckles", "grainless please", "quiet the static"),
+        _task("saturate", _fixed(_saturation(1.7)), "",
+              "more saturation", "make the colours vivid", "boost the colours", "saturate the image",
+              "stronger colours", "a more colourful picture", "punchy hues", "let it pop"),
+        _task("desaturate", _fixed(_saturation(0.5)), "",
+              "less saturation", "mute the colours", "make the colours paler", "soften the colours",
+              "weaker colours", "a less colourful picture", "subdued hues", "washed palette"),
+        _task("more_contrast", _fixed(_contrast(1.5)), "",
+              "more contrast", "increase the contrast", "stronger contrast", "make it contrasty",
+              "boost the contrast", "a high contrast look", "deeper blacks, whiter whites", "bold tones"),
+        _task("less_contrast", _fixed(_contrast(0.6)), "",
+              "less contrast", "reduce the contrast", "weaker contrast", "flatten the tones",
+              "lower the contrast", "a low contrast look", "gentle matte finish", "even it out"),
+        _task("sharpen", _fixed(_sharpen), "",
+              "sharpen the image", "apply an unsharp mask", "sharpen the edges", "add sharpening",
+              "increase the sharpness", "make it a bit sharper", "edgier outlines", "accentuate texture"),
+        _task("posterize", _fixed(lambda x: (x * 3).round() / 3), "",
+              "posterize the image", "use four levels a channel", "make it a poster",
+              "reduce the number of colours", "posterize this", "flat colour bands",
+              "screen print style", "limited palette"),
+        _task("sketch", _fixed(_edges), "",
+              "draw the edges", "turn it into a sketch", "a pencil drawing", "outline the picture",
+              "edges only", "make a line drawing", "graphite on paper", "trace contours"),
+        _task("swap", _fixed(lambda x: x.flip(1)), "",
+              "swap red and blue", "exchange the red and blue channels", "bgr instead of rgb",
+              "reverse the channel order", "red becomes blue", "swap the colour channels",
+              "blue skies turn orange", "permute rgb"),
+    )
+}  # fmt: skip
+
+TASKS: dict[str, Task] = {**PRETRAINING, **CONFLICT}
+
+
+def get_task(name: str) -> Task:
+    """Raises HYWUError that lists the tasks."""
+    if name not in TASKS:
+        raise HYWUError(f"There is no task '{name}'; there are: {', '.join(TASKS)}.")
+    return TASKS[name]
+
+
+def make_batch(
+    clean: Tensor, tasks: Sequence[str], generator: torch.Generator, held_out: bool = False
+) -> Batch:
+    """Examples from clean images ``[B, 3, H, W]`` in 0..1, item i by ``tasks[i]``.
+
+    held_out: phrasings from those kept out of training, instead of the seen ones.
+    """
+    if len(tasks) != clean.shape[0]:
+        raise HYWUError(f"{len(tasks)} tasks for {clean.shape[0]} images; give one for each.")
+    source, target = torch.empty_like(clean), torch.empty_like(clean)
+    instructions = [""] * len(tasks)
+    for name in dict.fromkeys(tasks):
+        task = get_task(name)
+        items = [i for i, other in enumerate(tasks) if other == name]
+        source[items], target[items] = task.make(clean[items], generator)
+        choices = task.held_out if held_out else task.seen
+        picks = torch.randint(len(choices), (len(items),), generator=generator).tolist()
+        for item, pick in zip(items, picks, strict=True):
+            instructions[item] = choices[pick]
+    return Batch(source, target, tuple(instructions), tuple(tasks))
