@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from .apply import HYWUApplyLoRA
-from .encode import HYWUConditionEncode
-from .files import HYWULoadCondition, HYWULoadLoRA, HYWUSaveCondition, HYWUSaveLoRA
+from .files import HYWULoadCondition, HYWUSaveCondition
 from .generate import HYWUGenerateLoRA
 from .inspect import HYWUInspectLoRA
-from .loaders import HYWULoadBundledEditor, HYWULoadGenerator
+from .loaders import HYWULoadGenerator
 from .values import HYWUBlendLoRA, HYWUSelectLoRA
 
 NODES = {
     HYWULoadGenerator: "HY-WU Load Generator",
-    HYWULoadBundledEditor: "HY-WU Load Bundled Editor",
-    HYWUConditionEncode: "HY-WU Condition Encode",
     HYWUGenerateLoRA: "HY-WU Generate LoRA",
     HYWUApplyLoRA: "Apply Generated LoRA",
-    HYWUSaveLoRA: "Save Generated LoRA",
-    HYWULoadLoRA: "Load Generated LoRA",
     HYWUSelectLoRA: "HY-WU Select LoRA",
     HYWUSaveCondition: "Save Condition",
     HYWULoadCondition: "Load Condition",

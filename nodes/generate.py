@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .host import generators
-from .reports import lora_output, lora_summary
+from .reports import lora_summary, text_output
 from .sockets import CATEGORY, CONDITION, GENERATOR, LORA, STOCK_LORA
 from .stock import stock_lora
 
@@ -34,8 +34,7 @@ class HYWUGenerateLoRA:
                 "condition": (
                     CONDITION,
                     {
-                        "tooltip": "From HY-WU Condition Encode with the same generator, or a saved "
-                        "condition from Load Condition."
+                        "tooltip": "From Load Condition: made by the encoder that the checkpoint names."
                     },
                 ),
             }
@@ -44,4 +43,4 @@ class HYWUGenerateLoRA:
     def generate(self, generator, condition):
         lora, seconds, cached = generators.generate(generator, condition)
         summary = lora_summary(lora, seconds=seconds, cached=cached)
-        return lora_output(lora, summary, (lora, stock_lora(lora), summary.text))
+        return text_output(summary, (lora, stock_lora(lora), summary))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from .host.runtime import engine_errors
 from .pictures import norm_map
-from .reports import lora_output, lora_summary, norm_table
+from .reports import norm_table, text_output
 from .sockets import CATEGORY, LORA, LORA_TIP
 
 
@@ -28,9 +27,7 @@ class HYWUInspectLoRA:
     def INPUT_TYPES(cls):
         return {"required": {"lora": (LORA, {"tooltip": LORA_TIP})}}
 
-    @engine_errors
     def inspect(self, lora):
         norms = lora.norms()
-        return lora_output(
-            lora, lora_summary(lora), (norm_map(lora, norms), norm_table(lora, norms)), norms=norms
-        )
+        table = norm_table(norms)
+        return text_output(table, (norm_map(lora, norms), table))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from .host.runtime import engine_errors
 from .sockets import CATEGORY, LORA, LORA_TIP, STOCK_LORA
 from .stock import stock_lora
 
@@ -39,7 +38,6 @@ class HYWUSelectLoRA:
             }
         }
 
-    @engine_errors
     def select(self, lora, index):
         one = lora.select(index)
         return (one, stock_lora(one))
@@ -79,6 +77,5 @@ class HYWUBlendLoRA:
             }
         }
 
-    @engine_errors
     def blend(self, lora_a, lora_b, weight):
         return (lora_a.blend(lora_b, weight),)

@@ -1,0 +1,205 @@
+"""Applying a generated LoRA to a MODEL: merged as patches, or unmerged around each model call.
+
+Unmerged, hooks exist only while the model runs: a wrapper of ``apply_model`` registers them on the
+modules of the model that executes and removes them, so no clone, sibling branch or later prompt
+ever sees them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from comfy.patcher_extension import CallbacksMP, WrappersMP
+from comfy.weight_adapter import LoRAAdapter
+from torch import Tensor, nn
+
+from ...hywu_core.discovery import is_pointwise_conv, submodule, target_shape
+from ...hywu_core.errors import HYWUError
+from ...hywu_core.injection import conv_delta, linear_delta
+from ...hywu_core.lora import GeneratedLoRA
+
+ROOT = "diffusion_model."
+
+
+@dataclass(frozen=True)
+class Match:
+    """Targets of the LoRA that the model has (path in the LoRA -> path in the model), and others."""
+
+    found: dict[str, str]
+    skipped: tuple[str, ...]
+
+
+def match(model: nn.Module, lora: GeneratedLoRA) -> Match:
+    """Find every target and check its shape; one HYWUError for all that disagree."""
+    found, skipped, wrong = {}, [], []
+    for path in lora:
+        module = lora.target(path).module
+        shape = target_shape(model, ROOT + path, module.num_experts)
+        wanted = (module.num_experts, module.out_features, module.in_features)
+        if shape is None:
+            skipped.append(path)
+        elif shape != wanted:
+            wrong.append(
+                f"{path} is {shape[1]} x {shape[2]}, the LoRA says {wanted[1]} x {wanted[2]}"
+            )
+        else:
+            found[path] = ROOT + path
+    name = type(getattr(model, "diffusion_model", model)).__name__
+    base = lora.provenance.get("base") or "another base model"
+    if wrong or not found:
+        what = (
+            "; ".join(wrong[:3]) or f"none of its {len(lora)} modules, such as {skipped[0]}, exist"
+        )
+        raise HYWUError(
+            f"This LoRA was made for {base} and does not fit {name}: {what}. Connect the base model "
+            "that the generator was trained for."
+        )
+    experts = [path for path in found if lora.target(path).module.num_experts]
+    if experts:
+        raise HYWUError(
+            f"{experts[0]}: LoRAs on grouped experts can't be applied to a MODEL; use "
+            "hywu_core.inject on the base model itself."
+        )
+    return Match(found, tuple(skipped))
+
+
+def apply(
+    model: Any, lora: GeneratedLoRA, strength: float, mode: str, negative: bool
+) -> tuple[Any, str]:
+    """(patched clone, report as JSON). Nothing is touched before everything is checked."""
+    if not math.isfinite(strength):
+        raise HYWUError(f"The strength is {strength}; it must be a finite number.")
+    matched = match(model.model, lora)
+    if mode == "auto":
+        mode = "merge" if _compiled(model) and lora.batch_size == 1 and negative else "unmerged"
+    if mode == "merge" and lora.batch_size != 1:
+        raise HYWUError(
+            f"{lora.batch_size} LoRAs can't be merged into one model; use mode 'unmerged', which gives "
+            "each image its own, or pick one with HY-WU Select LoRA."
+        )
+    if mode == "merge" and not negative:
+        raise HYWUError(
+            "Merged weights serve both branches; use mode 'unmerged' for positive only."
+        )
+    patched = model.clone()
+    if strength != 0:
+        (_merge if mode == "merge" else _unmerged)(patched, lora, strength, matched, negative)
+    report = {
+        "mode": mode,
+        "strength": strength,
+        "loras": lora.batch_size,
+        "matched": len(matched.found),
+        "skipped": len(matched.skipped),
+        "skipped_modules": list(matched.skipped[:20]),
+    }
+    return patched, json.dumps(report)
+
+
+def _compiled(model: Any) -> bool:
+    wrappers = model.model_options["transformer_options"].get("wrappers", {})
+    everything = [wrappers, model.wrappers]
+    return any("torch.compile" in by_key for w in everything for by_key in w.values())
+
+
+def _merge(patched: Any, lora: GeneratedLoRA, strength: float, matched: Match, _: bool) -> None:
+    patches = {}
+    for path, target in matched.found.items():
+        a, b = (factor[0] for factor in lora[path])
+        weights = (b, a, lora.layout.alpha, None, None, None)
+        patches[f"{target}.weight"] = LoRAAdapter(set(), weights)
+    missed = set(patches) - set(patched.add_patches(patches, strength))
+    if missed:
+        raise HYWUError(f"ComfyUI can't patch {sorted(missed)[0]}; use mode 'unmerged'.")
+
+
+def _unmerged(
+    patched: Any, lora: GeneratedLoRA, strength: float, matched: Match, negative: bool
+) -> None:
+    unmerged = Unmerged(lora, strength, matched.found, negative)
+    key = f"hywu_{uuid.uuid4().hex[:8]}"
+    patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, key, unmerged)
+    patched.add_callback_with_key(CallbacksMP.ON_CLEANUP, key, unmerged.release)
+
+
+class Unmerged:
+    """The wrapper of ``apply_model``: hooks for the length of a call, one LoRA per batch item."""
+
+    def __init__(
+        self, lora: GeneratedLoRA, strength: float, paths: dict[str, str], negative: bool
+    ) -> None:
+        self.lora, self.paths, self.negative = lora, paths, negative
+        self.scale = lora.scale * strength
+        self._placed: dict[tuple[torch.device, torch.dtype], GeneratedLoRA] = {}
+
+    def release(self, *_: Any) -> None:
+        """After sampling: the LoRA is in host memory only."""
+        self._placed.clear()
+
+    def on(self, x: Tensor) -> GeneratedLoRA:
+        key = (x.device, x.dtype)
+        if key not in self._placed:
+            self._placed[key] = self.lora.to(x.device, x.dtype)
+        return self._placed[key]
+
+    def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        options = args[5] if len(args) > 5 else kwargs.get("transformer_options", {})
+        rows = args[0].shape[0]
+        branches = options.get("cond_or_uncond") or [0]
+        items = rows // len(branches)
+        if self.lora.batch_size not in (1, items):
+            raise HYWUError(
+                f"The batch has {items} images, but there are {self.lora.batch_size} LoRAs; make the "
+                "latent batch as long, or pick one with HY-WU Select LoRA."
+            )
+        active = [self.negative or branch == 0 for branch in branches]
+        handles = []
+        try:
+            for path, target in self.paths.items():
+                module = submodule(executor.class_obj, target)
+                hook = _Hook(self, path, is_pointwise_conv(module), active, rows)
+                handles.append(module.register_forward_hook(hook))
+            return executor(*args, **kwargs)
+        finally:
+            for handle in reversed(handles):
+                handle.remove()
+
+
+class _Hook:
+    """Adds one target's branch to the rows of the active guidance branches."""
+
+    def __init__(
+        self, owner: Unmerged, path: str, conv: bool, active: list[bool], rows: int
+    ) -> None:
+        self.owner, self.path, self.conv = owner, path, conv
+        self.active, self.rows = active, rows
+
+    def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        x = args[0]
+        shared = self.owner.lora.batch_size == 1
+        if shared and all(self.active):
+            return output + self._delta(x)
+        if x.shape[0] % self.rows:
+            raise HYWUError(
+                f"{self.path} sees {x.shape[0]} rows for a batch of {self.rows}, so they can't be told "
+                "apart by image; use one LoRA on both branches."
+            )
+        size = x.shape[0] // len(self.active)
+        output = output.clone()
+        for i, active in enumerate(self.active):
+            if active:
+                at = slice(i * size, (i + 1) * size)
+                output[at] += self._delta(x[at])
+        return output
+
+    def _delta(self, x: Tensor) -> Tensor:
+        a, b = self.owner.on(x)[self.path]
+        repeats = x.shape[0] // a.shape[0] if a.shape[0] > 1 else 1
+        if repeats > 1:
+            # rows of one image stand together
+            a, b = a.repeat_interleave(repeats, 0), b.repeat_interleave(repeats, 0)
+        return (conv_delta if self.conv else linear_delta)(x, a, b, self.owner.scale)
