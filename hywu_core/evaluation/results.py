@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import Image, ImageOps
 
@@ -58,7 +58,7 @@ class Results:
         return [item for item in items.items if not self.picture(item).is_file()]
 
 
-def load_image(path: Path) -> Image.Image:
+def load_image(path: Path | BinaryIO) -> Image.Image:
     """The picture as RGB, upright; transparency on white. Raises HYWUError naming the file."""
     try:
         with Image.open(path) as file:

@@ -1,0 +1,106 @@
+"""A ComfyUI workflow as an editor for benchmarks, over the server's API."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import hashlib
+import io
+import json
+import tempfile
+import uuid
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..errors import HYWUError
+from ..headless.client import Client, ServerError, outputs
+from ..headless.graph import find_node, read_graph
+from .editors import EditFailed
+from .items import Item
+from .results import load_image, save_png
+
+
+class ComfyEditor:
+    """Runs an API-format workflow for each item.
+
+    image, instruction, seed: ``NODE.input`` that takes the uploaded picture's name, the text and
+    the seed (NODE by id, title or class; seed may be None); output: the node whose picture counts,
+    None where only one gives any; timeout: seconds an item. Raises HYWUError when the workflow
+    lacks one of them.
+    """
+
+    def __init__(
+        self,
+        server: str,
+        workflow: Path,
+        image: str,
+        instruction: str,
+        seed: str | None = None,
+        output: str | None = None,
+        parallel: int = 1,
+        timeout: float = 600.0,
+    ) -> None:
+        self.server, self.parallel, self.timeout = server, parallel, timeout
+        self._graph = read_graph(workflow)
+        named = {"image": image, "instruction": instruction, "seed": seed}
+        self._inputs = {role: self._locate(name) for role, name in named.items() if name}
+        self._output = None if output is None else find_node(self._graph, output)
+
+    def _locate(self, name: str) -> tuple[str, str]:
+        node, dot, key = name.rpartition(".")
+        if not dot:
+            raise HYWUError(f"{name}: must be NODE.input, for instance 12.image.")
+        node = find_node(self._graph, node)
+        if key not in (inputs := self._graph[node]["inputs"]):
+            raise HYWUError(f"Node {node} has no input {key}; it has: {', '.join(inputs)}.")
+        return node, key
+
+    def describe(self) -> dict[str, Any]:
+        """The workflow's hash and what is put where; the server's address changes nothing."""
+        text = json.dumps(self._graph, sort_keys=True)
+        return {
+            "kind": "comfy",
+            "workflow": hashlib.sha256(text.encode()).hexdigest()[:16],
+            "inputs": {role: ".".join(place) for role, place in self._inputs.items()},
+            "output": self._output,
+        }
+
+    def edit(self, source: Image.Image, item: Item, seed: int) -> Image.Image:
+        """Upload, run, fetch. Raises EditFailed with the server's reason."""
+        try:
+            return asyncio.run(self._edit(source, item, seed))
+        except ServerError as error:
+            raise EditFailed(str(error)) from error
+
+    async def _edit(self, source: Image.Image, item: Item, seed: int) -> Image.Image:
+        with tempfile.TemporaryDirectory(prefix="hywu_edit_") as folder:
+            # A name of its own, since edits run at once and the server keeps one input folder
+            path = Path(folder) / f"hywu_eval_{uuid.uuid4().hex}.png"
+            save_png(source, path)
+            async with Client(self.server, timeout=self.timeout) as client:
+                values = {"image": await client.upload(path), "instruction": item.instruction}
+                record = await client.run(self._filled({**values, "seed": seed}))
+                data = await client.fetch(self._picture(record))
+        return load_image(io.BytesIO(data))
+
+    def _filled(self, values: dict[str, Any]) -> dict[str, Any]:
+        graph = copy.deepcopy(self._graph)
+        for role, (node, key) in self._inputs.items():
+            graph[node]["inputs"][key] = values[role]
+        return graph
+
+    def _picture(self, record: dict[str, Any]) -> dict[str, str]:
+        found = [
+            (node, value)
+            for node, name, value in outputs(record)
+            if name == "images" and self._output in (None, node)
+        ]
+        saved = [pair for pair in found if pair[1].get("type") == "output"] or found
+        if not saved:
+            raise EditFailed("the workflow gave no picture")
+        if len({node for node, _ in saved}) > 1:
+            nodes = ", ".join(sorted({node for node, _ in saved}))
+            raise EditFailed(f"the nodes {nodes} all give pictures; choose with --comfy-output")
+        return saved[0][1]

@@ -1,0 +1,3 @@
+"""GSB, human preference: blind pairs, votes good / same / bad, win rates with intervals."""
+
+from __future__ import annotations
