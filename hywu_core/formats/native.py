@@ -1,0 +1,68 @@
+"""Our own format: the generator's buffers as they are, with layout and provenance in the header."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import HYWUError
+from ..files import save_tensors
+from ..layout import LoRALayout
+from ..lora import GeneratedLoRA
+
+FORMAT = "hywu-lora-1"
+
+
+def header_of(lora: GeneratedLoRA, format: str) -> dict[str, Any]:
+    """JSON-safe facts that every format of ours carries."""
+    return {
+        "format": format,
+        "batch_size": lora.batch_size,
+        "rank": lora.rank,
+        "alpha": lora.layout.alpha,
+        "layout": lora.layout.to_json(),
+        "layout_digest": lora.layout.digest,
+        "provenance": dict(lora.provenance),
+    }
+
+
+def layout_of(header: Mapping[str, Any]) -> LoRALayout:
+    """The header's layout. Raises HYWUError when it is damaged or was reordered."""
+    try:
+        layout, recorded = LoRALayout.from_json(header["layout"]), header["layout_digest"]
+    except KeyError as error:
+        raise HYWUError(f"the LoRA's header lacks {error}; save it again.") from error
+    if layout.digest != recorded:
+        raise HYWUError(
+            f"the layout's modules are in another order than when the file was written (hash "
+            f"{layout.digest}, recorded {recorded}); use the original file."
+        )
+    return layout
+
+
+def save(lora: GeneratedLoRA, path: Path, overwrite: bool) -> Path:
+    if lora.grids:
+        tensors = {f"grid.{s}": grid for s, grid in enumerate(lora.grids)}
+    else:
+        tensors = {f"factor.{s}.{m}.{side}": v for (s, m, side), v in lora.factors.items()}
+    return save_tensors(path, tensors, header_of(lora, FORMAT), overwrite)
+
+
+def load(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> GeneratedLoRA:
+    layout, provenance = layout_of(header), header.get("provenance", {})
+    try:
+        if "grid.0" in tensors:
+            grids = [tensors[f"grid.{s}"] for s in range(len(layout.stacks))]
+            return GeneratedLoRA.from_grids(layout, grids, provenance)
+        factors = {
+            (s, m, side): tensors[f"factor.{s}.{m}.{side}"]
+            for s, stack in enumerate(layout.stacks)
+            for m in range(len(stack.modules))
+            for side in "AB"
+        }
+    except KeyError as error:
+        raise HYWUError(f"the LoRA file lacks the tensor {error}; save it again.") from error
+    return GeneratedLoRA(layout, factors, provenance)
