@@ -66,7 +66,9 @@ def page(browser, server: LocalServer, errors: list[str]):
     opened.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
     opened.on("pageerror", lambda error: errors.append(str(error)))
     opened.goto(server.url)
-    opened.wait_for_function("window.app?.graph && window.LiteGraph", timeout=90_000)
+    opened.wait_for_function(
+        "window.app?.extensionManager?.workflow?.activeWorkflow", timeout=90_000
+    )
     yield opened
     context.close()
 
