@@ -112,7 +112,9 @@ class Store:
     def voted(self, voter: str) -> list[str]:
         """The pairs that this voter has voted on, oldest vote first."""
         with self._lock:
-            rows = self._db.execute("SELECT pair FROM votes WHERE voter=? ORDER BY serial", (voter,))
+            rows = self._db.execute(
+                "SELECT pair FROM votes WHERE voter=? ORDER BY serial", (voter,)
+            )
             return [row[0] for row in rows]
 
     def add_vote(self, voter: str, pair: str, verdict: str, a_on_left: bool) -> None:
@@ -135,7 +137,8 @@ class Store:
         """Take back the voter's last vote, which must be the one on `pair`; it stays in `undone`."""
         with self._transaction() as db:
             last = db.execute(
-                "SELECT serial, pair FROM votes WHERE voter=? ORDER BY serial DESC LIMIT 1", (voter,)
+                "SELECT serial, pair FROM votes WHERE voter=? ORDER BY serial DESC LIMIT 1",
+                (voter,),
             ).fetchone()
             if last is None or last[1] != pair:
                 raise Conflict("Your last vote is another one now: nothing was undone.")
