@@ -1,0 +1,63 @@
+"""Condition in, generated LoRA out.
+
+Example:
+  hywu generate --checkpoint hywu.safetensors --condition cat.safetensors --out cat-lora --format peft
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ..condition import Condition
+from ..console import say
+from ..errors import HYWUError
+from ..formats import FORMATS, save_lora
+from ..generator.checkpoints import load_generator
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", required=True, help="official folder or one of our files")
+    parser.add_argument(
+        "--condition",
+        required=True,
+        help="a saved Condition, or a safetensors file with one [batch, length, width] tensor",
+    )
+    parser.add_argument("--out", required=True, help="file to write (a folder for peft)")
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="native",
+        help="native keeps batch and origin; peft and comfyui hold one LoRA (default: native)",
+    )
+    parser.add_argument("--item", type=int, help="write only this item of the batch, from 0")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, mps (default: cpu)")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: as in the checkpoint")
+    parser.add_argument(
+        "--rope-precision",
+        choices=("float32", "bfloat16"),
+        help="position tables (default: as the checkpoint says)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace what is at --out")
+
+
+def run(args: argparse.Namespace) -> int:
+    if Path(args.out).exists() and not args.overwrite:
+        raise HYWUError(f"{args.out}: exists already; choose another name or give --overwrite.")
+    condition = Condition.load(args.condition)
+    if not bool(condition.is_finite()):
+        raise HYWUError(f"{args.condition}: has values that are not finite; make it again.")
+    dtype = DTYPES.get(args.dtype)
+    generator = load_generator(args.checkpoint, args.device, dtype, args.rope_precision)
+    with torch.no_grad(), tqdm(total=generator.config.num_blocks, unit="block") as bar:
+        lora = generator(condition, on_block=lambda done, total: bar.update())
+    if args.item is not None:
+        lora = lora.select(args.item)
+    path = save_lora(lora, args.out, args.format, args.overwrite)
+    say(f"{path}: {len(lora)} targets, rank {lora.rank}, batch {lora.batch_size} ({args.format})")
+    return 0
