@@ -1,0 +1,101 @@
+"""Conditions from the bundled editor's own hidden states of (source image, instruction)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..condition import OFFICIAL_PART, Condition
+from ..errors import HYWUError
+
+#: Most windows along one side of a picture larger than the editor's training size.
+MAX_WINDOWS = 4
+
+
+class HiddenStateModel(Protocol):
+    """What the encoder asks of the editor; `config` has train_size, width and pool."""
+
+    config: Any
+
+    def encode_text(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor]: ...
+
+    def hidden_states(
+        self, source: Tensor, text: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+class EditorEncoder:
+    """(images, instructions) -> Condition with the part ``hidden_states`` ``[B, L, width]``.
+
+    A picture larger than the training size is looked at through up to 4 x 4 windows of that size, of
+    each of which a share of the tokens is taken: as many tokens as in training, each of detail at
+    the scale of training, spread over the whole picture.
+    """
+
+    def __init__(self, editor: HiddenStateModel, identity: str) -> None:
+        self.editor, self.part = editor, OFFICIAL_PART
+        self.identity = {"type": "bundled_editor", "editor": identity}
+
+    @property
+    def parts(self) -> Mapping[str, int]:
+        return {self.part: self.editor.config.width}
+
+    @torch.no_grad()
+    def __call__(self, source: Tensor, instructions: Sequence[str]) -> Condition:
+        """source: ``[B, 3, H, W]`` in 0..1; one instruction an item. Raises HYWUError on a misfit."""
+        if source.ndim != 4 or source.shape[1] != 3 or source.shape[0] != len(instructions):
+            raise HYWUError(
+                f"The editor's encoder got images {tuple(source.shape)} and {len(instructions)} "
+                "instructions; it takes [batch, 3, height, width] and one instruction an image."
+            )
+        text, mask = self.editor.encode_text(instructions)
+        rows, words = [], None
+        tops, lefts = (self._starts(side) for side in source.shape[2:])
+        size = self.editor.config.train_size
+        for top in tops:
+            row = []
+            for left in lefts:
+                window = source[..., top : top + size, left : left + size] * 2 - 1
+                tokens, _ = self.editor.hidden_states(window, text, mask)
+                image, words = tokens[:, : -text.shape[1]], tokens[:, -text.shape[1] :]
+                grid = image.mT.unflatten(2, self._grid(window))
+                row.append(grid[..., :: len(tops), :: len(lefts)])
+            rows.append(torch.cat(row, dim=3))
+        image = torch.cat(rows, dim=2).flatten(2).mT
+        whole = torch.cat([mask.new_ones(image.shape[:2]), mask], dim=1)
+        return Condition(
+            {self.part: torch.cat([image, words], dim=1)},
+            {self.part: whole},
+            self._fingerprint(source, instructions),
+            {"instruction": list(instructions), "encoder": self.identity["type"]},
+        )
+
+    def _starts(self, side: int) -> list[int]:
+        """Where windows start along a side: 1, 2 or 4 of them, evenly spread."""
+        size, count = self.editor.config.train_size, 1
+        while (
+            count < MAX_WINDOWS
+            and count * size < side
+            and self.editor.config.pool % (2 * count) == 0
+        ):
+            count *= 2
+        if count == 1:
+            return [0]
+        return [round(i * (side - size) / (count - 1)) for i in range(count)]
+
+    def _grid(self, window: Tensor) -> tuple[int, int]:
+        config = self.editor.config
+        patches = (-(-side // config.patch) for side in window.shape[2:])
+        height, width = (min(side, config.pool) for side in patches)
+        return height, width
+
+    def _fingerprint(self, source: Tensor, instructions: Sequence[str]) -> str:
+        """Hash of pixels (as float32), texts and the encoder; waits for the device."""
+        sha = hashlib.sha256(repr((sorted(self.identity.items()), tuple(source.shape))).encode())
+        sha.update(repr(list(instructions)).encode())
+        sha.update(source.detach().float().cpu().contiguous().numpy().tobytes())
+        return sha.hexdigest()[:32]

@@ -1,0 +1,68 @@
+"""The bundled editor as the training loop sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..condition import Condition
+from ..conditioning.editor import EditorEncoder
+from ..editor.model import Editor
+from .base import Batch, Draws, frozen_digest
+
+NAME = "hywu-bundled-editor"
+
+
+class EditorBase:
+    """Flow matching on the editor; the loss is on the clean image that it predicts.
+
+    sampling_steps: Euler steps of `edit`. Images must be no larger than one window.
+    """
+
+    name = NAME
+
+    def __init__(self, editor: Editor, sampling_steps: int = 4) -> None:
+        self.module, self.sampling_steps = editor.requires_grad_(False), sampling_steps
+        self._encoder = EditorEncoder(editor, frozen_digest(editor)[:16])
+
+    @property
+    def encoder(self) -> Mapping[str, Any]:
+        return self._encoder.identity
+
+    @property
+    def condition_parts(self) -> Mapping[str, int]:
+        return self._encoder.parts
+
+    def encode(self, source: Tensor, instruction: Sequence[str]) -> Condition:
+        return self._encoder(source, instruction)
+
+    def draw(self, batch: Batch, seed: int) -> Draws:
+        """noise ``[B, 3, H, W]``; t ``[B]`` in (0, 1], one stratum of it an item."""
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(batch.source.shape, generator=generator)
+        count = len(batch)
+        order = torch.randperm(count, generator=generator)
+        return {"noise": noise, "t": (order + 1 - torch.rand(count, generator=generator)) / count}
+
+    def loss(self, module: nn.Module, batch: Batch, draws: Draws) -> Tensor:
+        t = draws["t"][:, None, None, None]
+        source, target = batch.source * 2 - 1, batch.target * 2 - 1
+        x = (1 - t) * target + t * draws["noise"]
+        text, mask = module.encode_text(batch.instruction)
+        clean = module.predict(x, draws["t"], source, text, mask)
+        return (clean.float() - target).square().mean(dim=(1, 2, 3))
+
+    @torch.no_grad()
+    def edit(self, module: nn.Module, batch: Batch, seed: int) -> Tensor:
+        source = batch.source * 2 - 1
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(source.shape, generator=generator).to(source)
+        text, mask = module.encode_text(batch.instruction)
+        for i in range(self.sampling_steps, 0, -1):
+            t = source.new_full((len(batch),), i / self.sampling_steps)
+            clean = module.predict(x, t, source, text, mask)
+            x = clean + (i - 1) / i * (x - clean)
+        return (x.float().clamp(-1, 1) + 1) / 2

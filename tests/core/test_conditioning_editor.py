@@ -1,0 +1,100 @@
+"""Conditions from the editor's hidden states, and a generator trained through a tiny editor."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hywu_core.editor.model import Editor, EditorConfig
+from hywu_core.errors import HYWUError
+from hywu_core.generator.config import GeneratorConfig
+from hywu_core.layout import LoRALayout
+from hywu_core.training.base import Batch
+from hywu_core.training.editor_base import EditorBase
+from hywu_core.training.logs import read_log
+from hywu_core.training.schedule import TrainConfig
+from hywu_core.training.strategies import HyperNetwork
+from hywu_core.training.trainer import Trainer
+
+
+@pytest.fixture
+def base():
+    torch.manual_seed(0)
+    config = EditorConfig(width=24, depth=2, heads=2, text_depth=1, train_size=16, pool=4)
+    editor = Editor(config)
+    editor.reset_parameters()
+    torch.nn.init.normal_(editor.image_out.weight, std=0.02)
+    return EditorBase(editor)
+
+
+def test_padding_of_texts_changes_nothing_that_counts(base):
+    images = torch.rand(2, 3, 16, 16)
+    both = base.encode(images, ["blur", "a much longer instruction"])
+    alone = base.encode(images[:1], ["blur"])
+    keep = both.masks["hidden_states"][0]
+    one, two = both.parts["hidden_states"][0][keep], alone.parts["hidden_states"][0]
+    assert torch.allclose(one, two, atol=1e-5)
+
+
+def test_fingerprint_knows_pixels_text_and_encoder(base):
+    image = torch.rand(1, 3, 16, 16)
+    first = base.encode(image, ["blur"]).fingerprint
+    assert first == base.encode(image.clone(), ["blur"]).fingerprint
+    changed = image.clone()
+    changed[0, 0, 3, 3] += 0.01
+    other = EditorBase(Editor(base.module.config))
+    prints = [
+        base.encode(changed, ["blur"]).fingerprint,
+        base.encode(image, ["sharpen"]).fingerprint,
+        other.encode(image, ["blur"]).fingerprint,
+    ]
+    assert len({first, *prints}) == 4
+
+
+@pytest.mark.parametrize("size", [(16, 16), (17, 33), (40, 70), (200, 64)])
+def test_large_pictures_take_the_tokens_of_training(base, size):
+    condition = base.encode(torch.rand(1, 3, *size), ["blur"])
+    assert condition.num_tokens == 16 + len("blur") + 1
+    assert torch.isfinite(condition.parts["hidden_states"]).all()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 16), (7, 40)])
+def test_small_and_odd_pictures(base, size):
+    condition = base.encode(torch.rand(1, 3, *size), [""])
+    assert 2 <= condition.num_tokens <= 17
+
+
+def test_every_part_of_a_large_picture_counts(base):
+    image = torch.rand(1, 3, 64, 64)
+    before = base.encode(image, ["blur"]).parts["hidden_states"]
+    image[..., 50:, 50:] = 0
+    assert (base.encode(image, ["blur"]).parts["hidden_states"] - before).abs().max() > 1e-3
+
+
+def test_wrong_input_is_refused(base):
+    with pytest.raises(HYWUError, match="one instruction an image"):
+        base.encode(torch.rand(2, 3, 16, 16), ["blur"])
+
+
+def test_a_generator_learns_through_the_editor(base, tmp_path):
+    def batches(step):
+        generator = torch.Generator().manual_seed(step)
+        source = 0.3 + 0.4 * torch.rand(8, 3, 16, 16, generator=generator)
+        texts = ("brighten it", "darken it") * 4
+        sign = torch.tensor([0.2, -0.2] * 4)[:, None, None, None]
+        return Batch(source, source + sign, texts, texts)
+
+    config = GeneratorConfig(
+        LoRALayout.of(base.module, 2), base.condition_parts, token_dim=24, dim_accumulation=1,
+        d_model=32, head_dim=16, num_blocks=1, lora_b_scale=0.5, encoder=base.encoder,
+        base=base.name,
+    )  # fmt: skip
+    settings = TrainConfig(steps=40, batch_size=8, lr=3e-3, warmup=5)
+    strategy = HyperNetwork(base, config)
+    trainer = Trainer(base, strategy, batches, settings, tmp_path, device="cpu")
+    assert trainer.run()
+    losses = [row["loss"] for row in read_log(tmp_path / "log.csv")]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    edits = trainer.edit(batches(100))
+    assert edits.shape == (8, 3, 16, 16)
+    assert 0 <= edits.min() <= edits.max() <= 1
