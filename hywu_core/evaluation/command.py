@@ -1,4 +1,4 @@
-"""Evaluate image editors: results, judges, scores, reports.
+"""Evaluate image editors: results, judges, scores, reports, human votes.
 
 The steps, each resumable, each reading what the one before left in OUT/METHOD:
 
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 
 from .commands import generate, judge, report, score, unpack
+from .gsb import command as gsb
 
 #: step -> (module with configure(parser) and run(args) -> int, one line)
 STEPS = {
@@ -25,6 +26,7 @@ STEPS = {
     "judge": (judge, "ask a judge about results"),
     "score": (score, "parse the answers; write scores in the benchmark authors' files"),
     "report": (report, "compare methods: one HTML file and Markdown"),
+    "gsb": (gsb, "human preference: a blind voting page, and its report"),
     "unpack": (unpack, "GEdit-Bench's parquet or arrow files into an exported folder"),
 }
 

@@ -19,7 +19,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ...errors import HYWUError
-from ..results import load_image
 from .store import DATABASE, IMAGES, Pair, Store, write_session
 
 CHOICES = ("left", "same", "right")
@@ -83,6 +82,9 @@ def create_session(
 
 
 def _copy(path: Path, folder: Path) -> str:
+    # Imported here: serving votes needs none of what reading results brings in (torch, numpy).
+    from ..results import load_image
+
     image_id = secrets.token_hex(12)
     image = load_image(path).convert("RGB")
     image.info.clear()

@@ -1,0 +1,271 @@
+"""Voting sessions: blinding, durability, security, concurrency; on a real server process."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from hywu_core.errors import HYWUError
+from hywu_core.evaluation.gsb import session
+from hywu_core.evaluation.gsb.report import report
+from hywu_core.evaluation.gsb.store import Conflict, Store
+
+aiohttp = pytest.importorskip("aiohttp", reason="the voting server needs the `eval` extra")
+yarl = pytest.importorskip("yarl", reason="comes with aiohttp")
+
+SERVE = (
+    "import sys; from pathlib import Path; from hywu_core.evaluation.gsb.server import serve; "
+    "serve(Path(sys.argv[1]), '127.0.0.1', 0, [], lambda url: print(url, flush=True))"
+)
+#: Forks a server for each line on its standard input, so that 200 starts don't import 200 times.
+FORK = (
+    "import os, sys; from pathlib import Path; from hywu_core.evaluation.gsb.server import serve\n"
+    "for line in sys.stdin:\n"
+    "    child = os.fork()\n"
+    "    if child == 0:\n"
+    "        serve(Path(sys.argv[1]), '127.0.0.1', 0, [],\n"
+    "              lambda url: print(os.getpid(), url, flush=True))\n"
+    "    os.waitpid(child, 0)\n"
+)
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def make(folder: Path, pairs: int = 4, **options) -> Path:
+    """A session on flat pictures whose metadata name the method, as ComfyUI's do."""
+    entries = []
+    for i in range(pairs):
+        paths = []
+        for j, method in enumerate(("source", "SECRETA", "SECRETB")):
+            info = PngInfo()
+            info.add_text("workflow", method)
+            path = folder / method / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (16, 12), (40 * j + i, 90, 10 * i)).save(path, pnginfo=info)
+            paths.append(path)
+        entries.append(session.Entry(f"edit/en/{i}", f"Make it {i}", *paths))
+    return session.create_session(
+        folder / "session", entries, ("SECRETA", "SECRETB"), seed=7, **options
+    )
+
+
+class Server:
+    """A server in a process of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SERVE, str(folder)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
+        self.open(self.process.stdout.readline().strip())
+
+    def open(self, url: str) -> None:
+        self.base, fragment = url.split("#")
+        self.token = fragment.split(":")[1]
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()
+
+    def ask(self, path: str, body: object = None, **headers: str) -> tuple[int, bytes]:
+        return asyncio.run(self._ask(path, body, headers))
+
+    async def _ask(self, path, body, headers):
+        async with aiohttp.ClientSession() as client:
+            return await self.send(client, path, body, headers)
+
+    async def send(self, client, path, body, headers=None):
+        sent = {"X-HYWU-Token": self.token, **(headers or {})}
+        data = None if body is None else body if isinstance(body, bytes) else json.dumps(body)
+        if data is not None:
+            sent.setdefault("Content-Type", "application/json")
+        method = "GET" if data is None else "POST"
+        url = yarl.URL(self.base + path, encoded=True)
+        async with client.request(method, url, data=data, headers=sent) as answer:
+            return answer.status, await answer.read()
+
+
+class ForkedServers(Server):
+    """Servers one after another, each a process of its own that is killed with SIGKILL."""
+
+    def __init__(self, folder: Path) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", FORK, str(folder)],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def start(self) -> int:
+        self.process.stdin.write("start\n")
+        self.process.stdin.flush()
+        pid, url = self.process.stdout.readline().split()
+        self.open(url)
+        return int(pid)
+
+
+@pytest.fixture
+def server(tmp_path):
+    with Server(make(tmp_path)) as running:
+        yield running
+
+
+S = "s/session/"
+
+
+def test_nothing_the_client_gets_names_a_method(server):
+    status, body = server.ask(S + "state", {"voter": "v"})
+    assert status == 200
+    pair = json.loads(body)["pair"]
+    seen = body
+    for name in ("source", "left", "right"):
+        status, picture = server.ask(S + "image/" + pair[name])
+        assert status == 200
+        seen += picture
+    assert b"SECRET" not in seen
+    assert b"edit/en" not in seen
+
+
+def test_sides_are_balanced_stable_and_differ_between_voters(tmp_path):
+    store = Store(make(tmp_path, 10))
+    orders = [session.assignment(store, f"v{i}") for i in range(8)]
+    assert all(sum(left for _, left in order) == 5 for order in orders)
+    assert session.assignment(store, "v0") == orders[0]
+    assert len({tuple((p.pair, left) for p, left in order) for order in orders}) == 8
+    store.close()
+
+
+def test_choices_become_verdicts_about_the_first_method(tmp_path):
+    store = Store(make(tmp_path, 4))
+    for pair, a_left in session.assignment(store, "v"):
+        session.vote(store, "v", pair.pair, "left" if a_left else "right")
+    assert report(store)[0]["good"] == 4
+    last = store.voted("v")[-1]
+    with pytest.raises(Conflict):
+        store.undo("v", store.voted("v")[0])
+    store.undo("v", last)
+    assert report(store)[0]["good"] == 3
+    with pytest.raises(HYWUError, match="no pair of yours"):
+        session.vote(store, "v", "unknown", "left")
+    store.close()
+
+
+def test_a_second_tab_is_told_and_not_counted(server, tmp_path):
+    pair = json.loads(server.ask(S + "state", {"voter": "v"})[1])["pair"]["id"]
+    vote = {"voter": "v", "pair": pair, "choice": "left"}
+    assert server.ask(S + "vote", vote)[0] == 200
+    status, body = server.ask(S + "vote", {**vote, "choice": "right"})
+    assert status == 409
+    assert b"another tab" in body
+    store = Store(tmp_path / "session")
+    assert len(store.votes()) == 1
+    store.close()
+
+
+def test_requests_that_must_be_refused(server, tmp_path):
+    body = {"voter": "v"}
+    assert server.ask(S + "state", body, **{"X-HYWU-Token": "wrong"})[0] == 403
+    assert server.ask("s/other/state", body)[0] == 403
+    assert server.ask(S + "state", body, Host="evil.example")[0] == 403
+    assert server.ask(S + "state", body, Origin="http://evil.example")[0] == 403
+    assert server.ask(S + "state", body, **{"Content-Type": "text/plain"})[0] == 415
+    assert server.ask(S + "state", b"{" + b" " * 5000)[0] == 413
+    for bad in (b"{", b"[]", b'{"voter": 3}', b'{"voter": ""}', b"[" * 4000, b"\xff"):
+        status, answer = server.ask(S + "state", bad)
+        assert status == 400
+        assert b"Traceback" not in answer
+    for path in (
+        "../session.sqlite3",
+        "..%2Fsession.sqlite3",
+        "%2e%2e%2fsession.sqlite3",
+        "..%5Csession.sqlite3",
+        "%2Fetc%2Fpasswd",
+        "x%00",
+    ):
+        for prefix in (S + "image/", ""):
+            status, answer = server.ask(prefix + path)
+            assert status in (400, 403, 404, 405)
+            assert b"SQLite" not in answer
+
+
+def test_fifty_voters_at_once_lose_and_double_nothing(server, tmp_path):
+    async def voter(client, name):
+        _, body = await server.send(client, S + "state", {"voter": name})
+        while pair := json.loads(body)["pair"]:
+            vote = {"voter": name, "pair": pair["id"], "choice": "same"}
+            # The same vote twice at once, as two tabs would send it.
+            answers = await asyncio.gather(
+                *(server.send(client, S + "vote", vote) for _ in range(2))
+            )
+            assert sorted(status for status, _ in answers) == [200, 409]
+            body = next(body for status, body in answers if status == 200)
+
+    async def everyone():
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=100)) as client:
+            await asyncio.gather(*(voter(client, f"v{i}") for i in range(50)))
+
+    asyncio.run(everyone())
+    store = Store(tmp_path / "session")
+    counted = Counter((vote.voter, vote.pair) for vote in store.votes())
+    store.close()
+    assert len(counted) == 200
+    assert set(counted.values()) == {1}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="SIGKILL and fork are POSIX's")
+def test_killed_200_times_no_acknowledged_vote_is_lost(tmp_path):
+    """kill -9 after a random delay, while votes are being sent; a vote that was answered is there."""
+    folder = make(tmp_path, 4)
+    rng = random.Random(0)
+    store = Store(folder)
+    plans = {f"v{i}": [p.pair for p, _ in session.assignment(store, f"v{i}")] for i in range(4000)}
+    acknowledged: list[tuple[str, str]] = []
+    votes = iter([(voter, pair) for voter, pairs in plans.items() for pair in pairs])
+    died = 0
+
+    async def until_dead(server: Server) -> bool:
+        async with aiohttp.ClientSession() as client:
+            while True:
+                voter, pair = next(votes)
+                body = {"voter": voter, "pair": pair, "choice": "left"}
+                try:
+                    status, _ = await server.send(client, S + "vote", body)
+                except (aiohttp.ClientError, ConnectionError):
+                    return True
+                assert status == 200
+                acknowledged.append((voter, pair))
+
+    with ForkedServers(folder) as servers:
+        for _ in range(200):
+            pid = servers.start()
+            delay = rng.uniform(0, 0.05)
+            timer = threading.Timer(delay, os.kill, (pid, signal.SIGKILL))
+            timer.start()
+            try:
+                died += asyncio.run(until_dead(servers))
+            finally:
+                timer.join()
+    kept = Counter((vote.voter, vote.pair) for vote in store.votes())
+    store.close()
+    assert len(acknowledged) > 200
+    assert died == 200
+    assert set(kept.values()) == {1}
+    assert set(acknowledged) <= set(kept)
