@@ -1,0 +1,130 @@
+"""`hywu inspect | generate | convert`, called in process, and once as a program."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hywu_core import load_generator, load_lora
+from hywu_core.cli import main
+
+DENSE = Path(__file__).parent / "golden" / "dense"
+
+
+@pytest.fixture
+def condition(tmp_path):
+    path = tmp_path / "condition.safetensors"
+    save_file({"condition": load_file(DENSE / "expected.safetensors")["condition"]}, path)
+    return path
+
+
+@pytest.fixture
+def lora(tmp_path, condition):
+    out = tmp_path / "lora.safetensors"
+    args = ["--checkpoint", str(DENSE), "--condition", str(condition), "--out", str(out)]
+    assert main(["generate", *args, "--rope-precision", "float32"]) == 0
+    return out
+
+
+def test_generate_writes_what_the_golden_case_expects(lora):
+    expected = load_file(DENSE / "expected.safetensors")
+    made = load_lora(lora)
+    assert made.batch_size == 2
+    for path, pair in made.items():
+        for side, value in zip("AB", pair, strict=True):
+            wanted = expected[f"fp32/{path}.lora_{side}"]
+            assert (value - wanted).norm() / wanted.norm() < 1e-5
+
+
+def test_generate_one_item_in_another_format_and_dtype(tmp_path, condition, capsys):
+    out = tmp_path / "one.safetensors"
+    args = ["--checkpoint", str(DENSE), "--condition", str(condition), "--out", str(out)]
+    args += ["--format", "comfyui", "--dtype", "bfloat16", "--item", "1"]
+    assert main(["generate", *args]) == 0
+    assert load_lora(out).dtype == torch.bfloat16
+    assert main(["generate", *args]) == 1
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_generate_refuses_a_condition_with_nan(tmp_path, capsys):
+    path = tmp_path / "nan.safetensors"
+    save_file({"condition": torch.full((1, 2, 3), float("nan"))}, path)
+    out = tmp_path / "x.safetensors"
+    args = ["--checkpoint", str(DENSE), "--condition", str(path), "--out", str(out)]
+    assert main(["generate", *args]) == 1
+    assert "not finite" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_inspect_checkpoint_counts_every_parameter(capsys):
+    assert main(["inspect", str(DENSE), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    tensors = load_file(DENSE / "model.safetensors")
+    assert facts["parameters"] == sum(t.numel() for t in tensors.values())
+    assert facts["layout"] == load_generator(DENSE).config.layout.to_json()
+    assert main(["inspect", str(DENSE)]) == 0
+    assert "out x in" in capsys.readouterr().out
+    assert main(["inspect", str(DENSE), "--norms"]) == 1
+
+
+def test_inspect_lora_norms(lora, capsys):
+    assert main(["inspect", str(lora), "--norms", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    made = load_lora(lora)
+    path = next(iter(made))
+    pair = made[path]
+    direct = torch.linalg.matrix_norm(made.scale * pair.B @ pair.A)
+    torch.testing.assert_close(torch.tensor(facts["norms"][path]), direct)
+    assert main(["inspect", str(lora)]) == 0
+    assert "norm of each item" not in capsys.readouterr().out
+    assert main(["inspect", str(lora), "--norms"]) == 0
+    assert "norm of each item" in capsys.readouterr().out
+
+
+def test_convert_generators_and_loras(tmp_path, lora, capsys):
+    own, back = tmp_path / "own.safetensors", tmp_path / "official"
+    assert main(["convert", str(DENSE), str(own)]) == 0
+    assert main(["convert", str(own), str(back), "--format", "official"]) == 0
+    before, after = (load_file(f / "model.safetensors") for f in (DENSE, back))
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    adapter, comfy = tmp_path / "adapter", tmp_path / "comfy.safetensors"
+    assert main(["convert", str(lora), str(adapter), "--format", "peft", "--item", "1"]) == 0
+    assert main(["convert", str(adapter), str(comfy), "--format", "comfyui"]) == 0
+    first, last = load_lora(lora).select(1), load_lora(comfy)
+    assert all(torch.equal(last.factors[key], value) for key, value in first.factors.items())
+    capsys.readouterr()
+    for args, words in (
+        ((DENSE, "x", "--format", "peft"), "is a generator"),
+        ((lora, "x", "--format", "official"), "no generator"),
+        ((lora, "x", "--format", "peft"), "select(i)"),
+        ((tmp_path / "nothing.safetensors", "x"), "no such file"),
+    ):
+        assert main(["convert", *map(str, args)]) == 1
+        assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["inspect", "generate", "convert"])
+def test_help_shows_an_example(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert f"hywu {command} " in capsys.readouterr().out.partition("Example")[2]
+
+
+def test_as_a_program_errors_have_no_traceback(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "hywu_core.cli", "inspect", str(tmp_path / "no.safetensors")],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("hywu inspect: ")
+    assert done.stderr.count("\n") == 1
