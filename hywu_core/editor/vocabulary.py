@@ -1,0 +1,125 @@
+"""What the editor knows: warns when an instruction shares no telling word with what was trained."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+
+#: Two words count as one from this similarity on ("warm" and "warmer", "blur" and "blurry").
+THRESHOLD = 0.6
+
+#: Words that stand in requests of every kind and so tell nothing about what is asked.
+COMMON = frozenset(
+    [
+        "a",
+        "add",
+        "all",
+        "an",
+        "and",
+        "apply",
+        "as",
+        "at",
+        "be",
+        "bring",
+        "by",
+        "can",
+        "could",
+        "do",
+        "for",
+        "from",
+        "get",
+        "give",
+        "go",
+        "have",
+        "him",
+        "her",
+        "i",
+        "in",
+        "instead",
+        "into",
+        "is",
+        "it",
+        "its",
+        "itself",
+        "let",
+        "like",
+        "look",
+        "make",
+        "me",
+        "more",
+        "my",
+        "no",
+        "not",
+        "of",
+        "off",
+        "on",
+        "out",
+        "please",
+        "put",
+        "remove",
+        "replace",
+        "return",
+        "take",
+        "than",
+        "that",
+        "the",
+        "this",
+        "to",
+        "turn",
+        "up",
+        "want",
+        "what",
+        "with",
+        "you",
+        "image",
+        "picture",
+        "photo",
+        "photograph",
+        "shot",
+        "version",
+        "less",
+        "bit",
+        "little",
+        "old",
+        "new",
+        "by",
+        "one",
+        "two",
+        "same",
+        "under",
+        "over",
+    ]
+)
+
+
+def similarity(one: str, other: str) -> float:
+    """Cosine of the counts of two words' character trigrams, 0..1; deterministic."""
+    a, b = _trigrams(one), _trigrams(other)
+    dot = sum(count * b[gram] for gram, count in a.items())
+    return dot / (sum(c * c for c in a.values()) * sum(c * c for c in b.values())) ** 0.5
+
+
+def unknown_instruction(instruction: str, known: Iterable[tuple[str, str]]) -> str:
+    """A warning that lists what the editor knows, or "" when the instruction is near to something.
+
+    known: (task name, phrasing) pairs. It looks at words alone: a known word in a strange request
+    ("blur only the dog") passes.
+    """
+    known = list(known)
+    if any(instruction.strip().lower() == text for _, text in known):
+        return ""
+    words = {word for _, text in known for word in _telling(text)}
+    if any(similarity(w, k) >= THRESHOLD for w in _telling(instruction) for k in words):
+        return ""
+    tasks = ", ".join(dict.fromkeys(name for name, _ in known))
+    return f"'{instruction}' is far from everything the editor was trained on. It knows: {tasks}."
+
+
+def _telling(text: str) -> set[str]:
+    return set(re.findall(r"[^\W\d_]+", text.lower())) - COMMON
+
+
+def _trigrams(word: str) -> Counter[str]:
+    padded = f"  {word} "
+    return Counter(padded[i : i + 3] for i in range(len(padded) - 2))
