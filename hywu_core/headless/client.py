@@ -150,7 +150,12 @@ class Client:
 
     async def history(self, prompt: str) -> dict[str, Any]:
         """The server's record of a finished prompt: `outputs`, `status`."""
-        return (await self._json("GET", f"/history/{prompt}")).get(prompt, {})
+        # the server announces the end a moment before it writes the record
+        for _ in range(50):
+            if record := (await self._json("GET", f"/history/{prompt}")).get(prompt):
+                return record
+            await asyncio.sleep(0.1)
+        return {}
 
     async def fetch(self, item: dict[str, str]) -> bytes:
         """The bytes of one output: `{"filename", "subfolder", "type"}` as history gives it."""

@@ -1,0 +1,127 @@
+"""Run inside ComfyUI's tree by test_apply.py: applies LoRAs to a small MODEL, prints figures as JSON.
+
+Arguments: ComfyUI's tree, this extension's folder. The MODEL is a real BaseModel under ModelPatcher,
+sampled by ComfyUI's own sampler with both branches of guidance in one batch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+
+tree, extension = sys.argv[1:3]
+sys.argv = ["main.py", "--cpu"]
+sys.path.insert(0, tree)
+
+import comfy.options  # noqa: E402
+
+comfy.options.enable_args_parsing()
+
+import comfy.model_base  # noqa: E402
+import comfy.model_patcher  # noqa: E402
+import comfy.sample  # noqa: E402
+import comfy.sd  # noqa: E402
+import comfy.supported_models_base  # noqa: E402
+import folder_paths  # noqa: E402, F401
+import torch  # noqa: E402
+
+spec = importlib.util.spec_from_file_location(
+    "hywu_nodes", f"{extension}/__init__.py", submodule_search_locations=[extension]
+)
+package = importlib.util.module_from_spec(spec)
+sys.modules["hywu_nodes"] = package
+spec.loader.exec_module(package)
+NODES = package.NODE_CLASS_MAPPINGS
+GeneratedLoRA = sys.modules["hywu_nodes.hywu_core.lora"].GeneratedLoRA
+CPU = torch.device("cpu")
+
+
+class Net(torch.nn.Module):
+    def __init__(self, device=None, operations=None, dtype=None, **_):
+        super().__init__()
+        self.dtype = torch.float32
+        self.blocks = torch.nn.ModuleList(operations.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x, t, context=None, control=None, transformer_options=None, **_):
+        hidden = x.movedim(1, -1)
+        for block in self.blocks:
+            hidden = hidden + torch.tanh(block(hidden))
+        return hidden.movedim(-1, 1)
+
+
+class Config(comfy.supported_models_base.BASE):
+    unet_config = {"in_channels": 4}
+    memory_usage_factor = 0.1
+
+
+def base() -> comfy.model_patcher.ModelPatcher:
+    config = Config({"in_channels": 4})
+    config.set_inference_dtype(torch.float32, None)
+    flow = comfy.model_base.ModelType.FLOW
+    model = comfy.model_base.BaseModel(config, flow, device="cpu", unet_model=Net)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False).normal_(0, 0.3)
+    return comfy.model_patcher.ModelPatcher(model, CPU, CPU)
+
+
+def sample(patcher, batch=3, cfg=3.0):
+    latent, empty = torch.zeros(batch, 4, 8, 8), [[torch.zeros(1, 1, 4), {}]]
+    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(1))
+    return comfy.sample.sample(
+        patcher, noise, 4, cfg, "euler", "simple", empty, empty, latent, denoise=1.0, seed=1
+    )
+
+
+def lora_of(paths, width=4) -> GeneratedLoRA:
+    pairs = {p: (torch.randn(3, 2, width), torch.randn(3, 4, 2) * 0.3) for p in paths}
+    return GeneratedLoRA.from_pairs(pairs, 2.0)
+
+
+def apply(model, lora, strength=1.0, mode="auto", negative=True):
+    return NODES["HYWUApplyLoRA"]().apply(model, lora, strength, mode, negative)["result"]
+
+
+def error(action) -> str:
+    try:
+        action()
+    except ValueError as problem:
+        return str(problem)
+    return ""
+
+
+def gap(one, two) -> float:
+    return float((one - two).abs().max() / two.abs().max())
+
+
+torch.manual_seed(0)
+model = base()
+lora = lora_of([f"blocks.{i}" for i in range(3)])
+one, plain = lora.select(1), sample(model)
+merged = sample(apply(model, one, 0.7, "merge")[0])
+unmerged = sample(apply(model, one, 0.7, "unmerged")[0])
+batch = sample(apply(model, lora)[0])
+singles = [sample(apply(model, lora.select(i))[0])[i] for i in range(3)]
+chain = [apply(apply(model, one, 0.5, a)[0], lora.select(0), 0.5, b)[0]
+         for a, b in (("merge", "unmerged"), ("unmerged", "merge"))]  # fmt: skip
+stock = NODES["HYWUSelectLoRA"]().select(lora, 1)[1]
+half = apply(model, lora_of(["blocks.0", "elsewhere.0"]).select(0))
+print("FIGURES" + json.dumps({
+    "effect": gap(unmerged, plain),
+    "merge": gap(merged, unmerged),
+    "items": max(gap(batch[i], singles[i]) for i in range(3)),
+    "chain": gap(sample(chain[0]), sample(chain[1])),
+    "stock": gap(sample(comfy.sd.load_lora_for_models(model, None, stock, 0.7, 0)[0]), merged),
+    "negative": gap(sample(apply(model, one, negative=False)[0]), sample(apply(model, one)[0])),
+    "cfg1": gap(sample(apply(model, one, negative=False)[0], cfg=1.0),
+                sample(apply(model, one)[0], cfg=1.0)),
+    "report": json.loads(half[1]),
+    "errors": {
+        "nan": error(lambda: apply(model, one, float("nan"))),
+        "batch": error(lambda: apply(model, lora, mode="merge")),
+        "latents": error(lambda: sample(apply(model, lora)[0], batch=2)),
+        "base": error(lambda: apply(model, lora_of(["blocks.0"], 5))),
+        "nothing": error(lambda: apply(model, lora_of(["other.0"]))),
+    },
+    "untouched": gap(sample(model), plain),
+}))  # fmt: skip

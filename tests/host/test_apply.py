@@ -1,0 +1,65 @@
+"""Apply Generated LoRA inside a real ComfyUI: merged, unmerged, per item, chained, refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def figures(comfyui):
+    done = subprocess.run(
+        [comfyui.python, HERE / "apply_figures.py", comfyui.tree, HERE.parents[1]],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
+    )
+    found = [line for line in done.stdout.splitlines() if line.startswith("FIGURES")]
+    assert found, done.stderr[-3000:]
+    return json.loads(found[0].removeprefix("FIGURES"))
+
+
+def test_merged_unmerged_and_stock_give_the_same(figures):
+    assert figures["effect"] > 0.01
+    assert figures["merge"] < 1e-4
+    assert figures["stock"] < 1e-5
+
+
+def test_each_image_of_a_batch_gets_its_own_lora(figures):
+    assert figures["items"] < 1e-5
+
+
+def test_two_in_a_row_add_up_and_the_model_that_went_in_is_unchanged(figures):
+    assert figures["chain"] < 1e-4
+    assert figures["untouched"] == 0
+
+
+def test_the_negative_branch_can_be_left_alone(figures):
+    assert figures["negative"] > 1e-3
+    assert figures["cfg1"] == 0
+
+
+def test_skipped_modules_are_counted(figures):
+    assert figures["report"]["matched"] == 1
+    assert figures["report"]["skipped_modules"] == ["elsewhere.0"]
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("nan", "finite number"),
+        ("batch", "HY-WU Select LoRA"),
+        ("latents", "2 images, but there are 3 LoRAs"),
+        ("base", "4 x 4, the LoRA says 4 x 5"),
+        ("nothing", "none of its 1 modules"),
+    ],
+)
+def test_errors_say_what_disagrees(figures, case, words):
+    assert words in figures["errors"][case]
