@@ -1,0 +1,163 @@
+"""Layouts: official configs, discovery in any model, JSON, checks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from hywu_core import HYWUError, LoRALayout
+from hywu_core.layout import Module, Stack
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+class Double(nn.Module):
+    def __init__(self, dim, out=None):
+        super().__init__()
+        self.img_qkv = nn.Linear(dim, 3 * dim)
+        self.txt_qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, out or dim)
+
+
+class Single(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.linear1 = nn.Linear(dim, 7 * dim)
+        self.conv = nn.Conv2d(dim, dim, 1)
+        self.wide = nn.Conv2d(dim, dim, 3)
+
+
+class FluxLike(nn.Module):
+    def __init__(self, dim=4):
+        super().__init__()
+        self.img_in = nn.Linear(3, dim)
+        self.double_blocks = nn.ModuleList([Double(dim), Double(dim), Double(dim, 9)])
+        self.single_blocks = nn.ModuleList(Single(dim) for _ in range(2))
+
+
+class Expert(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.w1 = nn.Linear(dim, 5)
+
+
+class MoEBlock(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.gate = nn.Linear(dim, 3)
+        self.experts = nn.ModuleList(Expert(dim) for _ in range(3))
+
+
+class MoE(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(MoEBlock(4) for _ in range(2))
+
+
+def test_several_stacks_and_a_last_block_that_differs():
+    layout = LoRALayout.of(FluxLike(), 2)
+    assert [stack.layers for stack in layout.stacks] == [
+        ("double_blocks.0", "double_blocks.1"),
+        ("double_blocks.2",),
+        ("single_blocks.0", "single_blocks.1"),
+    ]
+    names = [[module.name for module in stack.modules] for stack in layout.stacks]
+    assert names == [["img_qkv", "txt_qkv", "proj"]] * 2 + [["linear1", "conv"]]
+    assert layout.stacks[2].modules[1] == Module("conv", 4, 4, conv=True)
+    assert layout.scale == 1.0
+    layout.check(FluxLike())
+
+
+def test_include_and_exclude():
+    layout = LoRALayout.of(FluxLike(), 2, include=["*.proj", "img_in"], exclude="double_blocks.2.*")
+    paths = {target.path for target in layout.targets()}
+    assert paths == {"img_in", "double_blocks.0.proj", "double_blocks.1.proj"}
+    with pytest.raises(HYWUError, match="no repeated blocks"):
+        LoRALayout.of(FluxLike(), 2, include="nothing*")
+
+
+def test_expert_lists_become_grouped_modules():
+    layout = LoRALayout.of(MoE(), 2)
+    assert layout.stacks[0].modules == (Module("gate", 4, 3), Module("experts.w1", 4, 5, 3))
+    layout.check(MoE())
+
+
+def test_check_names_every_disagreement_at_once():
+    layout = LoRALayout.of(FluxLike(), 2)
+    model = FluxLike()
+    del model.double_blocks[0].img_qkv, model.single_blocks[1].conv
+    model.double_blocks[1].proj = nn.Linear(4, 5)
+    with pytest.raises(HYWUError) as error:
+        layout.check(model)
+    for words in (
+        "2 target modules are missing: double_blocks.0.img_qkv, single_blocks.1.conv",
+        "double_blocks.1.proj is 5 x 4, the layout says 4 x 4",
+    ):
+        assert words in str(error.value)
+
+
+@pytest.mark.parametrize("case", ["dense", "ragged", "moe", "long"])
+def test_official_config_keeps_file_order_and_json_round_trips(case):
+    config = json.loads((GOLDEN / case / "config.json").read_text())
+    layout = LoRALayout.from_official(config)
+    names = list(
+        dict.fromkeys(m.name.rpartition(".w")[0] or m.name for m in layout.stacks[0].modules)
+    )
+    assert names == list(config["pg_mapping"])
+    assert layout.scale == config["alpha"] / config["rank"]
+    again = LoRALayout.from_json(json.loads(json.dumps(layout.to_json())))
+    assert again == layout
+    assert again.digest == layout.digest
+    assert layout.num_values == sum(row[4] for row in layout.describe())
+
+
+def test_digest_depends_on_the_order_of_modules():
+    modules = (Module("a", 2, 3), Module("b", 2, 3))
+    one, two = (LoRALayout((Stack(("l.0",), m),), 1, 1.0) for m in (modules, modules[::-1]))
+    assert one.digest != two.digest
+
+
+def test_with_rank_keeps_the_scale():
+    layout = LoRALayout((Stack(("l.0",), (Module("a", 2, 3),)),), 2, 3.0)
+    assert layout.with_rank(8).scale == layout.scale
+    assert layout.with_rank(8, alpha=8.0).scale == 1.0
+
+
+@pytest.mark.parametrize(
+    ("stacks", "rank", "alpha", "words"),
+    [
+        ((Stack(("l.0",), (Module("a", 2, 3),)),), 0, 1.0, "the rank is 0"),
+        ((Stack(("l.0",), (Module("a", 2, 3),)),), 1, float("nan"), "alpha is nan"),
+        ((), 1, 1.0, "nothing to adapt"),
+        ((Stack(("l.0", "l.0"), (Module("a", 2, 3),)),), 1, 1.0, "listed more than once: l.0.a"),
+    ],
+)
+def test_wrong_layouts(stacks, rank, alpha, words):
+    with pytest.raises(HYWUError, match=words):
+        LoRALayout(stacks, rank, alpha)
+
+
+def test_damaged_descriptions():
+    with pytest.raises(HYWUError, match="damaged"):
+        LoRALayout.from_json({"stacks": [{"layers": ["a"]}], "rank": 1, "alpha": 1})
+    with pytest.raises(HYWUError, match="'prefix' is missing|KeyError"):
+        LoRALayout.from_official({"pg_mapping": {}})
+
+
+def test_quantized_layers_are_found_by_their_attributes():
+    class Quantized(nn.Module):
+        in_features, out_features = 4, 6
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = Quantized()
+            self.register_buffer("scale", torch.ones(1))
+
+    model = nn.Module()
+    model.blocks = nn.ModuleList(Block() for _ in range(2))
+    assert LoRALayout.of(model, 1).stacks[0].modules == (Module("fc", 4, 6),)
