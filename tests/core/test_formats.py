@@ -248,3 +248,56 @@ def test_native_header_reordered_by_another_tool(tmp_path):
     save_file(tensors, tmp_path / "y.safetensors", metadata={HEADER: json.dumps(header)})
     with pytest.raises(HYWUError, match="y.safetensors: the layout's modules are in another order"):
         load_lora(tmp_path / "y.safetensors")
+
+
+@pytest.mark.parametrize("format", ["peft", "comfyui"])
+def test_without_our_header_experts_and_convolutions_are_found(tmp_path, format):
+    lora = make()
+    path = lora.save(tmp_path / "x", format)
+    file = path / "adapter_model.safetensors" if path.is_dir() else path
+    tensors = {key: value.clone() for key, value in load_file(file).items()}
+    file.unlink()
+    save_file(tensors, file)
+    assert lora_header(path) is None
+    loaded = load_lora(file)
+    assert set(loaded) == set(lora)
+    assert loaded.scale == lora.scale
+    for name, pair in lora.items():
+        assert loaded.target(name).module.num_experts == lora.target(name).module.num_experts
+        assert loaded.target(name).module.conv == lora.target(name).module.conv
+        assert torch.equal(loaded[name].A, pair.A)
+        assert torch.equal(loaded[name].B, pair.B)
+    gone = {k: v for k, v in tensors.items() if ".experts.1." not in k}
+    save_file(gone, tmp_path / "gone.safetensors")
+    with pytest.raises(HYWUError, match="some experts are missing"):
+        load_lora(tmp_path / "gone.safetensors")
+
+
+def test_alphas_of_a_foreign_peft_folder(tmp_path):
+    path = make().save(tmp_path / "x", "peft")
+    file = path / "adapter_model.safetensors"
+    tensors = {key: value.clone() for key, value in load_file(file).items()}
+    file.unlink()
+    save_file(tensors, file)
+    config = json.loads((path / "adapter_config.json").read_text())
+    changed = {**config, "use_rslora": True, "alpha_pattern": {"qkv": 5}}
+    (path / "adapter_config.json").write_text(json.dumps(changed))
+    lora, before = load_lora(path), make()
+    for name, alpha in (("blocks.0.qkv", 5), ("last.out", 3)):
+        expected = alpha / 2**0.5 * (before[name].B @ before[name].A)
+        torch.testing.assert_close(lora.scale * (lora[name].B @ lora[name].A), expected)
+    for text, words in (
+        (json.dumps({**config, "use_dora": True}), "use_dora"),
+        (json.dumps({"peft_type": "IA3"}), "not the configuration"),
+        ("{", "not JSON"),
+    ):
+        (path / "adapter_config.json").write_text(text)
+        with pytest.raises(HYWUError, match=words):
+            load_lora(path)
+
+
+def test_wide_convolutions_are_refused(tmp_path):
+    a, b = torch.ones(2, 4, 3, 3), torch.ones(5, 2, 1, 1)
+    save_file({"c.lora_A.weight": a, "c.lora_B.weight": b}, tmp_path / "c.safetensors")
+    with pytest.raises(HYWUError, match="larger than 1x1"):
+        load_lora(tmp_path / "c.safetensors")
