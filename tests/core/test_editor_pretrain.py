@@ -1,0 +1,69 @@
+"""Pretraining: an interrupted run goes on to the weights of an uninterrupted one; the loss falls."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image
+
+from hywu_core.editor.checkpoint import load_editor
+from hywu_core.editor.model import Editor, EditorConfig
+from hywu_core.errors import HYWUError
+from hywu_core.training import pretrain as module
+from hywu_core.training.data import ImagePool
+from hywu_core.training.logs import read_log
+from hywu_core.training.schedule import TrainConfig
+
+CONFIG = TrainConfig(20, 8, 3e-3, warmup=2, ema=0.9, precision="bf16")
+
+
+@pytest.fixture
+def pool(tmp_path) -> ImagePool:
+    picture = Image.radial_gradient("L").resize((128, 128))
+    Image.merge("RGB", (picture, picture.rotate(90), Image.new("L", (128, 128), 90))).save(
+        tmp_path / "a.png"
+    )
+    return ImagePool([tmp_path / "a.png"])
+
+
+def make_editor() -> Editor:
+    torch.manual_seed(0)
+    editor = Editor(EditorConfig(width=32, depth=2, heads=2, text_depth=1, train_size=16))
+    editor.reset_parameters()
+    return editor
+
+
+def test_a_resumed_run_ends_as_an_uninterrupted_one(pool, tmp_path, monkeypatch):
+    assert module.pretrain(make_editor(), pool, CONFIG, tmp_path / "whole") == 20
+    usual = module.make_step
+
+    def interrupted(pool, config, step, size):
+        if step == 11:
+            raise KeyboardInterrupt
+        return usual(pool, config, step, size)
+
+    monkeypatch.setattr(module, "make_step", interrupted)
+    folder = tmp_path / "parts"
+    assert module.pretrain(make_editor(), pool, CONFIG, folder, save_every=5) == 10
+    monkeypatch.setattr(module, "make_step", usual)
+    assert module.pretrain(make_editor(), pool, CONFIG, folder, save_every=5) == 20
+    whole = load_editor(tmp_path / "whole" / module.WEIGHTS).state_dict()
+    parts = load_editor(folder / module.WEIGHTS)
+    assert parts.provenance["steps"] == 20
+    for name, value in parts.state_dict().items():
+        assert torch.allclose(value, whole[name], atol=1e-3), name
+    assert [row["step"] for row in read_log(folder / "log.csv")] == [10, 20]
+
+
+def test_training_lowers_the_loss(pool, tmp_path):
+    editor = make_editor()
+    batch, noise, times = module.make_step(pool, CONFIG, 999, 16)
+    before = module.editor_loss(editor, batch, noise, times).item()
+    module.pretrain(editor, pool, TrainConfig(25, 8, 5e-3, warmup=2), tmp_path / "run")
+    assert module.editor_loss(editor, batch, noise, times).item() < 0.9 * before
+
+
+def test_other_settings_are_refused(pool, tmp_path):
+    module.pretrain(make_editor(), pool, TrainConfig(2, 4, 1e-3), tmp_path / "run")
+    with pytest.raises(HYWUError, match=r"lr 0\.001 -> 0\.002"):
+        module.pretrain(make_editor(), pool, TrainConfig(2, 4, 2e-3), tmp_path / "run")
