@@ -11,7 +11,6 @@ from .errors import HYWUError
 
 #: name -> (module relative to hywu_core, with configure(parser) and run(args) -> int; one line)
 COMMANDS: dict[str, tuple[str, str]] = {
-    "edit": (".editor.command", "edit an image by an instruction with the bundled editor"),
     "inspect": (
         ".commands.inspect",
         "what a checkpoint or a LoRA holds: layout, sizes, origin, norms",
@@ -19,8 +18,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": (".commands.generate", "condition in, generated LoRA out"),
     "convert": (".commands.convert", "official folder <-> one file; LoRA formats into each other"),
     "pretrain": (".training.pretrain", "train the bundled editor itself"),
-    "train": (".training.command", "train a generator, or a baseline, end to end"),
-    "conflict": (".training.conflict.command", "the experiment on contradictory tasks"),
     "eval": (".evaluation.command", "WU-Eval, GEdit-Bench, ImgEdit-Bench, human GSB"),
     "comfy": (".headless.command", "run a workflow on a ComfyUI server"),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 
@@ -114,6 +115,7 @@ def test_imgedit_pictures_in_the_authors_subfolder(tmp_path: Path):
 def test_gedit_as_published(tmp_path: Path, form: str):
     """Parquet, as on the hub; arrow, as `datasets` keeps it: picture bytes inside, both languages."""
     pa = pytest.importorskip("pyarrow", reason="pyarrow is in requirements-dev.txt")
+    importlib.import_module("pyarrow.parquet")
 
     rows = []
     for number, (task, language) in enumerate(

@@ -56,8 +56,8 @@ class ToyBase:
         torch.manual_seed(seed)
         self.module = ToyModel().requires_grad_(False)
 
-    encoder = {"type": "toy"}  # noqa: RUF012
-    condition_parts = {"hidden_states": 8}  # noqa: RUF012
+    encoder = {"type": "toy"}
+    condition_parts = {"hidden_states": 8}
 
     @torch.no_grad()
     def encode(self, source, instruction):
