@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .host import generators
-from .reports import lora_summary, text_output
+from .reports import lora_summary, norm_entries, text_output
 from .sockets import CATEGORY, CONDITION, GENERATOR, LORA, STOCK_LORA
 from .stock import stock_lora
 
@@ -43,4 +43,5 @@ class HYWUGenerateLoRA:
     def generate(self, generator, condition):
         lora, seconds, cached = generators.generate(generator, condition)
         summary = lora_summary(lora, seconds=seconds, cached=cached)
-        return text_output(summary, (lora, stock_lora(lora), summary))
+        shown = norm_entries(lora, seconds=seconds, cached=cached)
+        return text_output(summary, (lora, stock_lora(lora), summary), hywu_norms=shown)

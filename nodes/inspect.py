@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from .host.previews import preview
 from .pictures import norm_map
-from .reports import norm_table, text_output
+from .reports import norm_entries, norm_table, text_output
 from .sockets import CATEGORY, LORA, LORA_TIP
 
 
@@ -30,4 +31,6 @@ class HYWUInspectLoRA:
     def inspect(self, lora):
         norms = lora.norms()
         table = norm_table(norms)
-        return text_output(table, (norm_map(lora, norms), table))
+        image = norm_map(lora, norms)
+        shown = norm_entries(lora, norms)
+        return text_output(table, (image, table), images=preview(image), hywu_norms=shown)
