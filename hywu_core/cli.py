@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "generate": (".commands.generate", "condition in, generated LoRA out"),
     "convert": (".commands.convert", "official folder <-> one file; LoRA formats into each other"),
+    "edit": (".editor.command", "edit a picture with the bundled editor"),
     "pretrain": (".training.pretrain", "train the bundled editor itself"),
     "eval": (".evaluation.command", "WU-Eval, GEdit-Bench, ImgEdit-Bench, human GSB"),
     "comfy": (".headless.command", "run a workflow on a ComfyUI server"),

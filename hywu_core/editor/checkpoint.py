@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,42 @@ from .model import Editor, EditorConfig
 
 FORMAT = "hywu-editor-1"
 BUNDLED = Path(__file__).with_name("weights") / "editor.safetensors"
+#: Environment variable for developers: another folder of bundled weights.
+VARIABLE = "HYWU_WEIGHTS"
+
+
+def weights_folder() -> Path:
+    """Where the bundled weights lie: `HYWU_WEIGHTS`, else beside this file."""
+    return Path(os.environ.get(VARIABLE) or BUNDLED.parent)
+
+
+def bundled(name: str) -> Path:
+    """Path of the bundled ``<name>.safetensors``: editor, generator, shared, single_<task>.
+
+    Raises HYWUError when this copy lacks it.
+    """
+    path = weights_folder() / f"{name}.safetensors"
+    if not path.is_file():
+        raise HYWUError(
+            f"{path}: this copy lacks the bundled weights; install the extension again, or name a "
+            f"folder that has them in the environment variable {VARIABLE}."
+        )
+    return path
+
+
+def bundled_loras() -> list[str]:
+    """Names of the bundled static LoRAs that are there: shared first, then single_<task>."""
+    found = [p.stem for p in sorted(weights_folder().glob("single_*.safetensors"))]
+    return ["shared", *found] if (weights_folder() / "shared.safetensors").is_file() else found
+
+
+def editor_identity(editor: Editor) -> str:
+    """16 hex digits of all weights in half precision, as they are stored: what a generator was made for."""
+    sha = hashlib.sha256()
+    for name, value in sorted(editor.state_dict().items()):
+        sha.update(f"{name} {tuple(value.shape)}".encode())
+        sha.update(value.detach().cpu().half().contiguous().numpy().tobytes())
+    return sha.hexdigest()[:16]
 
 
 def save_editor(editor: Editor, path: str | Path, provenance: Mapping[str, Any]) -> Path:
@@ -25,16 +63,19 @@ def save_editor(editor: Editor, path: str | Path, provenance: Mapping[str, Any])
 
 
 def load_editor(
-    path: str | Path = BUNDLED,
+    path: str | Path | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     operations: Any = nn,
+    kind: type[Editor] = Editor,
 ) -> Editor:
     """Load an editor, frozen and in eval mode; its `provenance` is the file's.
 
+    path: None is the bundled one. operations, kind: layers and subclass of a host.
     Raises HYWUError naming the file when it is missing, not an editor's, or its keys, shapes or
     values are not the model's.
     """
+    path = bundled("editor") if path is None else path
     tensors, header = read_tensors(path)
     if header.get("format") != FORMAT:
         raise HYWUError(f"{path}: not an editor's file; `hywu pretrain` writes them.")
@@ -42,7 +83,7 @@ def load_editor(
         config = EditorConfig.from_json(header["editor"])
     except (KeyError, TypeError, ValueError) as error:
         raise HYWUError(f"{path}: {error}") from error
-    editor = Editor(config, operations)
+    editor = kind(config, operations)
     wanted = editor.state_dict()
     wrong = [f"{name} is missing" for name in wanted.keys() - tensors.keys()]
     wrong += [f"{name} is unknown" for name in tensors.keys() - wanted.keys()]

@@ -19,11 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..errors import HYWUError, need
 from ..files import atomic_path
+from ..images import MAX_SIDE, read_image
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,6 @@ PACKAGES = {
 }
 SPLIT = Path(__file__).with_name("split.json")
 SUFFIXES = {".webp", ".png", ".jpg", ".jpeg", ".bmp"}
-MAX_SIDE = 512
 MIN_SIDE = 96
 HELD_OUT_FILES = 48
 
@@ -97,26 +97,6 @@ def split_files(side: str) -> list[Path]:
             f"install the pinned releases: {pins}."
         )
     return [files[name] for name in wanted]
-
-
-def read_image(path: str | Path, max_side: int = MAX_SIDE) -> Tensor:
-    """uint8 ``[3, H, W]``, upright, transparency on white, at most `max_side`; first frame only.
-
-    Raises HYWUError naming the file.
-    """
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if "A" in image.getbands() or "transparency" in image.info:
-                image = image.convert("RGBA")
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image)
-            image = image.convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise HYWUError(f"{path}: can't be read as an image ({error}).") from error
-    if max(image.size) > max_side:
-        image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def photographs() -> dict[str, Tensor]:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ..condition import Condition
 from ..conditioning.editor import EditorEncoder
+from ..editor.checkpoint import editor_identity
 from ..editor.model import Editor
-from .base import Batch, Draws, frozen_digest
+from .base import Batch, Draws
 
 NAME = "hywu-bundled-editor"
 
@@ -26,7 +27,7 @@ class EditorBase:
 
     def __init__(self, editor: Editor, sampling_steps: int = 4) -> None:
         self.module, self.sampling_steps = editor.requires_grad_(False), sampling_steps
-        self._encoder = EditorEncoder(editor, frozen_digest(editor)[:16])
+        self._encoder = EditorEncoder(editor, editor_identity(editor))
 
     @property
     def encoder(self) -> Mapping[str, Any]:
