@@ -6,11 +6,12 @@ from .apply import HYWUApplyLoRA
 from .files import HYWULoadCondition, HYWUSaveCondition
 from .generate import HYWUGenerateLoRA
 from .inspect import HYWUInspectLoRA
-from .loaders import HYWULoadGenerator
+from .loaders import HYWULoadBundledEditor, HYWULoadGenerator
 from .values import HYWUBlendLoRA, HYWUSelectLoRA
 
 NODES = {
     HYWULoadGenerator: "HY-WU Load Generator",
+    HYWULoadBundledEditor: "HY-WU Load Bundled Editor",
     HYWUGenerateLoRA: "HY-WU Generate LoRA",
     HYWUApplyLoRA: "Apply Generated LoRA",
     HYWUSelectLoRA: "HY-WU Select LoRA",

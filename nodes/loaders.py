@@ -1,8 +1,8 @@
-"""Loader of generator checkpoints."""
+"""Loaders: a generator checkpoint, and the bundled editor as MODEL, CLIP and VAE."""
 
 from __future__ import annotations
 
-from .host import generators, paths
+from .host import bundled_editor, generators, paths
 from .sockets import CATEGORY, GENERATOR
 
 PRECISIONS = ["auto", "float32", "bfloat16", "float16"]
@@ -12,8 +12,8 @@ class HYWULoadGenerator:
     CATEGORY = CATEGORY
     DESCRIPTION = (
         "Loads a HY-WU generator: the hypernetwork that reads an image and an instruction and writes "
-        "a LoRA. Checkpoints go "
-        "into models/hywu: one .safetensors file, or an official folder with its config.json."
+        "a LoRA. 'bundled' is the small one that comes with this extension, for its own editor. Others "
+        "go into models/hywu: one .safetensors file, or an official folder with its config.json."
     )
     SEARCH_ALIASES = ["hypernetwork", "parameter generator", "hy-wu", "hywu", "lora generator"]
     RETURN_TYPES = (GENERATOR,)
@@ -30,7 +30,7 @@ class HYWULoadGenerator:
                 "checkpoint": (
                     paths.generator_names(),
                     {
-                        "tooltip": "A checkpoint in models/hywu (and in the folders of "
+                        "tooltip": "'bundled', or a checkpoint in models/hywu (and in the folders of "
                         "extra_model_paths.yaml under 'hywu'). Everything else about it is in the file."
                     },
                 ),
@@ -48,7 +48,38 @@ class HYWULoadGenerator:
 
     @classmethod
     def IS_CHANGED(cls, checkpoint, precision):
-        return paths.stamp("hywu", checkpoint)
+        return paths.generator_stamp(checkpoint)
 
     def load(self, checkpoint, precision):
         return (generators.load(checkpoint, precision),)
+
+
+class HYWULoadBundledEditor:
+    CATEGORY = CATEGORY
+    DESCRIPTION = (
+        "Loads the small image editor that comes with this extension, as an ordinary base model: use it "
+        "with CLIPTextEncode, InstructPixToPixConditioning, KSampler and VAEDecode. It works in pixel "
+        "space, on any image size, in 4 to 8 steps (euler, simple, cfg 1). It is frozen: what it does "
+        "beyond its own edits comes from the LoRA that is applied to it."
+    )
+    SEARCH_ALIASES = ["hy-wu editor", "hywu", "image edit model", "pixel space", "bundled model"]
+    RETURN_TYPES = ("MODEL", "CLIP", "VAE")
+    RETURN_NAMES = ("model", "clip", "vae")
+    OUTPUT_TOOLTIPS = (
+        "The editor. Put Apply Generated LoRA between it and the sampler.",
+        "The editor's byte-level text encoder, for CLIPTextEncode. Any language's letters work; with a "
+        "batch of images, write one line for each or one for all.",
+        "The pixel-space VAE: pixels in, pixels out.",
+    )
+    FUNCTION = "load"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {}}
+
+    @classmethod
+    def IS_CHANGED(cls):
+        return paths.bundled_stamp("editor")
+
+    def load(self):
+        return bundled_editor.load_bundled()

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import comfy.model_management as mm
 import comfy.model_patcher
-import comfy.ops
 import comfy.utils
 import torch
 
@@ -17,31 +16,18 @@ from ...hywu_core.files import open_tensors
 from ...hywu_core.generator.checkpoints import load_generator, open_checkpoint
 from ...hywu_core.generator.config import GeneratorConfig
 from ...hywu_core.lora import GeneratedLoRA
+from . import operations
 from .cache import CACHE
 from .paths import generator_path
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class Operations:
-    """Layers that ComfyUI may leave in host memory and that are cast where they are used."""
-
-    class Linear(torch.nn.Linear, comfy.ops.CastWeightBiasOp):
-        comfy_cast_weights = True
-
-        def resolve(self, like: torch.Tensor):
-            """Weight and bias on like's device in its dtype; see `hywu_core.generator.layers`."""
-            ready = self.weight.device == like.device and self.weight.dtype == like.dtype
-            if ready and not self.weight_function and not self.bias_function:
-                return self.weight, self.bias
-            return comfy.ops.cast_bias_weight(self, like)
-
-
 class HostGenerator:
     """What the HYWU_GENERATOR socket carries. `patcher` is what ComfyUI loads and evicts."""
 
     def __init__(self, path: Path, dtype: torch.dtype) -> None:
-        network = load_generator(path, "cpu", dtype, operations=Operations)
+        network = load_generator(path, "cpu", dtype, operations=operations)
         self.config: GeneratorConfig = network.config
         self.dtype = dtype
         # The plain patcher: a sublayer holds several cast weights at once, and the dynamic one's

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import folder_paths
 
+from ...hywu_core.editor.checkpoint import bundled, weights_folder
 from ...hywu_core.errors import HYWUError
 
+#: The first entry of the list of generators: the one that comes with the extension.
+BUNDLED = "bundled"
 NOTHING = "(none found)"
 
 
@@ -33,13 +36,13 @@ _register(
 
 
 def generator_names() -> list[str]:
-    """Single files, and official folders (those with a config.json) once each."""
+    """ "bundled", single files, and official folders (those with a config.json) once each."""
     names = []
     for name in folder_paths.get_filename_list("hywu"):
         folder = os.path.dirname(name)
         official = folder and _find("hywu", os.path.join(folder, "config.json"))
         names.append(folder if official else name)
-    return list(dict.fromkeys(names)) or [NOTHING]
+    return list(dict.fromkeys([BUNDLED, *names]))
 
 
 def condition_names() -> list[str]:
@@ -48,17 +51,28 @@ def condition_names() -> list[str]:
 
 def generator_path(name: str) -> Path:
     """Raises HYWUError when the checkpoint is gone or the name leads out of the folders."""
-    return _existing("hywu", name, "models/hywu")
+    return bundled("generator") if name == BUNDLED else _existing("hywu", name, "models/hywu")
 
 
 def condition_path(name: str) -> Path:
     return _existing("hywu_conditions", name, "models/hywu_conditions, output/conditions or input")
 
 
+def generator_stamp(name: str) -> str:
+    return bundled_stamp("generator") if name == BUNDLED else stamp("hywu", name)
+
+
+def bundled_stamp(name: str) -> str:
+    return _stamp(weights_folder() / f"{name}.safetensors")
+
+
 def stamp(folder: str, name: str) -> str:
     """Changes when the file does, so that ComfyUI loads it again."""
-    found = _find(folder, name)
-    if found is None:
+    return _stamp(_find(folder, name))
+
+
+def _stamp(found: Path | None) -> str:
+    if found is None or not found.exists():
         return "missing"
     files = sorted(found.glob("*")) if found.is_dir() else [found]
     return ";".join(f"{f.name}:{f.stat().st_mtime_ns}:{f.stat().st_size}" for f in files)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 import dev
+from hywu_core.editor.checkpoint import VARIABLE, weights_folder
 from hywu_core.headless.local import LocalServer
 
 
@@ -17,7 +21,28 @@ def comfyui() -> dev.Host:
 
 
 @pytest.fixture(scope="session")
-def server(comfyui: dev.Host, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of the bundled weights: the checkout's, else a developer's, else random ones."""
+    helper = _helper()
+    if helper.shipped() or os.environ.get(VARIABLE):
+        yield weights_folder()
+        return
+    os.environ[VARIABLE] = str(helper.make_random(tmp_path_factory.mktemp("weights")))
+    yield weights_folder()
+    del os.environ[VARIABLE]
+
+
+def _helper():
+    spec = importlib.util.spec_from_file_location("weights", Path(__file__).with_name("weights.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def server(
+    comfyui: dev.Host, weights: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LocalServer]:
     """A running server with this extension in it and folders of its own."""
     with dev.server_of(comfyui, tmp_path_factory.mktemp("comfyui")) as running:
         yield running

@@ -1,0 +1,141 @@
+"""Run inside ComfyUI's tree by test_bundled_editor.py: the editor under stock nodes, figures as JSON.
+
+Arguments: ComfyUI's tree, this extension's folder.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import time
+
+tree, extension = sys.argv[1:3]
+sys.argv = ["main.py", "--cpu"]
+sys.path.insert(0, tree)
+
+import comfy.options  # noqa: E402
+
+comfy.options.enable_args_parsing()
+
+import comfy.samplers  # noqa: E402
+import torch  # noqa: E402
+from comfy_extras.nodes_ip2p import InstructPixToPixConditioning  # noqa: E402
+
+import nodes as stock  # noqa: E402
+
+spec = importlib.util.spec_from_file_location(
+    "hywu_nodes", f"{extension}/__init__.py", submodule_search_locations=[extension]
+)
+package = importlib.util.module_from_spec(spec)
+sys.modules["hywu_nodes"] = package
+started = time.perf_counter()
+spec.loader.exec_module(package)
+import_seconds = time.perf_counter() - started
+NODES = package.NODE_CLASS_MAPPINGS
+core = sys.modules["hywu_nodes.hywu_core.editor.checkpoint"]
+from hywu_nodes.hywu_core.editor.sampling import edit  # noqa: E402
+
+TEXT = "Make it BLURRY, grüße"
+
+
+def load():
+    return NODES["HYWULoadBundledEditor"]().load()
+
+
+def sample(model, image, text=TEXT, negative="", steps=6, cfg=1.0, sampler="euler", scheduler="simple",
+           seed=3, denoise=1.0):  # fmt: skip
+    """Stock nodes only; returns the latent [B, 3, H, W] that KSampler gives."""
+    encode = stock.CLIPTextEncode().encode
+    result = InstructPixToPixConditioning.execute(
+        encode(clip, text)[0], encode(clip, negative)[0], image, vae
+    )
+    positive, negative, latent = result.args if hasattr(result, "args") else result.result
+    latent = {"samples": vae.encode(image)} if denoise < 1 else latent
+    sampled = stock.common_ksampler(
+        model, seed, steps, cfg, sampler, scheduler, positive, negative, latent, denoise=denoise
+    )
+    return sampled[0]
+
+
+def picture(*args, **kwargs):
+    """[B, H, W, 3] in 0..1."""
+    return stock.VAEDecode().decode(vae, sample(*args, **kwargs))[0]
+
+
+def gap(one, two) -> float:
+    return float((one - two).abs().max())
+
+
+def error(action) -> str:
+    try:
+        action()
+    except ValueError as problem:
+        return str(problem)
+    return ""
+
+
+def engine(image, texts, steps=6, seed=3):
+    """The same by hywu_core alone, [B, H, W, 3]."""
+    return edit(plain, image.movedim(-1, 1), texts, steps=steps, seed=seed).movedim(1, -1)
+
+
+def sampler_failures(names_samplers, names_schedulers) -> dict[str, str]:
+    """(sampler, scheduler) pairs that fail or give something that is not finite."""
+    failed = {}
+    pairs = [(s, "simple") for s in names_samplers] + [("euler", s) for s in names_schedulers]
+    for sampler, scheduler in pairs:
+        try:
+            out = sample(model, images[:1], steps=3, sampler=sampler, scheduler=scheduler)[
+                "samples"
+            ]
+            if not torch.isfinite(out).all():
+                failed[f"{sampler}/{scheduler}"] = "not finite"
+        except Exception as problem:
+            failed[f"{sampler}/{scheduler}"] = repr(problem)[:200]
+    return failed
+
+
+def offloaded():
+    """Partial load: with a few KB for weights, the rest stays behind and is cast where it is used."""
+    fresh, _, _ = load()
+    before = sample(fresh, images)["samples"]
+    fresh.detach()
+    fresh.patch_model(device_to=torch.device("cpu"), lowvram_model_memory=20_000)
+    partial = bool(fresh.model.model_lowvram)
+    after = sample(fresh, images)["samples"]
+    fresh.detach()
+    again = sample(fresh, images)["samples"]
+    return partial, gap(before, after), gap(before, again)
+
+
+torch.manual_seed(0)
+model, clip, vae = load()
+plain = core.load_editor()
+small = plain.config.train_size
+images = torch.rand(2, small, small, 3)
+large = torch.rand(1, 2 * small + 8, small + 24, 3)
+with torch.no_grad():
+    figures = {
+        "import_seconds": import_seconds,
+        "small": gap(picture(model, images), engine(images, [TEXT] * 2)),
+        "large": gap(picture(model, large), engine(large, [TEXT])),
+        "four": gap(picture(model, images, steps=4), engine(images, [TEXT] * 2, 4)),
+        "lines": gap(
+            picture(model, images, text="blur\nsharpen it"), engine(images, ["blur", "sharpen it"])
+        ),
+        "changes": gap(picture(model, images), images),
+        "samplers": sampler_failures(
+            comfy.samplers.KSampler.SAMPLERS, comfy.samplers.KSampler.SCHEDULERS
+        ),
+        "cfg": gap(picture(model, images, cfg=3.0), picture(model, images, cfg=1.0)),
+        "denoise": gap(picture(model, images, denoise=0.5), images),
+        "offload": offloaded(),
+        "rgba": gap(vae.encode(torch.cat([images, images[..., :1]], -1)), vae.encode(images)),
+        "gray": list(vae.encode(images[..., :1]).shape),
+        "errors": {
+            "lines": error(lambda: sample(model, images[:1], text="one\ntwo\nthree")),
+            "tiny": error(lambda: sample(model, images[:, :1, :1])),
+        },
+    }
+print("FIGURES" + json.dumps(figures))

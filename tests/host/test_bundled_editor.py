@@ -1,0 +1,64 @@
+"""The bundled editor under ComfyUI's stock nodes, against the engine alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def figures(comfyui, weights):
+    done = subprocess.run(
+        [comfyui.python, HERE / "editor_figures.py", comfyui.tree, HERE.parents[1]],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    found = [line for line in done.stdout.splitlines() if line.startswith("FIGURES")]
+    assert found, done.stderr[-3000:]
+    return json.loads(found[0].removeprefix("FIGURES"))
+
+
+@pytest.mark.parametrize("case", ["small", "large", "four", "lines"])
+def test_stock_nodes_give_what_the_engine_gives(figures, case):
+    assert figures["changes"] > 0.01
+    assert figures[case] < 1e-3
+
+
+def test_every_stock_sampler_and_scheduler_works(figures):
+    assert figures["samplers"] == {}
+
+
+def test_guidance_and_denoise_have_an_effect(figures):
+    assert figures["cfg"] > 1e-3
+    assert figures["denoise"] > 1e-3
+
+
+def test_a_partly_loaded_model_gives_the_same(figures):
+    partial, offloaded, reloaded = figures["offload"]
+    assert partial
+    assert offloaded < 1e-5
+    assert reloaded == 0
+
+
+def test_gray_and_transparent_images(figures):
+    assert figures["rgba"] == 0
+    assert figures["gray"][1] == 3
+
+
+@pytest.mark.parametrize(
+    ("case", "words"), [("lines", "3 lines and the latent 1 images"), ("tiny", "at least 8 x 8")]
+)
+def test_errors_say_what_disagrees(figures, case, words):
+    assert words in figures["errors"][case]
+
+
+def test_the_import_costs_less_than_a_second(figures):
+    assert figures["import_seconds"] < 1

@@ -1,0 +1,61 @@
+"""Bundled weights for the tests: those of the checkout, or random ones where it has none yet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from hywu_core.editor.checkpoint import BUNDLED, editor_identity, load_editor, save_editor
+from hywu_core.editor.model import Editor, EditorConfig
+from hywu_core.generator.checkpoints import save_generator
+from hywu_core.generator.config import GeneratorConfig
+from hywu_core.generator.model import ParameterGenerator
+from hywu_core.layout import LoRALayout
+from hywu_core.lora import GeneratedLoRA
+
+NAMES = ("editor", "generator", "shared", "single_blur", "single_deblur")
+
+
+def shipped() -> bool:
+    """Whether the checkout has the bundled weights."""
+    return all(BUNDLED.with_name(f"{name}.safetensors").is_file() for name in NAMES)
+
+
+def make_random(folder: Path) -> Path:
+    """A small editor, its generator and LoRAs: random, but all of them change the picture."""
+    torch.manual_seed(0)
+    editor = Editor(EditorConfig(width=64, depth=3, heads=4, text_depth=1, train_size=32))
+    editor.reset_parameters()
+    torch.nn.init.normal_(editor.image_out.weight, std=0.05)
+    torch.nn.init.normal_(editor.modulate.weight, std=0.05)
+    save_editor(editor, folder / "editor.safetensors", {})
+    editor = load_editor(folder / "editor.safetensors")
+    layout = LoRALayout.of(editor, 2, exclude="text.*")
+    config = GeneratorConfig(
+        layout, {"hidden_states": 64}, 16, 2, 32, 16, 2, base="hywu-bundled-editor",
+        encoder={"type": "bundled_editor", "editor": editor_identity(editor)},
+        provenance={"phrasings": {"blur": ["blur the image"], "deblur": ["sharpen the image"]}},
+    )  # fmt: skip
+    generator = ParameterGenerator(config)
+    generator.reset_parameters()
+    torch.nn.init.normal_(generator.model.proj_out_A.weight, std=0.05)
+    torch.nn.init.normal_(generator.model.proj_out_B.weight, std=0.05)
+    save_generator(generator, folder / "generator.safetensors")
+    for name in NAMES[2:]:
+        _lora(layout).save(folder / f"{name}.safetensors")
+    return folder
+
+
+def _lora(layout: LoRALayout) -> GeneratedLoRA:
+    pairs = {
+        t.path: (
+            torch.randn(1, layout.rank, t.module.in_features) * t.module.in_features**-0.5,
+            torch.randn(1, t.module.out_features, layout.rank) * 0.3,
+        )
+        for t in layout.targets()
+    }
+    layers = {t.path: layout.stacks[t.stack].layers[t.layer] for t in layout.targets()}
+    return GeneratedLoRA.from_pairs(
+        pairs, layout.alpha, layers=layers, provenance={"base": "hywu-bundled-editor"}
+    )
