@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 from .apply import HYWUApplyLoRA
+from .encode import HYWUConditionEncode
+from .evaluation import HYWUBenchmarkItems, HYWUJudge, HYWUScoreTable
 from .files import HYWULoadCondition, HYWUSaveCondition
 from .generate import HYWUGenerateLoRA
 from .inspect import HYWUInspectLoRA
 from .loaders import HYWULoadBundledEditor, HYWULoadGenerator
+from .lora_files import HYWULoadLoRA, HYWUSaveLoRA
 from .values import HYWUBlendLoRA, HYWUSelectLoRA
 
 NODES = {
     HYWULoadGenerator: "HY-WU Load Generator",
     HYWULoadBundledEditor: "HY-WU Load Bundled Editor",
+    HYWUConditionEncode: "HY-WU Condition Encode",
     HYWUGenerateLoRA: "HY-WU Generate LoRA",
     HYWUApplyLoRA: "Apply Generated LoRA",
+    HYWUSaveLoRA: "Save Generated LoRA",
+    HYWULoadLoRA: "Load Generated LoRA",
     HYWUSelectLoRA: "HY-WU Select LoRA",
     HYWUSaveCondition: "Save Condition",
     HYWULoadCondition: "Load Condition",
     HYWUInspectLoRA: "HY-WU Inspect LoRA",
     HYWUBlendLoRA: "HY-WU Blend LoRAs",
+    HYWUBenchmarkItems: "HY-WU Benchmark Items",
+    HYWUJudge: "HY-WU Judge",
+    HYWUScoreTable: "HY-WU Score Table",
 }
 
 NODE_CLASS_MAPPINGS = {node.__name__: node for node in NODES}

@@ -25,7 +25,7 @@ class HYWUSaveCondition:
     def INPUT_TYPES(cls):
         return {
             "required": {
-                "condition": (CONDITION, {"tooltip": "From Load Condition."}),
+                "condition": (CONDITION, {"tooltip": "From HY-WU Condition Encode."}),
                 "filename_prefix": (
                     "STRING",
                     {

@@ -19,7 +19,7 @@ class HYWUGenerateLoRA:
     RETURN_TYPES = (LORA, STOCK_LORA, "STRING")
     RETURN_NAMES = ("lora", "lora_model", "summary")
     OUTPUT_TOOLTIPS = (
-        "The generated LoRA, one for each image of the batch: for Apply, Inspect, Blend, Select.",
+        "The generated LoRA, one for each image of the batch: for Apply, Save, Inspect, Blend, Select.",
         "The same for ComfyUI's own Load LoRA Model and Save LoRA Weights. It holds one LoRA: pick one "
         "of a batch with HY-WU Select LoRA.",
         "What was generated, for what and how long it took, as JSON.",
@@ -34,7 +34,8 @@ class HYWUGenerateLoRA:
                 "condition": (
                     CONDITION,
                     {
-                        "tooltip": "From Load Condition: made by the encoder that the checkpoint names."
+                        "tooltip": "From HY-WU Condition Encode with the same generator, or a saved "
+                        "condition from Load Condition."
                     },
                 ),
             }

@@ -10,4 +10,4 @@ LORA = "HYWU_LORA"
 #: ComfyUI's own socket for a LoRA in memory: a dict of ``<module>.lora_up.weight`` and so on.
 STOCK_LORA = "LORA_MODEL"
 
-LORA_TIP = "A generated LoRA: from HY-WU Generate LoRA. One for each image of the batch."
+LORA_TIP = "A generated LoRA: from HY-WU Generate LoRA, or Load Generated LoRA. One for each image of the batch."

@@ -8,18 +8,15 @@ from ..hywu_core.errors import HYWUError
 from ..hywu_core.lora import GeneratedLoRA
 
 
-class BatchOfLoRAs(dict):
-    """Stands on the stock socket for a batch: whoever reads it is told to select one."""
+class Refused(dict):
+    """Stands on the stock socket for what it can't hold: whoever reads it is told why."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, reason: str) -> None:
         super().__init__()
-        self.count = count
+        self.reason = reason
 
     def _refuse(self, *_):
-        raise HYWUError(
-            f"This is a batch of {self.count} LoRAs, and ComfyUI's own LoRA nodes take one; put HY-WU "
-            "Select LoRA in between."
-        )
+        raise HYWUError(self.reason)
 
     __contains__ = __getitem__ = __iter__ = keys = items = values = get = copy = _refuse
 
@@ -27,11 +24,17 @@ class BatchOfLoRAs(dict):
 def stock_lora(lora: GeneratedLoRA) -> dict[str, torch.Tensor]:
     """Keys ``diffusion_model.<module>.lora_up.weight``, ``.lora_down.weight``, ``.alpha``."""
     if lora.batch_size != 1:
-        return BatchOfLoRAs(lora.batch_size)
+        return Refused(
+            f"This is a batch of {lora.batch_size} LoRAs, and ComfyUI's own LoRA nodes take one; put "
+            "HY-WU Select LoRA in between."
+        )
     result = {}
     for path, (a, b) in lora.items():
         if a.ndim != 3:
-            raise HYWUError(f"{path}: ComfyUI's LoRA socket can't hold LoRAs on grouped experts.")
+            return Refused(
+                f"{path} is a LoRA on grouped experts, which ComfyUI's own LoRA nodes can't hold; save "
+                "it with Save Generated LoRA instead."
+            )
         key = f"diffusion_model.{path}"
         result[f"{key}.lora_up.weight"] = b[0].contiguous()
         result[f"{key}.lora_down.weight"] = a[0].contiguous()

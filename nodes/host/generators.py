@@ -96,6 +96,7 @@ def generate(generator: HostGenerator, condition: Condition) -> tuple[GeneratedL
     start = time.perf_counter()
     if not bool(condition.is_finite()):
         raise HYWUError("The condition has NaN or infinite values; encode it again.")
+    _check_origin(generator, condition)
     key = (*generator.identity, condition.digest())
     lora = CACHE.get(key)
     cached = lora is not None
@@ -104,3 +105,14 @@ def generate(generator: HostGenerator, condition: Condition) -> tuple[GeneratedL
         lora.check_finite()
         CACHE.put(key, lora)
     return lora, time.perf_counter() - start, cached
+
+
+def _check_origin(generator: HostGenerator, condition: Condition) -> None:
+    """Two encoders can have tokens of one width and yet mean different things."""
+    for name, key in (("encoder", "type"), ("editor", "editor")):
+        made, wanted = condition.origin.get(name), generator.config.encoder.get(key)
+        if None not in (made, wanted) and made != wanted:
+            raise HYWUError(
+                f"The condition was made by the {name} '{made}', this generator was trained on those "
+                f"of '{wanted}'; encode it with this generator."
+            )

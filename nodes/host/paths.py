@@ -7,11 +7,15 @@ from pathlib import Path
 
 import folder_paths
 
-from ...hywu_core.editor.checkpoint import bundled, weights_folder
+from ...hywu_core.editor.checkpoint import bundled, bundled_loras, weights_folder
 from ...hywu_core.errors import HYWUError
 
 #: The first entry of the list of generators: the one that comes with the extension.
 BUNDLED = "bundled"
+#: Before the names of bundled LoRAs, as in "bundled: single blur".
+BUNDLED_LORA = "bundled: "
+#: A PEFT adapter is a folder with this file in it.
+PEFT_FILE = "adapter_model.safetensors"
 NOTHING = "(none found)"
 
 
@@ -35,6 +39,15 @@ _register(
 )
 
 
+_register(
+    "hywu_loras",
+    [
+        *folder_paths.get_folder_paths("loras"),
+        os.path.join(folder_paths.get_output_directory(), "loras"),
+    ],
+)
+
+
 def generator_names() -> list[str]:
     """ "bundled", single files, and official folders (those with a config.json) once each."""
     names = []
@@ -47,6 +60,31 @@ def generator_names() -> list[str]:
 
 def condition_names() -> list[str]:
     return folder_paths.get_filename_list("hywu_conditions") or [NOTHING]
+
+
+def lora_names() -> list[str]:
+    """The bundled LoRAs, then files, and PEFT folders once each."""
+    names = [BUNDLED_LORA + name.replace("_", " ") for name in bundled_loras()]
+    for name in folder_paths.get_filename_list("hywu_loras"):
+        folder, file = os.path.split(name)
+        names.append(folder if folder and file == PEFT_FILE else name)
+    return list(dict.fromkeys(names)) or [NOTHING]
+
+
+def lora_path(name: str) -> Path:
+    if name.startswith(BUNDLED_LORA):
+        return bundled(_bundled_file(name))
+    return _existing("hywu_loras", name, "models/loras or output/loras")
+
+
+def lora_stamp(name: str) -> str:
+    if name.startswith(BUNDLED_LORA):
+        return bundled_stamp(_bundled_file(name))
+    return stamp("hywu_loras", name)
+
+
+def _bundled_file(name: str) -> str:
+    return name.removeprefix(BUNDLED_LORA).replace(" ", "_")
 
 
 def generator_path(name: str) -> Path:
@@ -85,7 +123,8 @@ def save_path(prefix: str, suffix: str) -> tuple[Path, str]:
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, output)
     except Exception as error:
         raise HYWUError(_outside(prefix)) from error
-    if os.path.commonpath([output, os.path.realpath(folder)]) != output:
+    inside = os.path.commonpath([output, os.path.realpath(folder)]) == output
+    if not inside or name in ("", ".", ".."):
         raise HYWUError(_outside(prefix))
     while True:
         path = Path(folder) / f"{name}_{counter:05}_{suffix}"
@@ -96,8 +135,8 @@ def save_path(prefix: str, suffix: str) -> tuple[Path, str]:
 
 def _outside(prefix: str) -> str:
     return (
-        f"filename_prefix '{prefix}' leads out of ComfyUI's output folder; use a name below it, such "
-        "as 'conditions/hywu'."
+        f"filename_prefix '{prefix}' leads out of ComfyUI's output folder or names no file; use a "
+        "name below it, such as 'loras/hywu'."
     )
 
 

@@ -1,0 +1,84 @@
+"""Condition Encode: images and instructions become the condition that a generator reads."""
+
+from __future__ import annotations
+
+from .host import encoders
+from .reports import text_output
+from .sockets import CATEGORY, CONDITION, GENERATOR
+
+
+class HYWUConditionEncode:
+    CATEGORY = CATEGORY
+    DESCRIPTION = (
+        "Encodes the image and the instruction for the generator, with the encoder that the "
+        "checkpoint names. A batch of images gives a batch of conditions. Write one instruction for "
+        "all images, or one line for each."
+    )
+    SEARCH_ALIASES = [
+        "hy-wu condition",
+        "hywu",
+        "instruction encode",
+        "edit instruction",
+        "condition",
+    ]
+    RETURN_TYPES = (CONDITION,)
+    RETURN_NAMES = ("condition",)
+    OUTPUT_TOOLTIPS = ("What the generator reads: tokens of the images and instructions.",)
+    FUNCTION = "encode"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {
+                "generator": (
+                    GENERATOR,
+                    {
+                        "tooltip": "The generator that the condition is for: its checkpoint names the encoder."
+                    },
+                ),
+                "image": (
+                    "IMAGE",
+                    {
+                        "tooltip": "The image to edit, or a batch of them. Any size; transparency is ignored."
+                    },
+                ),
+                "instruction": (
+                    "STRING",
+                    {
+                        "multiline": True,
+                        "default": "",
+                        "tooltip": "What to do with the image. With a batch of images, one line for "
+                        "each, or a single line for all of them.",
+                    },
+                ),
+            },
+            "optional": {
+                "model": (
+                    "MODEL",
+                    {
+                        "tooltip": "Only a check: a connected MODEL must be the editor that the bundled "
+                        "generator was trained for. The encoder brings its own copy, without any LoRA."
+                    },
+                ),
+                "clip": (
+                    "CLIP",
+                    {
+                        "tooltip": "A text encoder, for checkpoints that read the part 'text' from one of "
+                        "ComfyUI's CLIPs. Not needed for the bundled generator."
+                    },
+                ),
+                "clip_vision": (
+                    "CLIP_VISION",
+                    {
+                        "tooltip": "An image encoder, for checkpoints that read the part 'vision' from one "
+                        "of ComfyUI's CLIP vision models. Not needed for the bundled generator."
+                    },
+                ),
+            },
+        }
+
+    def encode(self, generator, image, instruction, model=None, clip=None, clip_vision=None):
+        condition, report = encoders.encode(
+            generator, image, instruction, model=model, clip=clip, clip_vision=clip_vision
+        )
+        return text_output(report, (condition,))

@@ -1,0 +1,67 @@
+"""Where benchmarks may lie and results may go: inside ComfyUI's folders, unless the operator adds some."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import folder_paths
+
+from ...hywu_core.errors import HYWUError
+from ...hywu_core.evaluation.commands.shared import data_path
+
+#: Key of extra_model_paths.yaml under which the operator names further folders.
+EXTRA = "hywu_benchmarks"
+SAMPLES = "samples"
+
+
+def data_folder(benchmark: str, path: str) -> Path:
+    """The benchmark's folder or file: our samples, or a path inside a folder that may be read.
+
+    `path` is relative to the input or output folder or to one of the operator's, or absolute inside
+    one of them. Raises HYWUError naming the folders when it is not there or leads out.
+    """
+    path = path.strip()
+    if path == SAMPLES:
+        return data_path(benchmark, SAMPLES)
+    roots = _roots()
+    for root in roots:
+        found = Path(os.path.realpath(os.path.join(root, path)))
+        if path and _inside(root, found) and found.exists():
+            return found
+    raise HYWUError(
+        f"'{path}': there is no such benchmark inside {', '.join(roots)}; copy it into the input folder "
+        f"and give its name there, have the server's operator list its folder under '{EXTRA}' in "
+        f"extra_model_paths.yaml, or write '{SAMPLES}' for the two items that come along."
+    )
+
+
+def data_stamp(benchmark: str, path: str) -> str:
+    """Changes when the list of items does, so that ComfyUI reads it again."""
+    try:
+        found = data_folder(benchmark, path)
+    except HYWUError:
+        return "missing"
+    files = [found, *sorted(found.glob("*.json*"))] if found.is_dir() else [found]
+    return ";".join(f"{file.name}:{file.stat().st_mtime_ns}" for file in files)
+
+
+def results_folder(name: str) -> Path:
+    """A folder below ComfyUI's output folder. Raises HYWUError when the name leads out of it."""
+    output = folder_paths.get_output_directory()
+    folder = Path(os.path.realpath(os.path.join(output, name.strip())))
+    if not name.strip() or os.path.isabs(name.strip()) or not _inside(output, folder):
+        raise HYWUError(
+            f"folder '{name}' leads out of ComfyUI's output folder; use a name below it, such as "
+            "'hywu_eval'."
+        )
+    return folder
+
+
+def _roots() -> list[str]:
+    extra = folder_paths.folder_names_and_paths.get(EXTRA, ([], set()))[0]
+    return [folder_paths.get_input_directory(), folder_paths.get_output_directory(), *extra]
+
+
+def _inside(root: str, path: Path) -> bool:
+    return path.is_relative_to(os.path.realpath(root))
