@@ -57,7 +57,7 @@ def generate_results(
     selection = {name: value for name, value in (selection or {}).items() if value is not None}
     chosen = items.select(**selection)
     with exclusive(results.root):
-        _write_manifest(results, items, editor, data, seed, selection)
+        write_manifest(results, items, editor.describe(), data, seed, selection)
         missing = results.missing(chosen)
         count = GenerationCount(kept=len(chosen.items) - len(missing))
         failures = _Failures(results.root / FAILURES)
@@ -76,19 +76,23 @@ def generate_results(
     return count
 
 
-def _write_manifest(
+def write_manifest(
     results: Results,
     items: ItemList,
-    editor: Editor,
+    editor: dict[str, Any],
     data: str | Path,
-    seed: int,
+    seed: int | None,
     selection: dict[str, Any],
 ) -> None:
+    """Say in the folder what makes its results; `editor` as Editor.describe gives it.
+
+    Raises HYWUError when the folder holds results that something else made.
+    """
     fixed = {
         "format": FORMAT,
         "benchmark": results.benchmark,
         "items": items.fingerprint(),
-        "editor": editor.describe(),
+        "editor": editor,
         "seed": seed,
     }
     before = read_manifest(results.root)
@@ -96,7 +100,7 @@ def _write_manifest(
         if before and before.get(name) != json.loads(json.dumps(value)):
             raise HYWUError(
                 f"{results.root}: holds results with {name} {before.get(name)!r}, now it is "
-                f"{value!r}; choose another --method, or remove the folder."
+                f"{value!r}; choose another name for the method, or remove the folder."
             )
     write_json(
         results.root / MANIFEST,
@@ -150,15 +154,19 @@ def _make(item: Item, results: Results, editor: Editor, seed: int, tries: int) -
     for _ in range(max(1, tries)):
         try:
             source = editor_source(results, item)
-            edited = editor.edit(source, item, seed)
-            if results.benchmark == "gedit":
-                save_png(load_image(item.judged_source), gedit.source_path(results.root, item))
-            save_png(edited.convert("RGB"), results.picture(item))
+            save_result(results, item, editor.edit(source, item, seed))
             return None
         except (EditFailed, HYWUError, OSError, RuntimeError) as error:
             reason = str(error).strip() or type(error).__name__
             log.warning("%s: %s", item.id, reason)
     return reason
+
+
+def save_result(results: Results, item: Item, edited: Image.Image) -> None:
+    """Write one result where its benchmark wants it, over an earlier one."""
+    if results.benchmark == "gedit":
+        save_png(load_image(item.judged_source), gedit.source_path(results.root, item))
+    save_png(edited.convert("RGB"), results.picture(item))
 
 
 def editor_source(results: Results, item: Item) -> Image.Image:

@@ -226,7 +226,7 @@ function showMaps(node, maps) {
   }
   widget.hywuView.show(maps);
   const [width, height] = node.computeSize?.() ?? [0, 0];
-  const size = [Math.max(node.size[0], width, 320), Math.max(node.size[1], height)];
+  const size = [Math.max(node.size[0], width, 270), Math.max(node.size[1], height)];
   if (size[0] !== node.size[0] || size[1] !== node.size[1]) node.setSize?.(size);
   app.graph?.setDirtyCanvas?.(true, true);
 }

@@ -13,7 +13,7 @@ def write_markdown(report: Report, path: Path) -> None:
     """Write the file atomically, over an earlier one."""
     lines = [f"# {_safe(report.title)}", "", *(f"- {_safe(fact)}" for fact in report.facts), ""]
     for table in report.tables:
-        lines += _table(table)
+        lines += markdown_table(table)
     if report.exhibits:
         lines += ["## Best, median, worst", ""]
         for exhibit in report.exhibits:
@@ -27,12 +27,13 @@ def write_markdown(report: Report, path: Path) -> None:
         lines += [*(f"- {_safe(line)}" for line in report.unscored), ""]
     lines += ["## Published by others", ""]
     for table in report.theirs:
-        lines += _table(table)
+        lines += markdown_table(table)
     with atomic_path(path, overwrite=True) as part:
         part.write_text("\n".join(lines), encoding="utf-8")
 
 
-def _table(table: Table) -> list[str]:
+def markdown_table(table: Table) -> list[str]:
+    """A table as the lines of a Markdown section."""
     rule = ["---", *("---:" for _ in table.header[1:])]
     rows = [table.header, rule, *table.rows]
     body = ["| " + " | ".join(map(_safe, row)) + " |" for row in rows]

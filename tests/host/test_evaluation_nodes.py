@@ -1,0 +1,192 @@
+"""Benchmark Items, Judge and Score Table on a real server, with a stock node as the editor."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import shutil
+import threading
+
+import pytest
+from PIL import Image, ImageStat
+
+import dev
+from hywu_core.cli import main
+from hywu_core.evaluation.commands.shared import SAMPLES
+from hywu_core.evaluation.results import open_results
+from hywu_core.headless.client import NodeFailed, Refused, run_sync
+
+
+def node(class_type: str, **inputs) -> dict:
+    return {"class_type": class_type, "inputs": inputs}
+
+
+def items(benchmark: str = "folder", path: str = "samples", index: int = 0, count: int = 0) -> dict:
+    return node("HYWUBenchmarkItems", benchmark=benchmark, path=path, index=index, count=count)
+
+
+def judge(image: list, method: str, **more) -> dict:
+    given = {"judge": "reference", "questionnaire": "auto", "folder": "eval_test", **more}
+    return node("HYWUJudge", image=image, item=["items", 2], method=method, **given)
+
+
+def graph(benchmark: str = "folder", method: str = "blurred", **item_options) -> dict:
+    """Every item blurred, judged, tabulated."""
+    return {
+        "items": items(benchmark, **item_options),
+        "edit": node("ImageBlur", image=["items", 0], blur_radius=5, sigma=2.0),
+        "judge": judge(["edit", 0], method),
+        "table": node("HYWUScoreTable", scores=["judge", 0]),
+        "chart": node("SaveImage", images=["table", 1], filename_prefix=f"chart_{method}"),
+    }
+
+
+def text(record: dict, node_id: str) -> str:
+    return record["outputs"][node_id]["text"][0]
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "shown"),
+    [("folder", "WU-Eval"), ("gedit", "GEdit-Bench"), ("imgedit", "ImgEdit-Bench")],
+)
+def test_one_run_edits_judges_and_tabulates_both_items(server, benchmark, shown):
+    record, _ = run_sync(server.url, graph(benchmark, f"blurred_{benchmark}"), timeout=180)
+    answers = [json.loads(answer) for answer in record["outputs"]["judge"]["text"]]
+    assert [a["outcome"] for a in answers] == ["scored", "scored"]
+    assert "2 scored of 2 items" in text(record, "table")
+    assert shown in text(record, "table")
+    name = record["outputs"]["chart"]["images"][0]["filename"]
+    with Image.open(server.base / "output" / name) as chart:
+        assert chart.width == 700
+        assert (
+            ImageStat.Stat(chart.convert("L")).stddev[0] > 10
+        )  # bars and letters, not a blank page
+
+
+def test_what_the_graph_keeps_is_what_the_command_line_reads(server, capsys):
+    run_sync(server.url, graph(method="both_ways"), timeout=180)
+    root = server.base / "output" / "eval_test" / "both_ways"
+    results, listed = open_results(root)
+    assert not results.missing(listed)
+    assert main(["eval", "judge", str(root), "--judge", "reference"]) == 0
+    assert "0 answered" in capsys.readouterr().out  # the graph had asked already
+    assert main(["eval", "score", str(root)]) == 0
+    assert "2 scored of 2 items" in capsys.readouterr().out
+
+
+def test_items_come_one_a_run_and_the_table_counts_what_is_missing(server):
+    first, _ = run_sync(server.url, graph(method="stepwise", index=0, count=1), timeout=180)
+    assert "1 scored, 1 missing of 2 items" in text(first, "table")
+    second, _ = run_sync(server.url, graph(method="stepwise", index=1, count=1), timeout=180)
+    assert "2 scored of 2 items" in text(second, "table")
+    with pytest.raises(NodeFailed, match="2 items, 0 to 1"):
+        run_sync(server.url, graph(method="stepwise", index=2, count=1), timeout=180)
+
+
+def test_methods_are_compared_and_the_target_scores_five(server, tmp_path):
+    data = server.base / "input" / "own"
+    shutil.copytree(SAMPLES / "folder", data, dirs_exist_ok=True)
+    shutil.copy(data / "targets" / "astronaut.jpg", server.base / "input" / "target.jpg")
+    both = {
+        **graph(method="compared", path="own", count=1),
+        "target": node("LoadImage", image="target.jpg"),
+        "judge_2": judge(["target", 0], "the_target"),
+    }
+    both["table"]["inputs"]["scores_2"] = ["judge_2", 0]
+    record, _ = run_sync(server.url, both, timeout=180)
+    assert json.loads(text(record, "judge_2"))["scores"]["overall"] == 5
+    assert "difference to compared" in text(record, "table")
+
+
+def test_paths_stay_inside_the_folders_of_comfyui(server, tmp_path):
+    shutil.copytree(SAMPLES / "folder", tmp_path / "elsewhere")
+    link = server.base / "input" / "link_out"
+    link.symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    for path in (str(tmp_path / "elsewhere"), "../../elsewhere", "link_out", ""):
+        with pytest.raises(NodeFailed, match="no such benchmark inside"):
+            run_sync(server.url, graph(path=path), timeout=180)
+    for folder in ("../escaped", str(tmp_path / "escaped"), ""):
+        with pytest.raises(NodeFailed, match="leads out of ComfyUI's output folder"):
+            out = graph()
+            out["judge"]["inputs"]["folder"] = folder
+            run_sync(server.url, out, timeout=180)
+    for method in ("../escaped", "a/b", "", "NUL:"):
+        with pytest.raises(NodeFailed, match="method can't be used"):
+            run_sync(server.url, graph(method=method), timeout=180)
+    assert not (tmp_path / "escaped").exists()
+    assert not (server.base / "escaped").exists()
+
+
+def test_results_of_another_program_are_left_alone(server):
+    out = server.base / "output" / "eval_test"
+    given = ["--benchmark", "folder", "--data", "samples", "--out", str(out)]
+    assert main(["eval", "generate", *given, "--method", "theirs", "--editor", "copy"]) == 0
+    before = {p: p.read_bytes() for p in sorted((out / "theirs").rglob("*")) if p.is_file()}
+    with pytest.raises(NodeFailed, match="holds results with editor"):
+        run_sync(server.url, graph(method="theirs"), timeout=180)
+    assert {p: p.read_bytes() for p in before} == before
+
+
+def test_mistakes_are_one_sentence_and_the_next_prompt_works(server):
+    batch = graph()
+    batch["edit"] = node("RepeatImageBatch", image=["items", 0], amount=2)
+    with pytest.raises(NodeFailed, match="batch of 2 pictures"):
+        run_sync(server.url, batch, timeout=180)
+    nameless = graph()
+    nameless["judge"]["inputs"]["judge"] = "openai"
+    with pytest.raises(NodeFailed, match="needs model"):
+        run_sync(server.url, nameless, timeout=180)
+    with pytest.raises(Refused):
+        run_sync(server.url, graph("another"), timeout=180)
+    record, _ = run_sync(server.url, graph(), timeout=180)
+    assert "2 scored of 2 items" in text(record, "table")
+
+
+class _Model(http.server.BaseHTTPRequestHandler):
+    """Answers WU-Eval once, then garbage; keeps the Authorization headers."""
+
+    keys: list[str] = []
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        scores = ("instruction_alignment", "content_consistency")
+        scores += ("structural_rationality", "image_quality")
+        whole = json.dumps({**dict.fromkeys(scores, 4), "reason": "fine"})
+        content = "I'd rather not say" if self.keys else whole
+        self.keys.append(self.headers["Authorization"])
+        choices = [{"message": {"content": content}, "finish_reason": "stop"}]
+        body = json.dumps({"model": "tiny-vlm", "choices": choices}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def endpoint():
+    """The URL of an OpenAI-compatible endpoint on loopback."""
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Model)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{httpd.server_port}/v1"
+    httpd.shutdown()
+    httpd.server_close()
+
+
+def test_a_model_judges_at_the_operators_endpoint(comfyui, tmp_path, endpoint, monkeypatch):
+    """A server of its own, since the endpoint comes from its environment; a garbled answer is counted."""
+    monkeypatch.setenv("HYWU_JUDGE_URL", endpoint)
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-for-the-test")
+    asked = graph(method="judged_by_model")
+    asked["judge"]["inputs"].update(judge="openai", model="tiny-vlm")
+    with dev.server_of(comfyui, tmp_path / "comfyui") as own:
+        record, _ = run_sync(own.url, asked, timeout=180)
+        log = own.log.read_text()
+    assert "1 scored, 1 unparsable of 2 items" in text(record, "table")
+    assert _Model.keys == ["Bearer secret-for-the-test"] * 2
+    written = [p for p in (tmp_path / "comfyui" / "output").rglob("*") if p.is_file()]
+    assert all(b"secret-for-the-test" not in p.read_bytes() for p in written)
+    assert "secret-for-the-test" not in log + json.dumps(record)
