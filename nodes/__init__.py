@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from .apply import HYWUApplyLoRA
-from .evaluation import HYWUBenchmarkItems, HYWUJudge, HYWUScoreTable
 from .encode import HYWUConditionEncode
 from .evaluation import HYWUBenchmarkItems, HYWUJudge, HYWUScoreTable
 from .files import HYWULoadCondition, HYWUSaveCondition
@@ -26,9 +25,6 @@ NODES = {
     HYWULoadCondition: "Load Condition",
     HYWUInspectLoRA: "HY-WU Inspect LoRA",
     HYWUBlendLoRA: "HY-WU Blend LoRAs",
-    HYWUBenchmarkItems: "HY-WU Benchmark Items",
-    HYWUJudge: "HY-WU Judge",
-    HYWUScoreTable: "HY-WU Score Table",
     HYWUBenchmarkItems: "HY-WU Benchmark Items",
     HYWUJudge: "HY-WU Judge",
     HYWUScoreTable: "HY-WU Score Table",
