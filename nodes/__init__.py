@@ -7,6 +7,7 @@ from .encode import HYWUConditionEncode
 from .evaluation import HYWUBenchmarkItems, HYWUJudge, HYWUScoreTable
 from .files import HYWULoadCondition, HYWUSaveCondition
 from .generate import HYWUGenerateLoRA
+from .host import gsb_routes
 from .inspect import HYWUInspectLoRA
 from .loaders import HYWULoadBundledEditor, HYWULoadGenerator
 from .lora_files import HYWULoadLoRA, HYWUSaveLoRA
@@ -32,5 +33,7 @@ NODES = {
 
 NODE_CLASS_MAPPINGS = {node.__name__: node for node in NODES}
 NODE_DISPLAY_NAME_MAPPINGS = {node.__name__: name for node, name in NODES.items()}
+
+gsb_routes.register()
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]

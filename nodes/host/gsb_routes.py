@@ -3,35 +3,59 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 
 from ...hywu_core.errors import HYWUError
-from ...hywu_core.evaluation.gsb.server import routes
-from ...hywu_core.evaluation.gsb.store import Store
 
 log = logging.getLogger(__name__)
-_open: dict[str, Store] = {}
 
 
 def register() -> None:
-    """Add the routes to ComfyUI's server. Called once, when ComfyUI loads the extension."""
+    """Add the routes to ComfyUI's server, where there is one. Never keeps the nodes from loading."""
+    instance = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+    if instance is None:
+        return
+    try:
+        _register(instance)
+    except (ImportError, HYWUError) as error:
+        log.warning("HY-WU: the voting page is off: %s", error)
+
+
+def _register(server: object) -> None:
     import folder_paths
-    from server import PromptServer
+
+    from ...hywu_core.evaluation.gsb.server import LOOPBACK, routes
+    from ...hywu_core.evaluation.gsb.store import Store
 
     root = Path(folder_paths.get_user_directory()) / "hywu" / "gsb"
+    opened: dict[str, Store] = {}
 
     def find(name: str) -> Store | None:
-        if name not in _open:
-            listed = {p.name for p in root.iterdir() if p.is_dir()} if root.is_dir() else set()
-            if name not in listed or name.startswith("."):
-                return None
-            try:
-                _open[name] = Store(root / name)
-            except HYWUError as error:
-                log.warning("HY-WU: %s", error)
-                return None
-        return _open[name]
+        if name in opened:
+            return opened[name]
+        listed = {p.name for p in root.iterdir() if p.is_dir()} if root.is_dir() else set()
+        if name not in listed or name.startswith("."):
+            return None
+        try:
+            opened[name] = Store(root / name)
+        except HYWUError as error:
+            log.warning("HY-WU: %s", error)
+        return opened.get(name)
 
-    # Which host names ComfyUI answers to is its user's choice (--listen); Origin is still checked.
-    for method, path, handler in routes(find, "/hywu/gsb", None):
-        PromptServer.instance.routes.route(method, path)(handler)
+    # On loopback a foreign host name means a rebound address; whoever listens on other addresses
+    # chose the names himself.
+    hosts = LOOPBACK if _listens_on_loopback() else None
+    for method, path, handler in routes(find, "/hywu/gsb", hosts):
+        server.routes.route(method, path)(handler)
+
+
+def _listens_on_loopback() -> bool:
+    import ipaddress
+
+    from comfy.cli_args import args
+
+    try:
+        return all(ipaddress.ip_address(a.strip()).is_loopback for a in args.listen.split(","))
+    except ValueError:
+        return args.listen == "localhost"
