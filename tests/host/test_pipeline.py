@@ -1,0 +1,161 @@
+"""The whole edit on a real server: against the engine, per image, reloaded, chained, kept."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from hywu_core.editor.checkpoint import bundled
+from hywu_core.editor.engine import BundledEditor
+from hywu_core.headless.client import Client
+
+_spec = importlib.util.spec_from_file_location(
+    "edit_graph", Path(__file__).with_name("edit_graph.py")
+)
+g = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(g)
+
+
+@pytest.fixture(scope="module")
+def photo(server):
+    return g.put_photo(server.base / "input")
+
+
+@pytest.fixture(scope="module")
+def engine(weights):
+    return BundledEditor.load(bundled("editor"), bundled("generator"))
+
+
+@pytest.fixture(scope="module")
+def direct(server, photo):
+    """The picture of the plain graph."""
+    return g.pictures(server, g.run(server, g.edit_graph()))
+
+
+def test_the_edit_is_the_engines(server, photo, engine, direct):
+    edit = engine.edit(photo, "blur the image", seed=3, steps=4)
+    assert g.levels(direct[0], edit.image) <= 1
+    without = engine.edit(photo, "blur the image", seed=3, steps=4, strength=0)
+    assert g.levels(direct[0], without.image) > 2
+
+
+def test_merged_gives_the_same_picture(server, photo, direct):
+    outputs = g.run(server, g.edit_graph(mode="merge"))
+    assert g.said(outputs, "apply")["mode"] == "merge"
+    assert g.levels(g.pictures(server, outputs), direct) <= 1
+
+
+def test_reports_and_norms(server, photo, engine):
+    text = "blur the image please"  # a new one: nodes that ComfyUI has kept report nothing
+    outputs = g.run(server, g.edit_graph(text))
+    assert g.said(outputs, "encode")["warnings"] == []
+    report = g.said(outputs, "apply")
+    assert report["matched"] == len(list(engine.generator.config.layout.targets()))
+    (entry,) = outputs["generate"]["hywu_norms"]
+    lora = engine.generator(engine.encoder(photo[None], [text]))
+    norms = lora.norms()
+    for module, row in zip(entry["modules"], entry["norms"], strict=True):
+        for layer, value in zip(entry["layers"], row, strict=True):
+            wanted = float(norms[f"{entry['stack']}{layer}.{module}"][0])
+            assert value == pytest.approx(wanted, rel=1e-3)
+    assert entry["seconds"] >= 0
+    assert entry["max"] == max(map(max, entry["norms"]))
+    assert entry["title"] == text
+
+
+def test_each_image_of_a_batch_is_as_alone(server, photo):
+    other = g.put_photo(server.base / "input", "hywu-other.png", seed=5)
+    assert g.levels(other, photo) > 2
+    batch = {
+        "other": g.node("LoadImage", image="hywu-other.png"),
+        "both": g.node("ImageBatch", image1=["photo", 0], image2=["other", 0]),
+    }
+    texts = ["blur the image", "sharpen the image, please"]
+    whole = g.pictures(
+        server, g.run(server, g.edit_graph("\n".join(texts), image=["both", 0], **batch))
+    )
+    assert whole.shape[0] == 2
+    # noise of one image alone is the first of the batch's, so only the first can be compared
+    first = g.pictures(server, g.run(server, g.edit_graph(texts[0])))
+    assert g.levels(whole[0], first[0]) <= 1
+    swapped = {"both": g.node("ImageBatch", image1=["other", 0], image2=["photo", 0])}
+    graph = g.edit_graph("\n".join(texts[::-1]), image=["both", 0], **{**batch, **swapped})
+    second = g.pictures(server, g.run(server, graph))
+    alone = g.edit_graph(texts[1], image=["other", 0], other=batch["other"])
+    assert g.levels(second[0], g.pictures(server, g.run(server, alone))[0]) <= 1
+
+
+@pytest.mark.parametrize("kind", ["ComfyUI", "PEFT", "native"])
+def test_a_saved_lora_gives_the_same_when_loaded_again(server, photo, direct, kind):
+    save = g.node(
+        "HYWUSaveLoRA", lora=["generate", 0], filename_prefix=f"loras/kept-{kind}", format=kind
+    )
+    outputs = g.run(server, g.edit_graph(keep=save))
+    name = outputs["keep"]["text"][0].removeprefix("loras/")
+    load = {"load": g.node("HYWULoadLoRA", lora=name)}
+    graph = g.edit_graph(**load)
+    graph["apply"]["inputs"]["lora"] = ["load", 0]
+    assert g.levels(g.pictures(server, g.run(server, graph)), direct) <= 1
+    if kind == "ComfyUI":
+        stock = g.node(
+            "LoraLoaderModelOnly", model=["editor", 0], lora_name=name, strength_model=1.0
+        )
+        outputs = g.run(server, g.edit_graph(model=["stock", 0], stock=stock))
+        assert g.levels(g.pictures(server, outputs), direct) <= 1
+
+
+def test_bundled_loras_are_offered_and_change_the_picture(server, photo, direct):
+    for name in ("bundled: shared", "bundled: single blur"):
+        graph = g.edit_graph(load=g.node("HYWULoadLoRA", lora=name))
+        graph["apply"]["inputs"]["lora"] = ["load", 0]
+        assert g.levels(g.pictures(server, g.run(server, graph)), direct) > 1
+
+
+def test_strength_and_seed_never_generate_again(server, photo):
+    """Not even when ComfyUI has dropped everything it had kept."""
+
+    async def free():
+        async with Client(server.url) as client:
+            await client.free()
+
+    text = "blur the image a bit"
+    first = g.run(server, g.edit_graph(text))
+    assert not g.said(first, "generate")["cached"]
+    other = g.run(server, g.edit_graph(text, strength=0.5, seed=9))
+    assert g.levels(g.pictures(server, other), g.pictures(server, first)) > 1
+    asyncio.run(free())
+    again = g.run(server, g.edit_graph(text, strength=0.5, seed=9))
+    assert g.said(again, "generate")["cached"]
+    assert torch.equal(g.pictures(server, again), g.pictures(server, other))
+
+
+def test_two_in_a_row_on_branches_and_beside_a_stock_loader(server, photo, direct):
+    """Half and half in a row is the whole; branches of one MODEL don't see each other."""
+    save = g.node(
+        "HYWUSaveLoRA", lora=["generate", 0], filename_prefix="loras/half", format="ComfyUI"
+    )
+    name = g.run(server, g.edit_graph(keep=save))["keep"]["text"][0].removeprefix("loras/")
+
+    def half(model, mode):
+        return g.node("HYWUApplyLoRA", model=model, lora=["generate", 0], strength=0.5, mode=mode)
+
+    text, image = "blur the image", ["photo", 0]
+    stock = g.node("LoraLoaderModelOnly", model=["editor", 0], lora_name=name, strength_model=0.5)
+    more = {
+        "second": half(["apply", 0], "merge"), **g.sampling("2", text, ["second", 0], image),
+        "stock": stock,
+        "third": half(["stock", 0], "unmerged"), **g.sampling("3", text, ["third", 0], image),
+        **g.sampling("4", text, ["editor", 0], image),
+    }  # fmt: skip
+    outputs = g.run(server, g.edit_graph(strength=0.5, mode="unmerged", **more))
+    for chained in ("save2", "save3"):
+        assert g.levels(g.pictures(server, outputs, chained), direct) <= 1
+    plain, one = g.pictures(server, outputs, "save4"), g.pictures(server, outputs)
+    assert g.levels(one, direct) > 1
+    assert g.levels(plain, direct) > 1
+    alone = g.run(server, g.edit_graph(model=["editor", 0]))
+    assert torch.equal(g.pictures(server, alone), plain)
