@@ -7,6 +7,9 @@
 What is there is kept, so the same command resumes an interrupted run and retries what failed (it
 stands in OUT/METHOD/failures.jsonl). Exit code 3: finished, but some items have no result.
 
+  hywu eval generate --benchmark folder --data samples --out results --editor bundled
+  hywu eval generate --benchmark folder --data samples --out results --method shared \\
+      --editor bundled --lora shared
   hywu eval generate --benchmark gedit --data GEdit-Bench --out results --method copy --editor copy
   hywu eval generate --benchmark imgedit --data ImgEdit --out results --method flux --editor comfy \\
       --workflow edit_api.json --comfy-image 12.image --comfy-instruction 6.text --comfy-seed 3.seed
@@ -46,11 +49,21 @@ def add_editor(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--editor",
         required=True,
-        choices=("comfy", "command", "copy"),
-        help="comfy: a workflow on a ComfyUI server; command: any program; "
-        "copy: the unchanged source, a lower anchor",
+        choices=("bundled", "comfy", "command", "copy"),
+        help="bundled: the editor that comes along, with a LoRA generated for each item; comfy: a "
+        "workflow on a ComfyUI server; command: any program; copy: the unchanged source, a lower "
+        "anchor",
     )
     parser.add_argument("--workers", type=int, default=1, help="edits at once (%(default)s)")
+    engine = parser.add_argument_group("bundled")
+    engine.add_argument(
+        "--lora",
+        help="in place of generating: a bundled LoRA (shared, single_blur, ...), a LoRA file, or "
+        "'none' for the editor alone",
+    )
+    engine.add_argument("--steps", type=int, default=4, help="sampling steps (%(default)s)")
+    engine.add_argument("--strength", type=float, default=1.0, help="of the LoRA (%(default)s)")
+    engine.add_argument("--device", default="cpu", help="torch device (%(default)s)")
     comfy = parser.add_argument_group("comfy")
     comfy.add_argument("--server", default="http://127.0.0.1:8188", help="%(default)s")
     comfy.add_argument("--workflow", help="the workflow in API format (JSON)")
@@ -71,6 +84,10 @@ def make_editor(args: argparse.Namespace) -> Editor:
     """The editor that the arguments describe. Raises HYWUError naming what is missing."""
     if args.editor == "copy":
         return CopyEditor(args.workers)
+    if args.editor == "bundled":
+        from ..bundled_editor import EngineEditor
+
+        return EngineEditor(args.lora, args.steps, args.strength, args.device)
     if args.editor == "command":
         if not args.command:
             raise HYWUError("--editor command needs --command.")

@@ -1,0 +1,107 @@
+"""The bundled editor as a benchmark's editor: generated LoRAs, static ones, none."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hywu_core.cli import main
+from hywu_core.editor.checkpoint import VARIABLE, editor_identity, load_editor, save_editor
+from hywu_core.editor.engine import BundledEditor
+from hywu_core.editor.model import Editor, EditorConfig
+from hywu_core.evaluation.commands.shared import SAMPLES
+from hywu_core.generator.checkpoints import save_generator
+from hywu_core.generator.config import GeneratorConfig
+from hywu_core.generator.model import ParameterGenerator
+from hywu_core.layout import LoRALayout
+
+
+@pytest.fixture
+def weights(tmp_path, monkeypatch):
+    """A tiny random editor, its generator, and a LoRA of that generator as `shared`."""
+    torch.manual_seed(0)
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    editor = Editor(EditorConfig(width=32, depth=2, heads=4, text_depth=1, train_size=32))
+    editor.reset_parameters()
+    torch.nn.init.normal_(editor.image_out.weight, std=0.1)
+    torch.nn.init.normal_(editor.modulate.weight, std=0.1)
+    save_editor(editor, folder / "editor.safetensors", {})
+    identity = editor_identity(load_editor(folder / "editor.safetensors"))
+    layout = LoRALayout.of(editor, 2, exclude="text.*")
+    config = GeneratorConfig(
+        layout, {"hidden_states": 32}, 16, 2, 32, 16, 2, base="hywu-bundled-editor",
+        encoder={"type": "bundled_editor", "editor": identity},
+    )  # fmt: skip
+    generator = ParameterGenerator(config)
+    generator.reset_parameters()
+    torch.nn.init.normal_(generator.model.proj_out_A.weight, std=0.1)
+    torch.nn.init.normal_(generator.model.proj_out_B.weight, std=0.1)
+    save_generator(generator, folder / "generator.safetensors")
+    engine = BundledEditor.load(folder / "editor.safetensors", folder / "generator.safetensors")
+    lora = engine.edit(torch.rand(3, 32, 32), "blur the photo", steps=1).lora
+    lora.save(folder / "shared.safetensors")
+    monkeypatch.setenv(VARIABLE, str(folder))
+    return folder
+
+
+def generate(out, method: str, *more: str) -> int:
+    given = ["--benchmark", "folder", "--data", "samples", "--out", str(out), "--steps", "1"]
+    return main(["eval", "generate", *given, "--editor", "bundled", "--method", method, *more])
+
+
+def pictures(out, method: str) -> dict[str, np.ndarray]:
+    return {p.stem: np.asarray(Image.open(p)) for p in sorted((out / method).glob("*.png"))}
+
+
+def test_each_item_gets_the_edit_that_the_engine_makes(weights, tmp_path):
+    out = tmp_path / "results"
+    assert generate(out, "hywu") == 0
+    made = pictures(out, "hywu")
+    assert list(made) == ["astronaut", "rocket"]
+    engine = BundledEditor.load(weights / "editor.safetensors", weights / "generator.safetensors")
+    row = json.loads((SAMPLES / "folder" / "items.jsonl").read_text().splitlines()[0])
+    source = np.array(Image.open(SAMPLES / "folder" / row["source"]).convert("RGB"))
+    pixels = torch.from_numpy(source).permute(2, 0, 1)
+    wanted = engine.edit(pixels, row["instruction"], seed=0, steps=1).image
+    wanted = (wanted * 255).round().byte().permute(1, 2, 0).numpy()
+    np.testing.assert_array_equal(made["astronaut"], wanted)
+
+
+def test_static_loras_and_none_are_other_methods(weights, tmp_path):
+    out = tmp_path / "results"
+    for method, lora in (("shared", "shared"), ("alone", "none")):
+        assert generate(out, method, "--lora", lora) == 0
+    assert generate(out, "hywu") == 0
+    found = [pictures(out, method)["rocket"] for method in ("shared", "alone", "hywu")]
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert (found[a] != found[b]).any()
+    file = str(weights / "shared.safetensors")
+    assert generate(out, "by_path", "--lora", file) == 0
+    np.testing.assert_array_equal(pictures(out, "by_path")["rocket"], found[0])
+
+
+def test_a_strength_of_zero_is_the_editor_alone(weights, tmp_path):
+    out = tmp_path / "results"
+    assert generate(out, "alone", "--lora", "none") == 0
+    assert generate(out, "zero", "--strength", "0") == 0
+    assert (
+        np.abs(pictures(out, "zero")["rocket"].astype(int) - pictures(out, "alone")["rocket"]).max()
+        <= 1
+    )
+
+
+def test_other_weights_under_one_name_are_refused(weights, tmp_path, capsys):
+    out = tmp_path / "results"
+    assert generate(out, "hywu") == 0
+    assert generate(out, "hywu", "--strength", "0.5") == 1
+    assert "choose another name" in capsys.readouterr().err
+    assert generate(out, "odd", "--lora", "nothing_like_it") == 1
+    assert "the bundled ones are shared, none" in capsys.readouterr().err
+    (weights / "generator.safetensors").unlink()
+    assert generate(out, "gone") == 1
+    assert "generator.safetensors" in capsys.readouterr().err
