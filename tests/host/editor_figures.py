@@ -109,11 +109,49 @@ def offloaded():
     return partial, gap(before, after), gap(before, again)
 
 
+def generated(generator, text="blur the image"):
+    condition = NODES["HYWUConditionEncode"]().encode(generator, images[:1], text)["result"][0]
+    return NODES["HYWUGenerateLoRA"]().generate(generator, condition)["result"][0]
+
+
+def lora_gap(one, two) -> float:
+    return max(gap(one[path].B, two[path].B) for path in one)
+
+
+def generator_offloaded():
+    """The generator with most of its weights left behind, and loaded whole again."""
+    host = sys.modules["hywu_nodes.nodes.host.generators"]
+    generator = NODES["HYWULoadGenerator"]().load("bundled", "float32")[0]
+    whole = generated(generator)
+    patcher = generator.patcher
+    patcher.detach()
+    patcher.patch_model(device_to=torch.device("cpu"), lowvram_model_memory=20_000)
+    partial = bool(patcher.model.model_lowvram)
+    host.CACHE._kept.clear()
+    after = generated(generator)
+    patcher.detach()
+    host.CACHE._kept.clear()
+    return partial, lora_gap(whole, after), lora_gap(whole, generated(generator))
+
+
+def cache_figures():
+    """A cache with room for two LoRAs gets three, in the order a, b, (a read), c."""
+    kept = sys.modules["hywu_nodes.nodes.host.cache"].LoRACache(2 * lora.nbytes)
+    a, b, c = (lora.to(dtype=torch.float32)._map(torch.clone) for _ in range(3))
+    for key, value in (("a", a), ("b", b), ("a", None), ("c", c)):
+        kept.get(key) if value is None else kept.put(key, value)
+    small = sys.modules["hywu_nodes.nodes.host.cache"].LoRACache(lora.nbytes - 1)
+    small.put("a", a)
+    found = [key for key in "abc" if kept.get(key) is not None]
+    return {"found": found, "bytes": kept.nbytes / lora.nbytes, "too_large": small.nbytes}
+
+
 torch.manual_seed(0)
 model, clip, vae = load()
 plain = core.load_editor()
 small = plain.config.train_size
 images = torch.rand(2, small, small, 3)
+lora = generated(NODES["HYWULoadGenerator"]().load("bundled", "float32")[0])
 large = torch.rand(1, 2 * small + 8, small + 24, 3)
 with torch.no_grad():
     figures = {
@@ -131,6 +169,8 @@ with torch.no_grad():
         "cfg": gap(picture(model, images, cfg=3.0), picture(model, images, cfg=1.0)),
         "denoise": gap(picture(model, images, denoise=0.5), images),
         "offload": offloaded(),
+        "generator_offload": generator_offloaded(),
+        "cache": cache_figures(),
         "rgba": gap(vae.encode(torch.cat([images, images[..., :1]], -1)), vae.encode(images)),
         "gray": list(vae.encode(images[..., :1]).shape),
         "errors": {

@@ -41,11 +41,17 @@ def test_guidance_and_denoise_have_an_effect(figures):
     assert figures["denoise"] > 1e-3
 
 
-def test_a_partly_loaded_model_gives_the_same(figures):
-    partial, offloaded, reloaded = figures["offload"]
+@pytest.mark.parametrize("what", ["offload", "generator_offload"])
+def test_a_partly_loaded_network_gives_the_same(figures, what):
+    partial, offloaded, reloaded = figures[what]
     assert partial
     assert offloaded < 1e-5
     assert reloaded == 0
+
+
+def test_the_lora_cache_keeps_to_its_limit(figures):
+    """The one that was not used for longest goes; what exceeds the limit alone is not kept."""
+    assert figures["cache"] == {"found": ["a", "c"], "bytes": 2.0, "too_large": 0}
 
 
 def test_gray_and_transparent_images(figures):
