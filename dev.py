@@ -313,7 +313,8 @@ def host(args: argparse.Namespace, rest: list[str]) -> int:
 
 def bench(args: argparse.Namespace, rest: list[str]) -> int:
     """Run bench/NAME.py, or list what there is."""
-    names = sorted(p.stem for p in (ROOT / "bench").glob("*.py") if not p.stem.startswith("_"))
+    files = (ROOT / "bench").glob("*.py")  # those without a main are what the benchmarks share
+    names = sorted(p.stem for p in files if "__main__" in p.read_text(encoding="utf-8"))
     if not rest:
         sys.stdout.write("\n".join(f"python3 dev.py bench {name}" for name in names) + "\n")
         return 0

@@ -1,4 +1,4 @@
-"""What the benchmarks share: paired timing, peak activation memory, JSON and tables."""
+"""What the benchmarks share: paired timing, peak activation memory, peak resident memory, JSON."""
 
 from __future__ import annotations
 
@@ -6,38 +6,57 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+#: Both clocks of a repetition: what the user waits, and what the process computed for it. The second
+#: hardly sees what else runs on the machine.
+CLOCKS = {"wall_s": time.perf_counter, "cpu_s": time.process_time}
 
-def paired(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each function, run in turn (a, b, a, b, ...), so that noise meets all alike."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
+Times = dict[str, dict[str, list[float]]]
+
+
+def paired(functions: dict[str, Callable[[], Any]], repeats: int) -> Times:
+    """Seconds of each function by each clock, run in turn (a, b, a, b, ...) after one warm-up each.
+
+    In turn, so that noise meets all alike. Returns {function: {clock: [seconds] * repeats}}.
+    """
+    times: Times = {name: {clock: [] for clock in CLOCKS} for name in functions}
     for function in functions.values():
         function()
     for _ in range(repeats):
         for name, function in functions.items():
-            start = time.perf_counter()
+            start = {clock: read() for clock, read in CLOCKS.items()}
             function()
-            times[name].append(time.perf_counter() - start)
+            for clock, read in CLOCKS.items():
+                times[name][clock].append(read() - start[clock])
     return times
 
 
-def summary(times: dict[str, list[float]], reference: str) -> dict[str, dict[str, float]]:
-    """Median, minimum and maximum of each, and the median of its paired ratios to `reference`."""
-    result = {}
-    for name, values in times.items():
-        ratios = [r / v for r, v in zip(times[reference], values, strict=True)]
-        result[name] = {
-            "median_s": statistics.median(values),
-            "min_s": min(values),
-            "max_s": max(values),
-            "faster_than_reference": statistics.median(ratios),
-        }
-    return result
+def summary(times: Times, reference: str) -> dict[str, dict[str, dict[str, float]]]:
+    """{function: {clock: figures}}: median, minimum, maximum, and how much faster than `reference`.
+
+    speedup is the ratio of the two medians; paired_speedup the median of the repetitions' ratios.
+    """
+    return {
+        name: {clock: _figures(values, times[reference][clock]) for clock, values in clocks.items()}
+        for name, clocks in times.items()
+    }
+
+
+def _figures(values: Sequence[float], reference: Sequence[float]) -> dict[str, float]:
+    ratios = [r / v for r, v in zip(reference, values, strict=True)]
+    median = statistics.median(values)
+    return {
+        "median": median,
+        "min": min(values),
+        "max": max(values),
+        "speedup": statistics.median(reference) / median,
+        "paired_speedup": statistics.median(ratios),
+    }
 
 
 def peak_memory(function: Callable[[], Any]) -> int:
@@ -70,6 +89,7 @@ def environment() -> dict[str, Any]:
 
 
 def write_json(path: Path | None, data: dict[str, Any]) -> None:
+    """Write `data` under the environment's facts; nothing where path is None."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"environment": environment(), **data}, indent=2) + "\n")

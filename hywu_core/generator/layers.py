@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import GeneratorConfig
-from .rope import StackTables, rotate
+from .rope import StackTables, rotate, rotate_
 
 EPS = 1e-6
 
@@ -24,16 +24,20 @@ EPS = 1e-6
 class Context:
     """What a block needs beside the residual stream.
 
-    condition: ``[B, L, d]``. mask: bool ``[B, 1, 1, L]`` or None. positions: ``[B, L]`` or None.
-    in_place: add into the stream (inference) or return a new one (autograd).
+    condition: ``[B, L, d]``. mask: bool ``[B, 1, 1, L]`` or None. keys: a table a stack, to turn the
+    condition's keys by. in_place: add into the stream (inference) or return a new one (autograd).
     chunk_rows: rows of ``d_model`` values that one chunk holds at most, about.
     """
 
     condition: Tensor
     mask: Tensor | None
-    positions: Tensor | None
+    keys: list[Tensor]
     in_place: bool
     chunk_rows: int
+
+    def rotate(self, x: Tensor, table: Tensor) -> Tensor:
+        """x turned; over itself in inference."""
+        return rotate_(x, table) if self.in_place else rotate(x, table)
 
 
 class RMSNorm(nn.Module):
@@ -147,7 +151,7 @@ class Block(nn.Module):
         def attend(view: Tensor) -> Tensor:
             qkv = F.linear(norm(view), *resolved["W_qkv"])
             qkv = qkv.view(-1, length, 3, self.heads, self.head_dim)
-            q, k = rotate(qkv[:, :, :2], table).unbind(2)
+            q, k = context.rotate(qkv[:, :, :2], table).unbind(2)
             out = _attention(q, k, qkv[:, :, 2], None)
             return out.view(view.shape)
 
@@ -162,13 +166,16 @@ class Block(nn.Module):
         kv = kv.unflatten(-1, (2, self.heads, self.head_dim))
         for i, stream in enumerate(streams):
             batch, _, length, _ = stream.shape
-            table = tables[i].key(kv.shape[1], context.positions)[..., None, :, :]
-            key, value, own = rotate(kv[:, :, 0], table), kv[:, :, 1], tables[i]
+            # kv is the keys' source for every stack, so it stays as it is unless there is one
+            turn = context.rotate if len(streams) == 1 else rotate
+            key = turn(kv[:, :, 0], context.keys[i][..., None, :, :])
+            value, own = kv[:, :, 1], tables[i]
 
             def attend(view: Tensor, start: int, key=key, value=value, own=own) -> Tensor:
                 q = F.linear(self.norm3(view), *resolved["W_q"])
                 q = q.unflatten(-1, (self.heads, self.head_dim))
-                q = rotate(q, own.query(start, start + view.shape[1])[..., None, :, :])
+                table = own.query(start, start + view.shape[1])[..., None, :, :]
+                q = context.rotate(q, table)
                 return _attention(q.flatten(1, 2), key, value, context.mask).view(view.shape)
 
             streams[i] = _residual(stream, attend, resolved["W_o"], batch * length, context, True)
@@ -207,6 +214,12 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return out.transpose(1, 2).flatten(2)
 
 
+def even_step(length: int, most: int) -> int:
+    """The step that cuts `length` into as few chunks of `most` as there must be, all alike."""
+    chunks = -(-length // max(1, most))
+    return -(-length // chunks)
+
+
 def _residual(x, branch, out, rows_each: int, context: Context, with_start: bool = False) -> Tensor:
     """``x + linear(branch(x))`` over ``x [B, M, L, d]``, in chunks along M when in place.
 
@@ -216,7 +229,7 @@ def _residual(x, branch, out, rows_each: int, context: Context, with_start: bool
         hidden = branch(x, 0) if with_start else branch(x)
         return x + F.linear(hidden, *out)
     weight, bias = out
-    step = max(1, context.chunk_rows // rows_each)
+    step = even_step(x.shape[1], context.chunk_rows // rows_each)
     for start in range(0, x.shape[1], step):
         view = x[:, start : start + step]
         hidden = branch(view, start) if with_start else branch(view)
@@ -227,4 +240,5 @@ def _residual(x, branch, out, rows_each: int, context: Context, with_start: bool
             rows.addmm_(hidden.view(-1, hidden.shape[-1]), weight.t())
         else:
             view.add_(F.linear(hidden, weight, bias))
+        del hidden  # else it lives on while the next chunk's is made
     return x

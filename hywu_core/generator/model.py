@@ -19,7 +19,7 @@ from ..condition import Condition, clear_masked
 from ..errors import HYWUError
 from ..lora import GeneratedLoRA
 from .config import GeneratorConfig
-from .layers import Block, Context, RMSNorm, weights
+from .layers import Block, Context, RMSNorm, even_step, weights
 from .rope import StackTables
 
 #: Bytes of one chunk's widest intermediate: large enough for full matrix products on the device,
@@ -134,7 +134,7 @@ class ParameterGenerator(nn.Module):
         tokens, mask = self._project(condition)
         in_place = not (torch.is_grad_enabled() and self._needs_grad(tokens))
         tables = self._tables_on(tokens.device)
-        context = self._context(tokens, mask, in_place)
+        context = self._context(tokens, mask, tables, in_place)
         streams = self._constant_prefix(tables, context)
         batch = tokens.shape[0]
         streams = [s.expand(batch, *s.shape[1:]) for s in streams]
@@ -188,13 +188,16 @@ class ParameterGenerator(nn.Module):
             self._tables[key] = [StackTables(self.config, s, device) for s in stacks]
         return self._tables[key]
 
-    def _context(self, tokens: Tensor, mask: Tensor | None, in_place: bool) -> Context:
+    def _context(
+        self, tokens: Tensor, mask: Tensor | None, tables: list[StackTables], in_place: bool
+    ) -> Context:
         default = CHUNK_BYTES.get(tokens.device.type, CHUNK_BYTES["cuda"])
         chunk_bytes = self.chunk_bytes or default
         rows = chunk_bytes // (4 * self.config.d_model * tokens.element_size())
         positions = None if mask is None else (mask.cumsum(1) - 1).clamp_(min=0)
         attend = None if mask is None else mask[:, None, None]
-        return Context(tokens, attend, positions, in_place, max(1, rows))
+        keys = [table.key(tokens.shape[1], positions) for table in tables]
+        return Context(tokens, attend, keys, in_place, max(1, rows))
 
     # -- the constant prefix ---------------------------------------------------------------------
 
@@ -261,7 +264,7 @@ class ParameterGenerator(nn.Module):
             if reuse
             else x.new_empty(batch, grid.num_layers, x.shape[2], values_per_position(config))
         )
-        step = max(1, 4 * context.chunk_rows // max(1, batch * x.shape[2]))
+        step = even_step(grid.num_layers, 4 * context.chunk_rows // (batch * x.shape[2]))
         for at, projection, factor in sides:
             for n in range(0, grid.num_layers, step):
                 view = x[:, n : n + step, at]

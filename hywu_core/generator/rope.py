@@ -86,11 +86,27 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
     pairs = wide.unflatten(-1, (-1, 2))
     table = table.to(wide.dtype)
-    if torch.compiler.is_compiling() or x.device.type == "mps":
-        # inductor has no kernels for complex numbers; it fuses this form by itself
+    if not _complex(x):
         x0, x1 = pairs.unbind(-1)
         cos, sin = table.unbind(-1)
         turned = torch.stack([x0 * cos - x1 * sin, x0 * sin + x1 * cos], dim=-1)
     else:
         turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table))
     return turned.flatten(-2).to(x.dtype)
+
+
+def rotate_(x: Tensor, table: Tensor) -> Tensor:
+    """`rotate` over x itself where its dtype allows that, else as `rotate`; the result either way.
+
+    For tensors nothing else reads and no gradient flows to.
+    """
+    if x.dtype != torch.float32 or not _complex(x):
+        return rotate(x, table)
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+    pairs.mul_(torch.view_as_complex(table))
+    return x
+
+
+def _complex(x: Tensor) -> bool:
+    # inductor has no kernels for complex numbers; it fuses the other form by itself
+    return not torch.compiler.is_compiling() and x.device.type != "mps"
