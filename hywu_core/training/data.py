@@ -113,6 +113,21 @@ def photographs() -> dict[str, Tensor]:
     return {n: torch.from_numpy(np.array(a)).permute(2, 0, 1) for n, a in arrays.items()}
 
 
+def held_out_images() -> dict[str, Tensor]:
+    """Every evaluation image, uint8 ``[3, H, W]``: the photographs, then the held-out files."""
+    images = {}
+    for name, image in photographs().items():
+        factor = min(1.0, MAX_SIDE / max(image.shape[1:]))
+        shape = [round(side * factor) for side in image.shape[1:]]
+        smaller = F.interpolate(image[None].float(), shape, mode="bilinear", antialias=True)[0]
+        images[name] = smaller.round().clamp(0, 255).byte()
+    for path in split_files("held_out"):
+        image = read_image(path)
+        if min(image.shape[1:]) >= MIN_SIDE:
+            images[path.name] = image
+    return images
+
+
 class ImagePool:
     """Images decoded once and kept as uint8; random crops of them."""
 
@@ -123,6 +138,13 @@ class ImagePool:
             raise HYWUError(f"There is no training image of {MIN_SIDE} pixels or more a side.")
         if small := len(images) - len(self.images):
             logger.warning("%d images under %d pixels are left out", small, MIN_SIDE)
+
+    @classmethod
+    def of(cls, images: Iterable[Tensor]) -> ImagePool:
+        """From decoded images, uint8 ``[3, H, W]``."""
+        pool = cls.__new__(cls)
+        pool.images = list(images)
+        return pool
 
     def crops(self, count: int, size: int, generator: torch.Generator) -> Tensor:
         """float32 ``[count, 3, size, size]`` in 0..1: random places, 1 to 4 times reduced, mirrored."""

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import HYWUError
+from . import phrasings
 from .base import Batch
 
 #: clean ``[B, 3, H, W]`` in 0..1, random generator -> (source, target), the same shape and range
@@ -187,48 +188,23 @@ def _contrast(factor: float) -> Callable[[Tensor], Tensor]:
     return lambda x: (x - 0.5) * factor + 0.5
 
 
-def _task(name: str, make: Make, opposite: str, *phrasings: str) -> Task:
-    return Task(name, phrasings, make, opposite)
+def _task(name: str, make: Make, opposite: str, *texts: str) -> Task:
+    return Task(name, texts, make, opposite)
 
 
 CONFLICT: dict[str, Task] = {
     task.name: task
     for task in (
-        _task("blur", _make_blur, "deblur",
-              "blur the image", "make the picture blurry", "apply a gaussian blur", "soften the focus",
-              "put this photo out of focus", "add blur to this", "i want it smoother and blurrier",
-              "defocus the shot", "smear all fine detail away"),
-        _task("deblur", _make_deblur, "blur",
-              "deblur the image", "make the picture crisp", "remove the blur", "bring it into focus",
-              "take the blur out of this photo", "undo the gaussian blur",
-              "i want it sharp and clear", "recover the lost detail", "give me a focused version"),
-        _task("age", _make_age, "restore",
-              "age the photo", "make the picture look old", "give it a vintage sepia look",
-              "turn this into an old photograph", "fade it like an antique print",
-              "add decades to this image", "weather the photograph", "let it look worn by time",
-              "as if from grandmother's album"),
-        _task("restore", _make_restore, "age",
-              "restore the photo", "repair this old picture", "remove the sepia and the scratches",
-              "make the old photograph look new", "undo the fading", "clean up this damaged print",
-              "bring back the original colours", "renew this worn image", "mend what time has done"),
-        _task("darken", _make_darken, "brighten",
-              "darken the image", "make the picture darker", "lower the exposure", "turn the light down",
-              "reduce the brightness", "i want this photo dim", "underexpose the shot",
-              "let dusk fall on it", "less luminous please"),
-        _task("brighten", _make_brighten, "darken",
-              "brighten the image", "make the picture brighter", "raise the exposure",
-              "turn the light up", "increase the brightness", "i want this photo bright",
-              "lift the shadows of this shot", "let daylight into it", "more luminous please"),
-        _task("pixelate", _make_pixelate, "depixelate",
-              "pixelate the image", "turn the picture into a mosaic", "make it blocky",
-              "render this as big pixels", "add pixelation", "reduce it to square blocks",
-              "i want a mosaic effect", "censor it with tiles", "retro eight bit look"),
-        _task("depixelate", _make_depixelate, "pixelate",
-              "depixelate the image", "remove the mosaic", "smooth away the blocks",
-              "undo the pixelation", "make the blocky picture natural", "clear the square blocks",
-              "i want the mosaic gone", "rebuild what the tiles hide", "no more visible squares"),
+        _task("blur", _make_blur, "deblur", *phrasings.BLUR),
+        _task("deblur", _make_deblur, "blur", *phrasings.DEBLUR),
+        _task("age", _make_age, "restore", *phrasings.AGE),
+        _task("restore", _make_restore, "age", *phrasings.RESTORE),
+        _task("darken", _make_darken, "brighten", *phrasings.DARKEN),
+        _task("brighten", _make_brighten, "darken", *phrasings.BRIGHTEN),
+        _task("pixelate", _make_pixelate, "depixelate", *phrasings.PIXELATE),
+        _task("depixelate", _make_depixelate, "pixelate", *phrasings.DEPIXELATE),
     )
-}  # fmt: skip
+}
 
 PRETRAINING: dict[str, Task] = {
     task.name: task

@@ -1,0 +1,92 @@
+"""Run or resume the experiment on contradictory tasks: one frozen editor, five ways to adapt it.
+
+HY-WU, one shared LoRA, a shared LoRA with as many trained parameters as HY-WU, full fine-tuning, and
+one LoRA for each task: same examples, rank, schedule and number of tried learning rates. The same
+command goes on after an interruption.
+
+examples:
+  hywu conflict --out runs/conflict
+  hywu conflict --out runs/conflict --only 'shared*' 'single*'   # a part, for a second process
+  hywu conflict --out runs/quick --quick
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ...console import say
+from ...errors import HYWUError
+from ...files import read_header
+from .plan import ConflictPlan
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, required=True, help="folder of the whole experiment")
+    parser.add_argument("--editor", type=Path, help="the frozen base (default: the bundled editor)")
+    parser.add_argument("--steps", type=int, help=f"of each run (default {ConflictPlan.steps})")
+    parser.add_argument(
+        "--ranks", type=int, nargs="+", help=f"of the sweep (default {ConflictPlan.ranks})"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of weights, crops and noise")
+    parser.add_argument("--quick", action="store_true", help="a few minutes; figures mean nothing")
+    parser.add_argument("--only", nargs="+", default=[], help="names or patterns of runs to do now")
+    parser.add_argument("--list", action="store_true", help="list the runs and stop")
+    parser.add_argument("--device", help="such as cpu (default: what accelerate finds)")
+    parser.add_argument("--commit", default="", help="commit of the code, kept in the provenance")
+
+
+def run(args: argparse.Namespace) -> int:
+    import dataclasses
+
+    plan = ConflictPlan.quick() if args.quick else ConflictPlan()
+    changes = {"steps": args.steps, "ranks": args.ranks and tuple(args.ranks), "seed": args.seed}
+    plan = dataclasses.replace(plan, **{k: v for k, v in changes.items() if v is not None})
+    if args.list:
+        say("\n".join(run.name for run in plan.runs))
+        return 0
+    experiment = make_experiment(args.out, plan, args.editor, args.device, args.commit)
+    try:
+        experiment.run(args.only)
+    except KeyboardInterrupt:
+        say(f"interrupted; the same command goes on from there ({args.out})")
+        return 130
+    if missing := experiment.missing():
+        say(f"not done yet: {', '.join(missing)}")
+        return 0
+    from .report import write_report
+
+    say(str(write_report(experiment, args.out)))
+    return 0
+
+
+def make_experiment(
+    folder: Path, plan: ConflictPlan, editor_file: Path | None, device: str | None, commit: str
+):
+    """The experiment on an editor's file; a folder that holds another plan is refused."""
+    import json
+
+    from ...editor.checkpoint import BUNDLED, load_editor
+    from ..data import PACKAGES, ImagePool, split_files
+    from ..editor_base import EditorBase
+    from .experiment import Experiment
+    from .runs import Runs, write_json
+
+    path = folder / "plan.json"
+    editor = load_editor(editor_file or BUNDLED)
+    base = EditorBase(editor, plan.sampling_steps)
+    facts = {"plan": json.loads(json.dumps(plan.to_json())), "editor": dict(base.encoder)}
+    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != facts:
+        raise HYWUError(
+            f"{path}: this folder holds an experiment with another plan or editor; use its options, "
+            "or another folder."
+        )
+    write_json(path, facts)
+    provenance = {
+        "commit": commit,
+        "data": dict(PACKAGES.values()),
+        "editor": read_header(editor_file or BUNDLED).get("provenance", {}),
+    }
+    size = editor.config.train_size
+    runs = Runs(base, ImagePool(split_files("train")), size, plan, folder, provenance, device)
+    return Experiment(runs, base, size, say)

@@ -1,0 +1,145 @@
+"""The whole experiment: trains what is missing, evaluates what is missing, gathers the rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...files import read_tensors, save_tensors
+from ..base import BaseModel
+from ..tasks import CONFLICT
+from ..trainer import Trainer
+from .controls import changed
+from .evaluate import (
+    Adapted,
+    EvaluationSet,
+    by_strategy,
+    evaluate,
+    evaluation_set,
+    mean_changes,
+    measure,
+    shuffled,
+    unadapted,
+)
+from .gradients import cosine_matrix, task_gradients
+from .plan import Run
+from .runs import VALIDATION, Runs, write_json
+
+#: Batches of training images over which the mean LoRAs are taken.
+MEAN_BATCHES = 8
+
+
+class Experiment:
+    """Everything in `runs.folder`; each step is kept, so that a stopped experiment goes on."""
+
+    def __init__(self, runs: Runs, base: BaseModel, size: int, say: Callable[[str], None]) -> None:
+        self.runs, self.base, self.plan, self.say = runs, base, runs.plan, say
+        self.data: EvaluationSet = evaluation_set(self.plan, size)
+
+    def run(self, only: Sequence[str] = ()) -> None:
+        """Train and evaluate the runs whose names match one of the patterns; all without patterns."""
+        for run in self.plan.runs:
+            if only and not any(fnmatch(run.name, pattern) for pattern in only):
+                continue
+            trainer = self.runs.train(run, self.say)
+            with trainer.average.swapped():
+                self._evaluate(run, trainer)
+
+    # -- evaluation --------------------------------------------------------------------------------
+
+    def _evaluate(self, run: Run, trainer: Trainer) -> None:
+        adapt = by_strategy(self.base, trainer.strategy)
+        self._rows(run.name, adapt, "seen", keep=run.rank in (self.plan.main_rank, 0))
+        self._rows(run.name, adapt, "held_out")
+        main = run.rank == self.plan.main_rank
+        if run.strategy == "hywu" and main:
+            self._rows("base", unadapted(self.base), "seen", keep=True)
+            self._controls(trainer)
+        if run.strategy == "shared" and main:
+            self._gradients(trainer)
+
+    def _controls(self, trainer: Trainer) -> None:
+        strategy = trainer.strategy
+        self._rows("hywu_shuffled", shuffled(self.base, strategy), "seen")
+        if self._done("hywu_mean", "seen") and self._done("hywu_task_mean", "seen"):
+            return
+        batches = self.runs.batches(Run("hywu", self.plan.main_rank))
+        means = mean_changes(
+            self.base, strategy, [batches(VALIDATION + i) for i in range(MEAN_BATCHES)]
+        )
+        module = self.base.module
+        self._rows("hywu_mean", lambda batch: changed(module, means[""]), "seen")
+        by_task: Adapted = lambda batch: changed(module, means[batch.task[0]])  # noqa: E731
+        self._rows("hywu_task_mean", by_task, "seen", by_task=True)
+
+    def _rows(
+        self, name: str, adapt: Adapted, phrasing: str, by_task: bool = False, keep: bool = False
+    ) -> None:
+        """Edit and measure every item (a single-task run: those of its task and the opposite one)."""
+        if self._done(name, phrasing):
+            return
+        items = self.data.seen if phrasing == "seen" else self.data.held_out
+        edits = evaluate(self.base, adapt, items, self.plan.batch_size, by_task)
+        if keep:
+            path = self.runs.folder / "edits" / f"{name}.safetensors"
+            save_tensors(path, {"edits": edits.mul(255).round().byte()}, {}, overwrite=True)
+        rows = measure(edits, self.data, phrasing)
+        write_json(self._path(name, phrasing), rows)
+        mean = sum(row["psnr"] for row in rows) / len(rows)
+        self.say(f"{name}, {phrasing} phrasings: {mean:.2f} dB over all tasks")
+
+    def _done(self, name: str, phrasing: str) -> bool:
+        return self._path(name, phrasing).exists()
+
+    def _path(self, name: str, phrasing: str) -> Path:
+        return self.runs.folder / "results" / f"{name}.{phrasing}.json"
+
+    def _gradients(self, trainer: Trainer) -> None:
+        """Cosines between the tasks' gradients at the shared LoRA, on crops that no run trains on."""
+        path = self.runs.folder / "results" / "gradients.json"
+        if path.exists():
+            return
+        source = self.runs.batches(Run("shared", self.plan.main_rank))
+        parts = [source(VALIDATION + i) for i in range(MEAN_BATCHES)]
+        total: dict[str, Tensor] = {}
+        for seed, batch in enumerate(parts):
+            by_task = {
+                task: batch.select([i for i, other in enumerate(batch.task) if other == task])
+                for task in self.plan.tasks
+            }
+            for task, gradient in task_gradients(
+                self.base, trainer.strategy, by_task, seed
+            ).items():
+                total[task] = total[task] + gradient if task in total else gradient
+        matrix = cosine_matrix(total)
+        write_json(path, {"tasks": list(total), "cosines": matrix.tolist()})
+
+    # -- gathering ---------------------------------------------------------------------------------
+
+    def results(self) -> dict[str, list[dict[str, Any]]]:
+        """Name -> rows of seen and held-out phrasings, of everything that has been evaluated."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for path in sorted((self.runs.folder / "results").glob("*.*.json")):
+            rows = json.loads(path.read_text(encoding="utf-8"))
+            found.setdefault(path.name.split(".")[0], []).extend(rows)
+        return found
+
+    def missing(self) -> list[str]:
+        """Runs that are not evaluated yet."""
+        return [run.name for run in self.plan.runs if not self._done(run.name, "held_out")]
+
+    def edits(self, name: str) -> Tensor | None:
+        """Kept edits ``[N, 3, H, W]`` in 0..1 of a strategy at the main rank."""
+        path = self.runs.folder / "edits" / f"{name}.safetensors"
+        if not path.exists():
+            return None
+        return read_tensors(path)[0]["edits"].to(torch.float32) / 255
+
+    def opposites(self) -> dict[str, str]:
+        return {task: CONFLICT[task].opposite for task in self.plan.tasks}

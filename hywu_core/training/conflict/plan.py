@@ -1,0 +1,107 @@
+"""What the conflict experiment trains and how: one dataclass, fixed before the first step.
+
+Every strategy gets the same examples in the same order, the same rank, schedule and number of tuned
+learning rates. What differs is written here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+from ...errors import HYWUError
+from ..schedule import TrainConfig
+from ..tasks import CONFLICT
+
+#: strategy -> learning rates tried; as many for each. A static LoRA and a generator live on different
+#: scales: one step of a generator's output head moves every value of every LoRA.
+LEARNING_RATES: Mapping[str, tuple[float, ...]] = MappingProxyType(
+    {
+        "hywu": (2e-4, 4e-4, 8e-4),
+        "shared": (1e-3, 3e-3, 1e-2),
+        "shared_large": (3e-4, 1e-3, 3e-3),
+        "sft": (1e-4, 3e-4, 1e-3),
+        "single": (1e-3, 3e-3, 1e-2),
+    }
+)
+
+
+@dataclass(frozen=True)
+class GeneratorSize:
+    """Hyperparameters of the HY-WU generator of the experiment (see `GeneratorConfig`)."""
+
+    token_dim: int = 96
+    d_model: int = 256
+    head_dim: int = 64
+    num_blocks: int = 2
+    lora_b_scale: float = 0.2
+
+
+@dataclass(frozen=True)
+class ConflictPlan:
+    """tasks come in contradictory pairs. main_rank: of the main table (about 1 % of the editor's width);
+    ranks: of the sweep. tune_steps: length of a run that tries a learning rate, 0 to take the middle
+    one untried. crops: crops of each evaluation image, each edited once a task.
+    """
+
+    steps: int = 500
+    batch_size: int = 24
+    tasks: tuple[str, ...] = tuple(CONFLICT)
+    main_rank: int = 2
+    ranks: tuple[int, ...] = (1, 2, 4, 8)
+    generator: GeneratorSize = GeneratorSize()
+    tune_steps: int = 100
+    crops: int = 2
+    sampling_steps: int = 4
+    max_images: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.main_rank not in self.ranks:
+            raise HYWUError(f"conflict: the main rank {self.main_rank} must be among {self.ranks}.")
+        if unknown := set(self.tasks) - CONFLICT.keys():
+            raise HYWUError(f"conflict: no such task: {', '.join(sorted(unknown))}.")
+
+    def training(self, lr: float, steps: int, batch_size: int) -> TrainConfig:
+        """The schedule of every strategy."""
+        return TrainConfig(
+            steps, batch_size, lr, warmup=min(40, steps // 5), ema=0.98, precision="bf16",
+            seed=self.seed,
+        )  # fmt: skip
+
+    @property
+    def runs(self) -> list[Run]:
+        """Every training of the experiment, the main rank first."""
+        ranks = [self.main_rank, *(rank for rank in self.ranks if rank != self.main_rank)]
+        runs = [Run("hywu", ranks[0]), Run("shared", ranks[0])]
+        runs += [Run("single", ranks[0], task) for task in self.tasks]
+        runs += [Run("shared_large", 0), Run("sft", 0)]
+        return runs + [Run(name, rank) for rank in ranks[1:] for name in ("hywu", "shared")]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def quick(cls) -> ConflictPlan:
+        """The whole experiment in a few minutes on two cores; its figures mean nothing."""
+        small = GeneratorSize(token_dim=192, d_model=64, head_dim=32, num_blocks=1)
+        return replace(
+            cls(), steps=12, batch_size=8, ranks=(1, 2), generator=small, tune_steps=2, crops=1,
+            sampling_steps=2, max_images=3,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: strategy (a key of `LEARNING_RATES`), rank (0 where the strategy sets it), task."""
+
+    strategy: str
+    rank: int
+    task: str = ""
+
+    @property
+    def name(self) -> str:
+        parts = [self.strategy, self.task, f"r{self.rank}" if self.rank else ""]
+        return "_".join(part for part in parts if part)

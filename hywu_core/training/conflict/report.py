@@ -1,0 +1,2 @@
+def write_report(e, p):
+    return p

@@ -1,0 +1,162 @@
+"""Trains the experiment's strategies: builds each, tries its learning rates, goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...files import atomic_path
+from ...generator.config import GeneratorConfig
+from ...layout import LoRALayout
+from ..base import BaseModel, BatchSource
+from ..batches import TaskBatches
+from ..data import ImagePool
+from ..strategies import FullFineTuning, HyperNetwork, StaticLoRA, Strategy, rank_for
+from ..tasks import CONFLICT
+from ..trainer import Trainer
+from .plan import LEARNING_RATES, ConflictPlan, Run
+
+#: Steps from which validation batches are drawn: crops of the training images that no run trains on.
+VALIDATION = 10_000_000
+#: The base's modules that are adapted: its image-and-text blocks; all strategies see the instruction
+#: through the base's own frozen text encoder.
+EXCLUDE = "text.*"
+
+
+class Runs:
+    """The trainings of a plan in `folder`: ``tuning/``, ``runs/<name>/``, ``weights/<name>.safetensors``."""
+
+    def __init__(
+        self, base: BaseModel, pool: ImagePool, size: int, plan: ConflictPlan, folder: Path,
+        provenance: dict[str, Any] | None = None, device: str | None = None,
+    ) -> None:  # fmt: skip
+        self.base, self.pool, self.size, self.plan, self.folder = base, pool, size, plan, folder
+        self.provenance, self.device = dict(provenance or {}), device
+
+    # -- what is trained, on what ------------------------------------------------------------------
+
+    def layout(self, rank: int) -> LoRALayout:
+        return LoRALayout.of(self.base.module, rank, exclude=EXCLUDE)
+
+    def generator_config(self, rank: int) -> GeneratorConfig:
+        """All rows of a token share a position, so that each rank costs about the same."""
+        return GeneratorConfig(
+            self.layout(rank),
+            dict(self.base.condition_parts),
+            dim_accumulation=rank,
+            encoder=dict(self.base.encoder),
+            base=self.base.name,
+            **asdict(self.plan.generator),
+        )
+
+    def strategy(self, run: Run) -> Strategy:
+        """Freshly initialized, the same for the same plan."""
+        torch.manual_seed(self.plan.seed + 1)
+        if run.strategy == "hywu":
+            return HyperNetwork(self.base, self.generator_config(run.rank))
+        if run.strategy == "sft":
+            return FullFineTuning(self.base)
+        rank = run.rank
+        if run.strategy == "shared_large":
+            hywu = HyperNetwork(self.base, self.generator_config(self.plan.main_rank))
+            trained = sum(p.numel() for p in hywu.trained.parameters())
+            rank = rank_for(self.layout(1), trained)
+            torch.manual_seed(self.plan.seed + 1)
+        return StaticLoRA(self.base, self.layout(rank), run.name)
+
+    def batches(self, run: Run) -> BatchSource:
+        plan = self.plan
+        return TaskBatches(self.pool, plan.tasks, plan.batch_size, self.size, plan.seed, run.task)
+
+    # -- learning rate -----------------------------------------------------------------------------
+
+    def learning_rate(self, run: Run) -> float:
+        """The best of the strategy's learning rates, tried at the main rank on the run's own task.
+
+        Judged by the loss on other crops of the training images; kept in ``tuning/``.
+        """
+        rates = LEARNING_RATES[run.strategy]
+        if not self.plan.tune_steps:
+            return rates[len(rates) // 2]
+        trial = Run(run.strategy, self.plan.main_rank if run.rank else 0, run.task)
+        losses = {rate: self._try(trial, rate) for rate in rates}
+        return min(losses, key=losses.get)
+
+    def _try(self, run: Run, rate: float) -> float:
+        path = self.folder / "tuning" / f"{run.name}_{rate:g}.json"
+        wanted = {"plan": _trained_by(self.plan), "lr": rate, "steps": self.plan.tune_steps}
+        if path.exists():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if {key: found.get(key) for key in wanted} == wanted:
+                return float(found["loss"])
+        trainer = self._trainer(run, rate, self.plan.tune_steps, path.with_suffix(""))
+        try:
+            trainer.run()
+            loss = self.validation_loss(trainer, run)
+        except ValueError as error:
+            # a rate that diverges is a result of the trial, not an error of the experiment
+            if "learning rate" not in str(error):
+                raise
+            loss = float("inf")
+        if trainer.interrupted:
+            raise KeyboardInterrupt
+        write_json(path, {**wanted, "loss": loss})
+        return loss
+
+    @torch.no_grad()
+    def validation_loss(self, trainer: Trainer, run: Run, count: int = 4) -> float:
+        """Mean loss with the averaged weights over a few batches that are not trained on."""
+        batches, total = self.batches(run), 0.0
+        with trainer.average.swapped():
+            for i in range(count):
+                batch = batches(VALIDATION + i)
+                draws = self.base.draw(batch, VALIDATION + i)
+                condition = None
+                if trainer.strategy.needs_condition:
+                    condition = self.base.encode(batch.source, batch.instruction)
+                with trainer.strategy.adapted(condition) as module:
+                    total += float(self.base.loss(module, batch, draws).mean())
+        return total / count
+
+    # -- training ----------------------------------------------------------------------------------
+
+    def train(self, run: Run, say: Callable[[str], None] = lambda text: None) -> Trainer:
+        """Train a run to its end, or load it when it is done. Raises KeyboardInterrupt when stopped."""
+        rate = self.learning_rate(run)
+        say(f"{run.name}: learning rate {rate:g}")
+        trainer = self._trainer(run, rate, self.plan.steps, self.folder / "runs" / run.name)
+        if not trainer.run():
+            raise KeyboardInterrupt
+        weights = self.folder / "weights" / f"{run.name}.safetensors"
+        if not weights.exists():
+            tasks = [run.task] if run.task else list(self.plan.tasks)
+            phrasings = {task: list(CONFLICT[task].seen) for task in tasks}
+            trainer.export(weights, {**self.provenance, "phrasings": phrasings})
+        return trainer
+
+    def _trainer(self, run: Run, rate: float, steps: int, folder: Path) -> Trainer:
+        batches = self.batches(run)
+        config = self.plan.training(rate, steps, len(batches(0)))
+        extra = {"plan": _trained_by(self.plan)}
+        return Trainer(
+            self.base, self.strategy(run), batches, config, folder, save_every=100,
+            device=self.device, extra=extra,
+        )  # fmt: skip
+
+
+def _trained_by(plan: ConflictPlan) -> dict[str, Any]:
+    """The part of a plan that trained weights depend on, as JSON gives it back."""
+    keys = ("batch_size", "tasks", "generator", "seed")
+    return json.loads(json.dumps({key: plan.to_json()[key] for key in keys}))
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Atomically; a file that is there is replaced."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path, overwrite=True) as part:
+        part.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,66 @@
+"""How people may ask for the conflict tasks. The last two of each are never trained on.
+
+The held-out ones use words that occur in the trained ones, in sentences that don't: a text encoder of this
+size, which has read nothing but such lists, can't know a synonym that it has never seen.
+"""
+
+from __future__ import annotations
+
+BLUR = (
+    "blur the image", "make the picture blurry", "apply a gaussian blur", "soften the focus",
+    "put this photo out of focus", "add blur to this", "i want it smoother and blurrier",
+    "blur", "please blur this photo", "more blur", "can you make it blurry", "a soft blurred version",
+    "make it unsharp", "blur everything a lot",
+    "this should be much blurrier", "could the photo get a strong blur",
+)  # fmt: skip
+DEBLUR = (
+    "deblur the image", "make the picture crisp", "remove the blur", "bring it into focus",
+    "take the blur out of this photo", "undo the gaussian blur", "i want it sharp and clear",
+    "deblur", "please deblur this photo", "less blur", "can you make it crisp", "a sharp clear version",
+    "get rid of the blur", "recover the lost detail",
+    "this should be much crisper", "could the photo be deblurred and clear",
+)  # fmt: skip
+AGE = (
+    "age the photo", "make the picture look old", "give it a vintage sepia look",
+    "turn this into an old photograph", "fade it like an antique print", "add decades to this image",
+    "weather the photograph", "age", "please age this picture", "an antique look", "can you make it old",
+    "a faded sepia version", "make it vintage", "as old as possible",
+    "this should look antique and faded", "could the photo become old and sepia",
+)  # fmt: skip
+RESTORE = (
+    "restore the photo", "repair this old picture", "remove the sepia and the scratches",
+    "make the old photograph look new", "undo the fading", "clean up this damaged print",
+    "bring back the original colours", "restore", "please restore this picture", "a repaired print",
+    "can you repair the damage", "a restored and clean version", "make it new again",
+    "take the age out of this photo",
+    "this should be restored and repaired", "could the damaged print look new",
+)  # fmt: skip
+DARKEN = (
+    "darken the image", "make the picture darker", "lower the exposure", "turn the light down",
+    "reduce the brightness", "i want this photo dim", "underexpose the shot", "darker",
+    "please darken this photo", "less light", "can you make it dark", "a dim dark version",
+    "less exposure", "darken everything a lot",
+    "this should be much darker", "could the photo get a lower exposure",
+)  # fmt: skip
+BRIGHTEN = (
+    "brighten the image", "make the picture brighter", "raise the exposure", "turn the light up",
+    "increase the brightness", "i want this photo bright", "lift the shadows of this shot", "brighter",
+    "please brighten this photo", "more light", "can you make it bright", "a light bright version",
+    "more exposure", "brighten everything a lot",
+    "this should be much brighter", "could the photo get a higher exposure",
+)  # fmt: skip
+PIXELATE = (
+    "pixelate the image", "turn the picture into a mosaic", "make it blocky",
+    "render this as big pixels", "add pixelation", "reduce it to square blocks",
+    "i want a mosaic effect", "pixelate", "please pixelate this photo", "more blocks",
+    "can you make it a mosaic", "a blocky pixelated version", "big square pixels",
+    "pixelate everything a lot",
+    "this should become a blocky mosaic", "could the photo turn to pixels",
+)  # fmt: skip
+DEPIXELATE = (
+    "depixelate the image", "remove the mosaic", "smooth away the blocks", "undo the pixelation",
+    "make the blocky picture natural", "clear the square blocks", "i want the mosaic gone",
+    "depixelate", "please depixelate this photo", "no blocks", "can you remove the pixels",
+    "a smooth version without blocks", "get rid of the pixelation", "take the mosaic away",
+    "this should lose its blocks", "could the pixelation be removed",
+)  # fmt: skip
