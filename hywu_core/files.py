@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -108,6 +109,66 @@ def atomic_path(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         raise HYWUError(f"{path}: can't be written ({error.strerror or error}).") from error
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `path`, moved onto it when the block ends well, else removed.
+
+    Where `path` is a folder already and may be overwritten, the files in it that the new one lacks
+    are kept. The old folder steps aside for the new one and comes back if that can't take its
+    place; it is removed last. Raises HYWUError when `path` exists and `overwrite` is False, when it
+    is a file, or when it can't be written.
+    """
+    path = Path(path)
+    if path.is_symlink():
+        path = path.resolve()  # the folder it leads to is replaced, the link stays
+    if path.exists() and not overwrite:
+        raise HYWUError(f"{path}: exists already; choose another name or allow overwriting.")
+    if path.exists() and not path.is_dir():
+        raise HYWUError(f"{path}: is a file and a folder goes there; choose another name.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+    except OSError as error:
+        raise HYWUError(f"{path.parent}: can't be written ({error.strerror or error}).") from error
+    new = work / "new"
+    try:
+        new.mkdir()
+        yield new
+        if path.exists():
+            _keep_others(path, new)
+        _swap(path, new, work / "old")
+    except OSError as error:
+        raise HYWUError(f"{path}: can't be written ({error.strerror or error}).") from error
+    finally:
+        if not (work / "old").exists() or path.exists():
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _keep_others(old: Path, new: Path) -> None:
+    """Copy what only the old folder has into the new one."""
+    for item in old.iterdir():
+        if not (new / item.name).exists():
+            if item.is_dir() and not item.is_symlink():
+                shutil.copytree(item, new / item.name, symlinks=True)
+            else:
+                shutil.copy2(item, new / item.name, follow_symlinks=False)
+
+
+def _swap(path: Path, new: Path, aside: Path) -> None:
+    """Put `new` in the place of `path`, whose folder, where there is one, goes `aside`."""
+    # No system call exchanges two folders everywhere: between the two renames `path` is missing.
+    if not path.exists():
+        os.replace(new, path)
+        return
+    try:
+        os.replace(path, aside)
+        os.replace(new, path)
+    except BaseException:
+        if aside.exists() and not path.exists():
+            os.replace(aside, path)
+        raise
 
 
 def _umask() -> int:

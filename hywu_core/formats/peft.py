@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from ..errors import HYWUError
-from ..files import atomic_path, save_tensors
+from ..files import atomic_folder, atomic_path, save_tensors
 from ..lora import GeneratedLoRA
 from .matrices import expert_path, single_matrices
 from .native import header_of
@@ -21,28 +18,9 @@ CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "b
 
 
 def save(lora: GeneratedLoRA, path: Path, overwrite: bool) -> Path:
-    """Write the folder beside its place and rename it; in an existing one only our files change."""
-    if path.exists() and not overwrite:
-        raise HYWUError(f"{path}: exists already; choose another name or allow overwriting.")
-    if path.exists() and not path.is_dir():
-        raise HYWUError(f"{path}: is a file, and PEFT needs a folder; choose another name.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
-    except OSError as error:
-        raise HYWUError(f"{path.parent}: can't be written ({error.strerror or error}).") from error
-    try:
-        _write(lora, part)
-        if path.exists():
-            for name in (WEIGHTS, CONFIG):
-                os.replace(part / name, path / name)
-        else:
-            part.chmod(0o755)
-            os.replace(part, path)
-    except OSError as error:
-        raise HYWUError(f"{path}: can't be written ({error.strerror or error}).") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    """Write the folder whole or not at all; other files in an existing one stay."""
+    with atomic_folder(path, overwrite) as folder:
+        _write(lora, folder)
     return path
 
 

@@ -151,6 +151,56 @@ def test_peft_experts_and_convolutions_and_no_other_module(tmp_path):
     assert not hasattr(adapted.base_model.model.qkv, "lora_A")
 
 
+class Convolutional(nn.Module):
+    """Two blocks of 1x1 convolutions around a 3x3 one that no LoRA is for."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "to_in": nn.Conv2d(6, 8, 1, bias=False),
+                    "depth": nn.Conv2d(8, 8, 3, padding=1, groups=8),
+                    "to_out": nn.Conv2d(8, 6, 1),
+                }
+            )
+            for _ in range(2)
+        )
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block["to_out"](block["depth"](block["to_in"](x)).relu())
+        return x
+
+
+@torch.no_grad()
+def test_peft_loads_convolutions_with_equal_outputs(tmp_path):
+    peft = pytest.importorskip("peft")
+    model, x = Convolutional(), torch.randn(2, 6, 5, 7)
+    layout = LoRALayout.of(model, 2, alpha=3.0)
+    targets = {t.path: t.module.conv for t in layout.targets()}
+    assert targets == {f"blocks.{i}.{name}": True for i in range(2) for name in ("to_in", "to_out")}
+    lora = make(layout)
+    plain = model(x)
+    with inject(model, lora):
+        ours = model(x)
+    folder = lora.save(tmp_path / "conv", "peft")
+    key = "base_model.model.blocks.1.to_in.lora_B.weight"
+    assert load_file(folder / "adapter_model.safetensors")[key].shape == (8, 2, 1, 1)
+    adapted = peft.PeftModel.from_pretrained(model, folder)
+    torch.testing.assert_close(adapted(x), ours, rtol=1e-5, atol=1e-5)
+    assert (ours - plain).abs().max() > 1e-2
+    # and back: PEFT's own file of the same adapter, without our header
+    adapted.save_pretrained(tmp_path / "again")
+    again = load_lora(tmp_path / "again", base=layout)
+    assert again.scale == lora.scale
+    for path, pair in lora.items():
+        assert again.target(path).module.conv
+        assert torch.equal(again[path].A, pair.A)
+        assert torch.equal(again[path].B, pair.B)
+
+
 def test_foreign_ranks_and_alphas_become_one_exactly(tmp_path):
     tensors, products = {}, {}
     for i, (rank, alpha) in enumerate([(2, 1.0), (4, 3.0), (1, None)]):

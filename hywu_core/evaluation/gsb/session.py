@@ -7,11 +7,8 @@ the session's seed and the voter's name: the same voter sees the same order in e
 
 from __future__ import annotations
 
-import os
 import random
 import secrets
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,14 +44,15 @@ def create_session(
 
     Raises HYWUError when the folder exists, nothing can be compared, or a picture is unreadable.
     """
+    # Imported here, as below: serving votes needs no torch.
+    from ...files import atomic_folder
+
     out = Path(out)
     if out.exists():
         raise HYWUError(f"{out} exists already, and votes in it are kept: choose another --out.")
     if not entries:
         raise HYWUError("The two results have no item in common: nothing can be compared.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    with atomic_folder(out) as work:
         (work / IMAGES).mkdir()
         pairs = [
             Pair(
@@ -74,15 +72,11 @@ def create_session(
             "pairs_per_voter": pairs_per_voter,
         }
         write_session(work / DATABASE, about, pairs)
-        os.replace(work, out)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
     return out
 
 
 def _copy(path: Path, folder: Path) -> str:
-    # Imported here: serving votes needs none of what reading results brings in (torch, numpy).
+    # Serving votes needs none of what reading results brings in (torch, numpy).
     from ..results import load_image
 
     image_id = secrets.token_hex(12)
