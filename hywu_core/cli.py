@@ -18,6 +18,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": (".commands.generate", "condition in, generated LoRA out"),
     "convert": (".commands.convert", "official folder <-> one file; LoRA formats into each other"),
     "edit": (".editor.command", "edit a picture with the bundled editor"),
+    "train": (".training.command", "train a generator, or a baseline, through a frozen base"),
+    "conflict": (
+        ".training.conflict.command",
+        "the experiment on contradictory tasks: train, compare, report",
+    ),
     "pretrain": (".training.pretrain", "train the bundled editor itself"),
     "eval": (".evaluation.command", "WU-Eval, GEdit-Bench, ImgEdit-Bench, human GSB"),
     "comfy": (".headless.command", "run a workflow on a ComfyUI server"),

@@ -1,2 +1,221 @@
-def write_report(e, p):
-    return p
+"""One page about the experiment: tables, controls, figures, whichever way they came out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...files import atomic_path
+from ..data import photographs
+from ..tasks import CONFLICT
+from .experiment import Experiment
+from .figures import draw_cosines, draw_edits, draw_ranks
+from .runs import write_json
+from .summary import Summary
+
+COLUMNS = ("Editor alone", "Single", "Shared", "Shared large", "SFT", "HY-WU")
+
+
+def write_report(experiment: Experiment, folder: Path) -> Path:
+    """``figures.json``, the pictures and ``report.md`` in `folder`; returns the last."""
+    results, plan = experiment.results(), experiment.plan
+    opposites = experiment.opposites()
+    summary = Summary(results, plan, opposites)
+    names = [name for name in photographs() if name in experiment.data.image]
+    photos = Summary(results, plan, opposites, names)
+    gradients = json.loads((folder / "results" / "gradients.json").read_text(encoding="utf-8"))
+    facts = {
+        "plan": plan.to_json(),
+        "trained": _trained(experiment, folder),
+        "held_out_phrasings": {task: CONFLICT[task].held_out for task in plan.tasks},
+        "photographs": names,
+        "all_images": summary.to_json(),
+        "photographs_only": photos.to_json(),
+        "gradients": {**gradients, **_mean_cosines(gradients, opposites)},
+    }
+    write_json(folder / "figures.json", facts)
+    draw_ranks(facts["all_images"]["ranks"], folder / "ranks.png")
+    draw_cosines(gradients["tasks"], gradients["cosines"], folder / "gradients.png")
+    _draw_edits(experiment, summary, folder / "edits.png")
+    with atomic_path(folder / "report.md", overwrite=True) as part:
+        part.write_text(render(facts), encoding="utf-8")
+    return folder / "report.md"
+
+
+def _trained(experiment: Experiment, folder: Path) -> dict[str, dict[str, Any]]:
+    """Run -> learning rate, steps, seconds, trained values; from the states' headers."""
+    from ...files import read_header, read_tensors
+
+    found = {}
+    for run in experiment.plan.runs:
+        path = folder / "runs" / run.name / "state.safetensors"
+        header = read_header(path)
+        tensors = read_tensors(path)[0]
+        values = sum(t.numel() for n, t in tensors.items() if n.startswith("parameters."))
+        found[run.name] = {
+            "lr": header["config"]["lr"],
+            "steps": header["step"],
+            "examples": header["step"] * header["config"]["batch_size"],
+            "seconds": round(header["seconds"]),
+            "trained_values": values,
+        }
+    return found
+
+
+def _mean_cosines(gradients: Mapping[str, Any], opposites: Mapping[str, str]) -> dict[str, float]:
+    tasks, cosines = gradients["tasks"], torch.tensor(gradients["cosines"])
+    pairs = [(tasks.index(a), tasks.index(b)) for a, b in opposites.items() if b in tasks]
+    off = cosines[~torch.eye(len(tasks), dtype=torch.bool)]
+    return {
+        "mean_of_all_pairs": round(float(off.mean()), 4),
+        "mean_of_opposite_tasks": round(sum(float(cosines[p]) for p in pairs) / len(pairs), 4),
+    }
+
+
+def _draw_edits(experiment: Experiment, summary: Summary, path: Path) -> None:
+    """The first crop of a few images, every task once, all strategies side by side."""
+    data, tasks = experiment.data, experiment.plan.tasks
+    names = list(dict.fromkeys(data.image))
+    rows = []
+    for number, task in enumerate(tasks):
+        # the two directions of a pair on the same image
+        name = names[(number // 2) % len(names)]
+        rows.append(
+            next(i for i in range(len(data)) if data.image[i] == name and data.seen.task[i] == task)
+        )
+    columns = {"input": data.seen.source[rows], "target": data.seen.target[rows]}
+    keys = {**summary.main, "Editor alone": "base"}
+    for label in COLUMNS:
+        if label == "Single":
+            rank = experiment.plan.main_rank
+            parts = [experiment.edits(f"single_{data.seen.task[i]}_r{rank}") for i in rows]
+            columns[label] = torch.stack([e[i] for e, i in zip(parts, rows, strict=True)])
+        else:
+            columns[label] = experiment.edits(keys[label])[rows]
+    draw_edits(columns, [data.seen.instruction[i] for i in rows], path)
+
+
+# -- Markdown ---------------------------------------------------------------------------------------
+
+
+def render(facts: Mapping[str, Any]) -> str:
+    """The page, from ``figures.json`` alone."""
+    everything, plan = facts["all_images"], facts["plan"]
+    cosines = facts["gradients"]
+    parts = [
+        "# Contradictory tasks, one frozen editor",
+        f"Rank {plan['main_rank']}, {plan['steps']} steps of {plan['batch_size']} examples "
+        f"({plan['batch_size'] // len(plan['tasks'])} a task), seed {plan['seed']}; "
+        f"{everything['images']} held-out images, {plan['crops']} crops each, of which "
+        f"{len(facts['photographs'])} photographs ({', '.join(facts['photographs'])}). "
+        "Intervals: 95 %, bootstrap over images. `hywu conflict` wrote this page.",
+        "## PSNR in dB (instructions as trained)",
+        _table(everything["psnr"], 2),
+        "## SSIM",
+        _table(everything["ssim"], 3),
+        "## HY-WU minus the others, dB, paired",
+        _rows(
+            ("against", "all held-out images", "photographs only"),
+            [
+                (k, _interval(v), _interval(facts["photographs_only"]["differences"][k]))
+                for k, v in everything["differences"].items()
+            ],
+        ),
+        "## By task, dB",
+        _rows(
+            ("task", "HY-WU - Single", "HY-WU - Shared"),
+            [
+                (task, *(_interval(v[k]) for k in ("HY-WU - Single", "HY-WU - Shared")))
+                for task, v in everything["per_task"].items()
+            ],
+        ),
+        "## A Single LoRA on the opposite task, dB",
+        _rows(
+            ("task", *next(iter(everything["opposite"].values()))),
+            [
+                (task, *(f"{x:.2f}" for x in v.values()))
+                for task, v in everything["opposite"].items()
+            ],
+        ),
+        "## Controls, dB",
+        _rows(
+            ("control", "PSNR", "minus Shared", "minus HY-WU"),
+            [
+                (k, *(_interval(v[c]) for c in ("psnr", "minus Shared", "minus HY-WU")))
+                for k, v in everything["controls"].items()
+            ],
+        ),
+        "`hywu_shuffled`: every item gets another item's LoRA. `hywu_mean`: the mean of the generated "
+        "LoRAs for all. `hywu_task_mean`: the mean of a task's LoRAs for all of its items; what "
+        "HY-WU gains over it is adaptation to the instance. `base`: the editor without a LoRA.",
+        "## Held-out phrasings minus seen ones, dB",
+        _rows(
+            ("strategy", "change"),
+            [(k, _interval(v)) for k, v in everything["held_out_phrasings"].items()],
+        ),
+        "Never trained on: "
+        + "; ".join(
+            f"{task}: " + ", ".join(f"“{t}”" for t in texts)
+            for task, texts in facts["held_out_phrasings"].items()
+        )
+        + ".",
+        "## Ranks, PSNR in dB",
+        _rows(
+            ("rank", "HY-WU", "Shared", "HY-WU - Shared"),
+            [(rank, *(_interval(x) for x in v.values())) for rank, v in everything["ranks"].items()],
+        ),
+        "![PSNR over rank](ranks.png)",
+        "## Gradients at the Shared LoRA",
+        f"Mean cosine of all pairs of tasks {cosines['mean_of_all_pairs']:.2f}, of opposite tasks "
+        f"{cosines['mean_of_opposite_tasks']:.2f}. (The HY-WU authors report about -0.30 on "
+        "average for their tasks and base.)",
+        "![cosines](gradients.png)",
+        "## Edits",
+        "![edits](edits.png)",
+        "## Trainings",
+        _rows(
+            ("run", "learning rate", "steps", "examples", "trained values", "seconds"),
+            [
+                (k, f"{v['lr']:g}", v["steps"], v["examples"], f"{v['trained_values']:,}",
+                 v["seconds"])
+                for k, v in facts["trained"].items()
+            ],
+        ),
+    ]  # fmt: skip
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(values: Mapping[str, Mapping[str, Any]], digits: int) -> str:
+    labels = [label for label in COLUMNS if label in values]
+    tasks = list(next(iter(values.values())))
+    rows = []
+    for task in tasks:
+        cells = [values[label][task] for label in labels]
+        best = max(cell["mean"] for cell in cells)
+        texts = [f"{cell['mean']:.{digits}f}" for cell in cells]
+        if task == "all":
+            texts = [_interval(cell, digits) for cell in cells]
+        rows.append(
+            (
+                task,
+                *(
+                    f"**{t}**" if c["mean"] == best else t
+                    for t, c in zip(texts, cells, strict=True)
+                ),
+            )
+        )
+    return _rows(("task", *labels), rows)
+
+
+def _interval(value: Mapping[str, float], digits: int = 2) -> str:
+    mean, low, high = (f"{value[k]:.{digits}f}" for k in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
+def _rows(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)

@@ -1,0 +1,84 @@
+"""Pictures of the experiment: edits side by side, the sweep over ranks, the gradients' cosines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import need
+from ...files import atomic_path
+
+
+def _pyplot() -> Any:
+    matplotlib = need("matplotlib", "to draw the figures")
+    matplotlib.use("Agg")
+    return need("matplotlib.pyplot", "to draw the figures", "matplotlib")
+
+
+def _save(figure: Any, path: Path) -> Path:
+    with atomic_path(path, overwrite=True) as part:
+        figure.savefig(part, format="png", dpi=110)
+    _pyplot().close(figure)
+    return path
+
+
+def draw_edits(
+    columns: Mapping[str, Tensor], rows: Sequence[str], path: Path, size: float = 1.15
+) -> Path:
+    """columns: title -> images ``[R, 3, H, W]`` in 0..1; rows: one label (the instruction) a row."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(
+        len(rows), len(columns), squeeze=False, constrained_layout=True,
+        figsize=(size * len(columns) + 1.2, size * len(rows) + 0.3),
+    )  # fmt: skip
+    for column, (title, images) in enumerate(columns.items()):
+        axes[0][column].set_title(title, fontsize=8)
+        for row, image in enumerate(images):
+            axis = axes[row][column]
+            axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
+            axis.set_xticks([])
+            axis.set_yticks([])
+    for row, label in enumerate(rows):
+        axes[row][0].set_ylabel(
+            label, rotation=0, ha="right", va="center", fontsize=7, wrap=True, labelpad=6
+        )
+    return _save(figure, path)
+
+
+def draw_ranks(ranks: Mapping[str, Mapping[str, Any]], path: Path) -> Path:
+    """PSNR over the rank with intervals, one line a strategy."""
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(5, 3.4), constrained_layout=True)
+    at = [int(rank) for rank in ranks]
+    for label, marker in (("HY-WU", "o"), ("Shared", "s")):
+        found = [values[label] for values in ranks.values()]
+        middle = [v["mean"] for v in found]
+        below = [v["mean"] - v["low"] for v in found]
+        above = [v["high"] - v["mean"] for v in found]
+        axis.errorbar(at, middle, yerr=[below, above], marker=marker, capsize=3, label=label)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(at, [str(rank) for rank in at])
+    axis.set_xlabel("LoRA rank (editor's width 192)")
+    axis.set_ylabel("PSNR in dB, mean of all tasks")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    return _save(figure, path)
+
+
+def draw_cosines(tasks: Sequence[str], cosines: Sequence[Sequence[float]], path: Path) -> Path:
+    """Matrix of gradient cosines; red is conflict."""
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(5, 4.3), constrained_layout=True)
+    image = axis.imshow(torch.tensor(cosines).numpy(), cmap="RdBu", vmin=-1, vmax=1)
+    axis.set_xticks(range(len(tasks)), tasks, rotation=45, ha="right", fontsize=8)
+    axis.set_yticks(range(len(tasks)), tasks, fontsize=8)
+    for i, row in enumerate(cosines):
+        for j, value in enumerate(row):
+            color = "white" if abs(value) > 0.6 else "black"
+            axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color=color)
+    figure.colorbar(image, label="cosine")
+    return _save(figure, path)
