@@ -15,6 +15,7 @@ from hywu_core.cli import main
 from hywu_core.evaluation.commands.shared import SAMPLES
 from hywu_core.evaluation.results import open_results
 from hywu_core.headless.client import NodeFailed, Refused, run_sync
+from hywu_core.headless.graph import read_graph
 
 
 def node(class_type: str, **inputs) -> dict:
@@ -190,3 +191,27 @@ def test_a_model_judges_at_the_operators_endpoint(comfyui, tmp_path, endpoint, m
     written = [p for p in (tmp_path / "comfyui" / "output").rglob("*") if p.is_file()]
     assert all(b"secret-for-the-test" not in p.read_bytes() for p in written)
     assert "secret-for-the-test" not in log + json.dumps(record)
+
+
+@pytest.mark.parametrize("name", ["benchmark_gedit", "benchmark_imgedit", "wu_eval"])
+def test_the_shipped_workflows_run_from_items_to_table(server, weights, name):
+    shipped = read_graph(dev.ROOT / "workflows" / "api" / f"{name}.json")
+    record, _ = run_sync(server.url, shipped, timeout=400)
+    table = next(i for i, n in shipped.items() if n["class_type"] == "HYWUScoreTable")
+    shown = text(record, table)
+    assert shown.count("2 scored of 2 items") == (2 if name == "wu_eval" else 1)
+    edited = next(i for i, n in shipped.items() if n["class_type"] == "PreviewImage")
+    assert len(record["outputs"][edited]["images"]) == 2
+
+
+@pytest.mark.parametrize("name", ["benchmark_gedit", "benchmark_imgedit", "wu_eval"])
+def test_both_forms_of_a_workflow_are_the_same_graph(name):
+    folder = dev.ROOT / "workflows"
+    shipped = read_graph(folder / "api" / f"{name}.json")
+    saved = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    nodes = {str(n["id"]): n["type"] for n in saved["nodes"] if n["type"] != "MarkdownNote"}
+    assert nodes == {i: n["class_type"] for i, n in shipped.items()}
+    links = {(str(source), slot, str(to)) for _, source, slot, to, _, _ in saved["links"]}
+    values = ((i, v) for i, n in shipped.items() for v in n["inputs"].values())
+    assert links == {(v[0], v[1], i) for i, v in values if isinstance(v, list)}
+    assert (folder / f"{name}.jpg").stat().st_size < 100_000
