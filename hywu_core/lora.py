@@ -214,15 +214,13 @@ class GeneratedLoRA:
         return cls(first.layout, factors, _join_provenance(loras))
 
     def blend(self, other: GeneratedLoRA, weight: float) -> GeneratedLoRA:
-        """``(1 - weight)·self + weight·other`` in weight space, exactly: the ranks are concatenated.
+        """``(1 - weight)·self + weight·other`` in weight space: the ranks are concatenated.
 
         The result has rank ``self.rank + other.rank`` and adds to every base weight the mixture of
-        what the two add. Raises HYWUError when the targets or batch sizes disagree.
+        what the two add, exact up to the rounding of B times its weight in B's dtype. Raises HYWUError when the targets or batch sizes disagree.
         """
         self._check_mixable(other, weight)
         rank = self.rank + other.rank
-        if self.scale == 0:
-            raise HYWUError("A LoRA of scale 0 can't be blended: exchange the two.")
         # B carries the ratio of the scales, so that one scale serves both halves
         first, second = (1 - weight), weight * other.scale / self.scale
         factors = {}
@@ -253,6 +251,8 @@ class GeneratedLoRA:
     def _check_mixable(self, other: GeneratedLoRA, weight: float) -> None:
         if not weight == weight or abs(weight) == float("inf"):
             raise HYWUError(f"The weight of a mixture is {weight}; it must be a finite number.")
+        if self.scale == 0:
+            raise HYWUError("The first LoRA of a mixture has scale 0: exchange the two.")
         if self.layout.stacks != other.layout.stacks:
             ours, theirs = set(self), set(other)
             odd = sorted(ours ^ theirs)[:4] or ["their shapes differ"]

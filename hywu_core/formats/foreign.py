@@ -51,10 +51,10 @@ def from_state_dict(
 def equalize(
     pairs: Mapping[str, tuple[Tensor, Tensor]], scales: Mapping[str, float]
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
-    """One rank (zero padding) and one alpha for all, with every ``scale·B·A`` kept exactly.
+    """One rank (zero padding) and one alpha for all; every ``scale·B·A`` is kept.
 
     Where the scales differ they are folded into B: in its dtype when the scale is a power of two,
-    which loses nothing, else in float32. Returns (pairs, alpha).
+    which changes no digit, else in float32, exact up to float32 rounding. Returns (pairs, alpha).
     """
     rank = max(a.shape[0] for a, _ in pairs.values())
     one = len(set(scales.values())) == 1

@@ -201,7 +201,7 @@ def test_peft_loads_convolutions_with_equal_outputs(tmp_path):
         assert torch.equal(again[path].B, pair.B)
 
 
-def test_foreign_ranks_and_alphas_become_one_exactly(tmp_path):
+def test_foreign_ranks_and_alphas_become_one(tmp_path):
     tensors, products = {}, {}
     for i, (rank, alpha) in enumerate([(2, 1.0), (4, 3.0), (1, None)]):
         a, b = torch.randn(rank, 6), torch.randn(5, rank)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -97,6 +99,15 @@ def test_mixtures_refuse_what_does_not_fit():
         one.blend(make(2, 0, other), 0.5)
     with pytest.raises(HYWUError, match="different layouts"):
         GeneratedLoRA.concat([one, make(2, 0, other)])
+
+
+def test_mixing_with_scale_zero_first_is_refused():
+    lora = make()
+    nothing = GeneratedLoRA(replace(lora.layout, alpha=0.0), lora.factors, {})
+    for mix in (nothing.blend, nothing.interpolate):
+        with pytest.raises(HYWUError, match="scale 0"):
+            mix(lora, 0.5)
+    assert torch.equal(lora.interpolate(nothing, 1.0)["b.0.qkv"].B, 0 * lora["b.0.qkv"].B)
 
 
 def test_norms_equal_those_of_the_product():

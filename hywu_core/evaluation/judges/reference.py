@@ -15,8 +15,8 @@ relation to the same distance of the unchanged source::
 So 5 (or 10) is the target itself and 1 (or 0) the unchanged source or anything farther from the
 target than it; half the distance is 3 (or 5). Where the source is already at the target in a measure
 (distance under 1e-4), staying there is 5 and leaving it is 1. Pictures of another size are resized
-to the target's (Lanczos). The mapping was fixed before any result was seen; a change makes a new
-version.
+to the target's (Lanczos). The mapping was fixed and committed before any reported result; the sharpness
+floor was changed once, after two throw-away samples. A change makes a new version.
 """
 
 from __future__ import annotations

@@ -5,6 +5,9 @@ from __future__ import annotations
 from ..tables import Table
 
 THEIRS = "Published by the authors of HY-WU, with their judge and data; not measured here."
+BY_PEOPLE = (
+    "Published by the authors of HY-WU, from the votes of people on their data; not measured here."
+)
 
 WU_EVAL = Table(
     "Published: WU-Eval of HY-WU",
@@ -31,7 +34,7 @@ GSB = Table(
         ("Nano Banana 2", "47.6 %"),
         ("Nano Banana Pro", "46.2 %"),
     ),
-    THEIRS,
+    BY_PEOPLE,
 )
 
 GEDIT = Table(
