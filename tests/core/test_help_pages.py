@@ -1,0 +1,54 @@
+"""Every node has a help page in English and Chinese, with its picture and all of its sockets."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+_SPEC = importlib.util.spec_from_file_location(
+    "node_definitions", Path(__file__).with_name("node_definitions.py")
+)
+nodes = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(nodes)
+
+DOCS = nodes.ROOT / "web" / "docs"
+NAMES = sorted(nodes.display_names())
+PAGES = [(name, page) for name in NAMES for page in (f"{name}.md", f"{name}/zh.md")]
+
+
+@pytest.fixture(scope="module")
+def defined() -> dict[str, dict]:
+    return nodes.definitions()
+
+
+@pytest.mark.parametrize(("name", "page"), PAGES)
+def test_a_page_names_every_socket_and_shows_the_node(name, page, defined):
+    text = (DOCS / page).read_text(encoding="utf-8")
+    language = "zh" if page.endswith("zh.md") else "en"
+    title = nodes.read_locale(language, "nodeDefs")[name]["display_name"]
+    assert text.startswith(f"# {title}\n")
+    assert len(text.split("\n## ")) == 4, "inputs, outputs, errors"
+    sockets = {*defined[name].get("inputs", {})}
+    sockets |= {output["name"] for output in defined[name]["outputs"].values()}
+    for socket in sockets:
+        assert f"**{socket}**" in text or f"(`{socket}`)" in text, socket
+    pictures = re.findall(r"!\[.+\]\((.+)\)", text)
+    assert pictures == [f"pictures/{name}.webp"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_picture_is_small_and_whole(name):
+    path = DOCS / "pictures" / f"{name}.webp"
+    assert path.stat().st_size < 40_000
+    with Image.open(path) as picture:
+        assert min(picture.size) >= 100
+        assert picture.convert("L").getextrema()[1] > 150  # a node's texts are light on dark
+
+
+def test_no_page_is_of_a_node_that_is_gone():
+    files = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*") if path.is_file()}
+    assert files == {page for _, page in PAGES} | {f"pictures/{name}.webp" for name in NAMES}
