@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import dev
+from hywu_core.editor.checkpoint import VARIABLE
 from hywu_core.headless.local import LocalServer
 
 FLAGS = [
@@ -34,11 +36,43 @@ def chromium() -> str:
     return found
 
 
+#: What a user who has been here before has set; the first visit would open the templates.
+SETTINGS = {
+    "Comfy.TutorialCompleted": True,
+    "Comfy.Locale": "en",
+    "Comfy.ColorPalette": "dark",
+    "Comfy.NodeSearchBoxImpl": "default",
+    "Comfy.NodeSearchBoxImpl.NodePreview": False,
+    "Comfy.LinkRelease.Action": "no action",
+}
+#: The frontend's own: with paid nodes switched off its page may not call their server, and it
+#: asks for files (user style, last settings, a help page in this language) that needn't be there.
+NOISE = ("api.comfy.org", "status of 404")
+
+
+def _weights_helper():
+    path = dev.ROOT / "tests" / "host" / "weights.py"
+    spec = importlib.util.spec_from_file_location("weights", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
-    """A running ComfyUI with this extension in it and folders of its own."""
-    with dev.server_of(dev.prepare_host(), tmp_path_factory.mktemp("comfyui")) as running:
+    """A running ComfyUI with this extension in it, bundled weights and folders of its own.
+
+    The frontend is the one that ComfyUI comes with, or that of HYWU_FRONTEND (its static folder).
+    """
+    helper, changed = _weights_helper(), pytest.MonkeyPatch()
+    if not helper.shipped() and not os.environ.get(VARIABLE):
+        changed.setenv(VARIABLE, str(helper.make_random(tmp_path_factory.mktemp("weights"))))
+    frontend = os.environ.get("HYWU_FRONTEND")
+    arguments = ["--cpu", *(["--front-end-root", frontend] if frontend else [])]
+    base = tmp_path_factory.mktemp("comfyui")
+    with dev.server_of(dev.prepare_host(), base, arguments=arguments) as running:
         yield running
+    changed.undo()
 
 
 @pytest.fixture(scope="module")  # Playwright holds the event loop of this thread while it runs
@@ -59,16 +93,28 @@ def errors() -> list[str]:
 
 
 @pytest.fixture
-def page(browser, server: LocalServer, errors: list[str]):
-    """A page with the frontend loaded, its console errors collected in `errors`."""
+def settings() -> dict:
+    """The user's settings when `page` opens; a test may override this fixture."""
+    return SETTINGS
+
+
+@pytest.fixture
+def page(browser, server: LocalServer, errors: list[str], settings: dict):
+    """A page with the frontend loaded; what it writes to the console as errors later is in `errors`."""
     context = browser.new_context(viewport={"width": 1600, "height": 1000})
+    context.request.post(f"{server.url}/settings", data=settings)
     opened = context.new_page()
-    opened.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
-    opened.on("pageerror", lambda error: errors.append(str(error)))
     opened.goto(server.url)
     opened.wait_for_function(
         "window.app?.extensionManager?.workflow?.activeWorkflow", timeout=90_000
     )
+
+    def note(text: str) -> None:
+        if not any(noise in text for noise in NOISE):
+            errors.append(text)
+
+    opened.on("console", lambda m: note(m.text) if m.type == "error" else None)
+    opened.on("pageerror", lambda error: note(str(error)))
     yield opened
     context.close()
 

@@ -1,0 +1,236 @@
+"""The nodes in the real frontend: norm map, help, Chinese, by hand, by drop."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import dev
+from hywu_core.evaluation.commands.shared import SAMPLES
+
+_SPEC = importlib.util.spec_from_file_location("actions", Path(__file__).with_name("actions.py"))
+do = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(do)
+
+MAP = ".hywu-norm-map"
+
+
+@pytest.fixture(autouse=True)
+def photo(server) -> Path:
+    """photo.png in the server's input folder."""
+    path = server.base / "input" / "photo.png"
+    Image.open(SAMPLES / "folder" / "sources" / "astronaut.jpg").resize((64, 64)).save(path)
+    return path
+
+
+def contrast(page) -> float:
+    """The WCAG contrast of the first norm map's text on its background."""
+
+    def luminance(colour: str) -> float:
+        rgb = [float(x) for x in re.findall(r"[\d.]+", colour)[:3]]
+        linear = [(c / 255 / 12.92 if c < 11 else ((c / 255 + 0.055) / 1.055) ** 2.4) for c in rgb]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    style = "getComputedStyle(document.querySelector('.hywu-norm-map'))"
+    lights = sorted(luminance(page.evaluate(f"{style}.{n}")) for n in ("color", "backgroundColor"))
+    return (lights[1] + 0.05) / (lights[0] + 0.05)
+
+
+def map_pixels(page) -> np.ndarray:
+    """The first norm map's canvas as [modules, layers, 4]."""
+    values = page.evaluate(
+        """() => { const c = document.querySelector('.hywu-norm-map canvas');
+             return [c.height, c.width,
+                     [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]]; }"""
+    )
+    return np.array(values[2]).reshape(values[0], values[1], 4)
+
+
+def test_the_norm_map_and_the_time_appear_after_a_run(page, artefacts, errors):
+    do.open_graph(page, do.hywu_graph())
+    assert page.locator(MAP).count() == 0
+    do.run(page)
+    page.wait_for_function("document.querySelectorAll('.hywu-norm-map').length === 2")
+    do.look_at(page, "HYWUGenerateLoRA")
+    page.screenshot(path=artefacts / "norm_map_dark.png")
+    shown = page.evaluate(
+        """() => window.app.graph._nodes.find((n) => n.type === 'HYWUGenerateLoRA')
+             .properties.hywu_norms[0]"""
+    )
+    pixels = map_pixels(page)
+    assert pixels.shape == (len(shown["modules"]), len(shown["layers"]), 4)
+    norms = np.array(shown["norms"])
+    light = pixels[..., :3].sum(2)
+    assert light.flat[norms.argmax()] == light.max()
+    assert light.flat[norms.argmin()] == light.min() < light.max()
+    assert re.search(r"\d\.\d\d s", page.locator(f"{MAP} .hywu-time").first.inner_text())
+    assert contrast(page) > 4.5
+    page.evaluate("window.app.extensionManager.setting.set('Comfy.ColorPalette', 'light')")
+    page.wait_for_timeout(800)
+    page.screenshot(path=artefacts / "norm_map_light.png")
+    assert contrast(page) > 4.5
+    assert errors == []
+
+
+def test_the_map_outlives_a_reload_of_the_workflow_and_is_no_widget_value(page, artefacts, errors):
+    do.open_graph(page, do.hywu_graph("sharpen the image"))
+    do.run(page)
+    page.wait_for_function("document.querySelectorAll('.hywu-norm-map').length === 2")
+    before = map_pixels(page)
+    saved = json.loads(page.evaluate("JSON.stringify(window.app.graph.serialize())"))
+    generate = next(n for n in saved["nodes"] if n["type"] == "HYWUGenerateLoRA")
+    assert not generate.get("widgets_values")
+    prompt = page.evaluate("async () => (await window.app.graphToPrompt()).output")
+    sent = next(n for n in prompt.values() if n["class_type"] == "HYWUGenerateLoRA")
+    assert set(sent["inputs"]) == {"generator", "condition"}
+    page.evaluate("window.app.graph.clear()")
+    page.wait_for_function("document.querySelectorAll('.hywu-norm-map').length === 0")
+    page.evaluate("(graph) => window.app.loadGraphData(graph)", saved)
+    page.wait_for_function("document.querySelectorAll('.hywu-norm-map').length === 2")
+    np.testing.assert_array_equal(map_pixels(page), before)
+    do.look_at(page, "HYWUInspectLoRA")
+    page.screenshot(path=artefacts / "norm_map_reloaded.png")
+    assert errors == []
+
+
+def test_what_is_no_map_is_passed_over(page, errors):
+    """A workflow of another version, or edited by hand, must load all the same."""
+    do.open_graph(page, do.hywu_graph())
+    odd = [None, 5, "map", [], [{}], [{"layers": ["0"], "modules": ["a"], "norms": [[1, 2]]}],
+           [{"layers": [], "modules": [], "norms": []}], [{"layers": "0", "modules": "a"}]]  # fmt: skip
+    page.evaluate(
+        """(odd) => { const n = window.app.graph._nodes.find((n) => n.type === 'HYWUInspectLoRA');
+             for (const value of odd) n.onExecuted({hywu_norms: value}); n.onExecuted(undefined);
+             for (const value of odd) { n.properties.hywu_norms = value; n.onConfigure(n.serialize()); } }""",
+        odd,
+    )
+    assert page.locator(MAP).count() == 0
+    assert errors == []
+
+
+def test_help_opens_with_its_picture(page, artefacts, errors):
+    do.open_graph(page, do.hywu_graph())
+    do.look_at(page, "HYWUGenerateLoRA", select=True)
+    page.get_by_test_id("info-button").click()
+    heading = page.locator("h1", has_text="HY-WU Generate LoRA")
+    heading.wait_for(timeout=15_000)
+    picture = page.locator("img[src*='pictures/HYWUGenerateLoRA.webp']")
+    picture.wait_for(timeout=10_000)
+    page.wait_for_timeout(700)
+    assert picture.evaluate("image => image.naturalWidth") > 200
+    assert page.get_by_text("Errors and ways out").count() == 1
+    page.screenshot(path=artefacts / "help.png")
+    assert errors == []
+
+
+class TestInChinese:
+    @pytest.fixture
+    def settings(self, settings):
+        return {**settings, "Comfy.Locale": "zh"}
+
+    def test_nodes_sockets_and_help_are_chinese(self, page, artefacts, errors):
+        page.evaluate("window.app.graph.clear()")
+        page.evaluate(
+            """() => { const n = window.LiteGraph.createNode('HYWUApplyLoRA');
+                 window.app.graph.add(n); n.pos = [0, 0]; }"""
+        )
+        do.look_at(page, "HYWUApplyLoRA", select=True)
+        shown = page.evaluate(
+            """() => { const n = window.app.graph._nodes[0];
+                 return [n.title, ...n.inputs.map((i) => i.label ?? i.localized_name),
+                         ...n.outputs.map((o) => o.label ?? o.localized_name)]; }"""
+        )
+        assert shown[0] == "应用生成的 LoRA"
+        assert {"模型", "强度", "模式", "报告"} <= set(shown)
+        page.get_by_test_id("info-button").click()
+        page.locator("h1", has_text="应用生成的 LoRA").wait_for(timeout=15_000)
+        page.wait_for_timeout(700)
+        page.screenshot(path=artefacts / "chinese.png")
+        assert errors == []
+
+
+def test_three_nodes_are_added_by_search_and_wired_by_hand(page, artefacts, errors):
+    do.open_graph(page, do.edit_graph())
+    page.evaluate(
+        """() => { const c = window.app.canvas; c.ds.scale = 0.55; c.ds.offset = [160, 140];
+             const at = {LoadImage: [0, 0], HYWULoadGenerator: [0, 480], HYWULoadBundledEditor: [0, 660],
+               CLIPTextEncode: [440, 700], InstructPixToPixConditioning: [900, 800],
+               KSampler: [1300, 500], VAEDecode: [1700, 500], SaveImage: [2000, 500]};
+             for (const n of window.app.graph._nodes) n.pos = at[n.type];
+             window.app.graph.setDirtyCanvas(true, true); }"""
+    )
+    added = {
+        "HYWUConditionEncode": ("HY-WU Condition Encode", (420, 160)),
+        "HYWUGenerateLoRA": ("HY-WU Generate LoRA", (680, 240)),
+        "HYWUApplyLoRA": ("Apply Generated LoRA", (920, 160)),
+    }
+    for class_name, (name, at) in added.items():
+        do.add_by_search(page, name, class_name, at)
+    do.connect(page, "HYWULoadGenerator", "generator", "HYWUConditionEncode", "generator")
+    do.connect(page, "LoadImage", "IMAGE", "HYWUConditionEncode", "image")
+    do.connect(page, "HYWULoadGenerator", "generator", "HYWUGenerateLoRA", "generator")
+    do.connect(page, "HYWUConditionEncode", "condition", "HYWUGenerateLoRA", "condition")
+    do.connect(page, "HYWUGenerateLoRA", "lora", "HYWUApplyLoRA", "lora")
+    do.connect(page, "HYWULoadBundledEditor", "model", "HYWUApplyLoRA", "model")
+    do.connect(page, "HYWUApplyLoRA", "model", "KSampler", "model")
+    page.evaluate(
+        """() => { window.app.graph._nodes.find((n) => n.type === 'HYWUConditionEncode')
+             .widgets.find((w) => w.name === 'instruction').value = 'blur the image'; }"""
+    )
+    page.screenshot(path=artefacts / "wired_by_hand.png")
+    prompt = page.evaluate("async () => (await window.app.graphToPrompt()).output")
+    links = {
+        (n["class_type"], name): prompt[value[0]]["class_type"]
+        for n in prompt.values()
+        for name, value in n["inputs"].items()
+        if isinstance(value, list)
+    }
+    assert links["KSampler", "model"] == "HYWUApplyLoRA"
+    assert links["HYWUApplyLoRA", "lora"] == "HYWUGenerateLoRA"
+    do.run(page)
+    page.screenshot(path=artefacts / "wired_by_hand_done.png")
+    assert page.locator(MAP).count() == 1
+    picture = page.evaluate("Object.values(window.app.nodeOutputs).find((o) => o.images).images[0]")
+    assert picture["filename"].startswith("browser")
+    assert errors == []
+
+
+@pytest.mark.parametrize("name", ["wu_eval", "benchmark_gedit", "benchmark_imgedit"])
+def test_a_dropped_workflow_has_no_missing_node_and_no_unset_widget(page, artefacts, errors, name):
+    path = dev.ROOT / "workflows" / f"{name}.json"
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    do.drop(page, path, "application/json")
+    page.wait_for_function(f"window.app.graph._nodes.length === {len(saved['nodes'])}")
+    page.wait_for_timeout(500)
+    assert do.types(page) == sorted(n["type"] for n in saved["nodes"])
+    assert page.evaluate("window.app.graph._nodes.every((n) => !n.has_errors)")
+    shipped = json.loads((dev.ROOT / "workflows" / "api" / f"{name}.json").read_text())
+    prompt = page.evaluate("async () => (await window.app.graphToPrompt()).output")
+    for key, wanted in shipped.items():
+        given = prompt[key]["inputs"]
+        assert {k: given[k] for k in wanted["inputs"]} == wanted["inputs"], key
+    page.screenshot(path=artefacts / f"dropped_{name}.png")
+    assert errors == []
+
+
+def test_a_dropped_picture_brings_its_graph(page, server, tmp_path, artefacts, errors):
+    do.open_graph(page, do.hywu_graph())
+    do.run(page)
+    image = page.evaluate("Object.values(window.app.nodeOutputs).find((o) => o.images).images[0]")
+    saved = server.base / "output" / image["filename"]
+    assert "workflow" in Image.open(io.BytesIO(saved.read_bytes())).info
+    wanted = do.types(page)
+    page.evaluate("window.app.graph.clear()")
+    do.drop(page, saved, "image/png")
+    page.wait_for_function(f"window.app.graph._nodes.length === {len(wanted)}")
+    assert do.types(page) == wanted
+    do.run(page)  # what was brought also runs
+    page.screenshot(path=artefacts / "dropped_picture.png")
+    assert errors == []
