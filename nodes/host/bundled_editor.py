@@ -155,6 +155,9 @@ class ByteText(nn.Module):
     """The editor's text encoder under ComfyUI's CLIP."""
 
     dtypes = {torch.float32}
+    disable_offload = (
+        True  # newer hosts: a plain patcher, which casts these layers where they are used
+    )
     encode_text = Editor.encode_text
 
     def __init__(self, editor: Editor) -> None:
@@ -201,9 +204,14 @@ def rgb(images: Tensor) -> Tensor:
 
 
 def load_patcher(disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
-    """The bundled editor as a MODEL. ComfyUI calls it again where it needs another copy."""
+    """The bundled editor as a MODEL, under the plain patcher, whatever the host's default is."""
     model = EditorModel(load_host_editor())
-    return comfy.model_patcher.ModelPatcher(model, mm.get_torch_device(), mm.unet_offload_device())
+    patcher = comfy.model_patcher.ModelPatcher(
+        model, mm.get_torch_device(), mm.unet_offload_device()
+    )
+    # newer hosts make copies for other devices by it
+    patcher.cached_patcher_init = (load_patcher, ())
+    return patcher
 
 
 def load_host_editor() -> HostEditor:
