@@ -21,6 +21,7 @@ comfy.options.enable_args_parsing()
 import comfy.samplers  # noqa: E402
 import torch  # noqa: E402
 from comfy_extras.nodes_ip2p import InstructPixToPixConditioning  # noqa: E402
+from comfy_extras.nodes_model_advanced import ModelSamplingSD3  # noqa: E402
 
 import nodes as stock  # noqa: E402
 
@@ -172,6 +173,10 @@ with torch.no_grad():
         "generator_offload": generator_offloaded(),
         "cache": cache_figures(),
         "rgba": gap(vae.encode(torch.cat([images, images[..., :1]], -1)), vae.encode(images)),
+        "shifted": gap(
+            picture(ModelSamplingSD3().patch(model, 1.0)[0], images, steps=4),
+            picture(model, images, steps=4),
+        ),
         "gray": list(vae.encode(images[..., :1]).shape),
         "errors": {
             "lines": error(lambda: sample(model, images[:1], text="one\ntwo\nthree")),

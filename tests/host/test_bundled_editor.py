@@ -41,6 +41,11 @@ def test_guidance_and_denoise_have_an_effect(figures):
     assert figures["denoise"] > 1e-3
 
 
+def test_nodes_that_replace_the_sampling_keep_the_scale_of_time(figures):
+    """ModelSamplingSD3 counts in thousandths."""
+    assert figures["shifted"] < 1e-3
+
+
 @pytest.mark.parametrize("what", ["offload", "generator_offload"])
 def test_a_partly_loaded_network_gives_the_same(figures, what):
     partial, offloaded, reloaded = figures[what]
