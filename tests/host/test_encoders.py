@@ -1,0 +1,52 @@
+"""Condition Encode with the encoders of a graph: a CLIP and a CLIP_VISION."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def figures(comfyui, weights, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoders")
+    done = subprocess.run(
+        [comfyui.python, HERE / "encoder_figures.py", comfyui.tree, HERE.parents[1], folder],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    found = [line for line in done.stdout.splitlines() if line.startswith("FIGURES")]
+    assert found, done.stderr[-3000:]
+    return json.loads(found[0].removeprefix("FIGURES"))
+
+
+def test_parts_come_from_their_encoders_in_the_generators_order(figures):
+    assert list(figures["parts"]) == ["vision", "text"]
+    # 28 pixels in patches of 14 and a class token
+    assert figures["parts"]["vision"] == [2, 5, 32]
+    assert figures["parts"]["text"][:2] == [2, 1 + len("make all of it darker")]
+
+
+def test_an_item_of_a_batch_is_as_alone(figures):
+    """Its shorter text is padded beside a longer one, which must change nothing."""
+    assert figures["differ"] > 1e-3
+    assert figures["item"] < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("missing", "connect clip_vision"),
+        ("width", "connect the encoder that it was trained with"),
+        ("part", "which no encoder of a graph makes"),
+    ],
+)
+def test_errors_say_what_to_connect(figures, case, words):
+    assert words in figures[case]
