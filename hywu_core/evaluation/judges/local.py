@@ -72,7 +72,7 @@ def _load(folder: Path, device: str, dtype: str) -> tuple[Any, Any]:
     try:
         processor = transformers.AutoProcessor.from_pretrained(folder, **options)
         model = transformers.AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, **options
+            folder, **{_dtype_word(transformers): dtype}, use_safetensors=True, **options
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -84,6 +84,12 @@ def _load(folder: Path, device: str, dtype: str) -> tuple[Any, Any]:
             f"{folder}: its processor has no chat template; take an instruction-tuned model."
         )
     return model.to(device).eval(), processor
+
+
+def _dtype_word(transformers: Any) -> str:
+    # `dtype` came with 4.56; before, it is handed on to the model's class, which refuses it
+    major, minor = map(int, transformers.__version__.split(".")[:2])
+    return "dtype" if (major, minor) >= (4, 56) else "torch_dtype"
 
 
 def _folder_hash(folder: Path) -> str:
