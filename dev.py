@@ -3,6 +3,7 @@
 demo   sets everything up, edits a photograph through a real ComfyUI server, shows where the pictures are
 test   [core|host|browser] [pytest arguments]: the tests, all of them by default
 host   prepares a ComfyUI to develop against; `--start` runs it with this extension in it
+workflows  makes workflows/*.json, their thumbnails and docs/pictures anew, after nodes or weights changed
 bench  [name] [arguments]: the benchmarks of bench/; without a name it lists them
 lint   ruff check and ruff format --check
 
@@ -311,6 +312,14 @@ def host(args: argparse.Namespace, rest: list[str]) -> int:
         return server.process.wait()
 
 
+def workflows(args: argparse.Namespace, rest: list[str]) -> int:
+    """Make workflows/*.json from workflows/api, and their pictures from real runs."""
+    with server_of(prepare_host(), HOST / "workflows") as server:
+        command = [python_of(VENV), "-m", "workflows.build", "--server", server.url]
+        run([*command, *([] if args.no_pictures else ["--pictures"]), *rest], cwd=ROOT)
+    return 0
+
+
 def bench(args: argparse.Namespace, rest: list[str]) -> int:
     """Run bench/NAME.py, or list what there is."""
     files = (ROOT / "bench").glob("*.py")  # those without a main are what the benchmarks share
@@ -336,11 +345,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="dev.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for function in (demo, test, host, bench, lint):
+    for function in (demo, test, host, workflows, bench, lint):
         command = commands.add_parser(
             function.__name__, help=function.__doc__, description=function.__doc__
         )
         command.set_defaults(function=function)
+        if function is workflows:
+            command.add_argument("--no-pictures", action="store_true", help="the JSON files only")
         if function is host:
             command.add_argument("--start", action="store_true", help="run the server")
             command.add_argument("--port", type=int, default=8188, help="default: %(default)s")

@@ -7,7 +7,7 @@ from .encode import HYWUConditionEncode
 from .evaluation import HYWUBenchmarkItems, HYWUJudge, HYWUScoreTable
 from .files import HYWULoadCondition, HYWUSaveCondition
 from .generate import HYWUGenerateLoRA
-from .host import gsb_routes
+from .host import examples, gsb_routes
 from .inspect import HYWUInspectLoRA
 from .loaders import HYWULoadBundledEditor, HYWULoadGenerator
 from .lora_files import HYWULoadLoRA, HYWUSaveLoRA
@@ -35,5 +35,6 @@ NODE_CLASS_MAPPINGS = {node.__name__: node for node in NODES}
 NODE_DISPLAY_NAME_MAPPINGS = {node.__name__: name for node, name in NODES.items()}
 
 gsb_routes.register()
+examples.offer_inputs()
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]

@@ -1,0 +1,87 @@
+"""Thumbnails for the template browser and the pictures of the documentation, from real runs."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from hywu_core.errors import HYWUError
+from hywu_core.headless.client import Client
+
+from .build import HERE, write
+
+THUMBNAIL = (400, 300)
+LIMIT = 40_000
+DOCS = HERE.parent / "docs" / "pictures"
+#: A loader of the user's own model: the bundled editor stands in for it in the thumbnail's run.
+STAND_IN = {"CheckpointLoaderSimple": "HYWULoadBundledEditor"}
+
+
+def with_stand_in(graph: dict) -> dict:
+    """`graph` with the bundled editor in place of a model that only the user has (MODEL, CLIP, VAE)."""
+    changed = {}
+    for ident, node in graph.items():
+        kind = STAND_IN.get(node["class_type"])
+        changed[ident] = {**node, "class_type": kind, "inputs": {}} if kind else node
+    return changed
+
+
+async def run(server: str, graph: dict) -> dict[str, Image.Image]:
+    """Run it; "ID" and "ID:NUMBER" -> the pictures of its SaveImage nodes."""
+    found: dict[str, Image.Image] = {}
+    async with Client(server, timeout=1800) as client:
+        record = await client.run(graph)
+        for ident, node in graph.items():
+            if node["class_type"] != "SaveImage":
+                continue
+            for number, item in enumerate(record["outputs"].get(ident, {}).get("images", [])):
+                image = Image.open(io.BytesIO(await client.fetch(item))).convert("RGB")
+                found.setdefault(ident, image)
+                found[f"{ident}:{number}"] = image
+    return found
+
+
+def table(rows: list[list[Image.Image]], size: tuple[int, int], gap: int = 4) -> Image.Image:
+    """Pictures in rows on a sheet of `size`, each cropped to its cell."""
+    sheet = Image.new("RGB", size, "white")
+    height = (size[1] - gap * (len(rows) - 1)) // len(rows)
+    for at, row in enumerate(rows):
+        width = (size[0] - gap * (len(row) - 1)) // len(row)
+        for place, image in enumerate(row):
+            cell = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+            sheet.paste(cell, (place * (width + gap), at * (height + gap)))
+    return sheet
+
+
+def jpeg(image: Image.Image, limit: int) -> bytes:
+    """The best quality that stays under `limit` bytes."""
+    for quality in range(92, 20, -6):
+        content = io.BytesIO()
+        image.save(content, "JPEG", quality=quality, optimize=True)
+        if content.tell() < limit:
+            return content.getvalue()
+    raise HYWUError(f"The picture doesn't fit into {limit} bytes.")
+
+
+def make_pictures(server: str, name: str, graph: dict, layout: dict) -> list[str]:
+    """Write workflows/NAME.jpg and, where the layout names one, docs/pictures/PICTURE.jpg."""
+    results = asyncio.run(run(server, with_stand_in(graph)))
+    rows = [[_picture(results, entry) for entry in row] for row in layout["thumbnail"]]
+    made = [HERE / f"{name}.jpg"]
+    write(made[0], jpeg(table(rows, THUMBNAIL), LIMIT))
+    if layout.get("picture"):
+        DOCS.mkdir(parents=True, exist_ok=True)
+        side, gap = 256, 4
+        columns = max(map(len, rows))
+        size = (columns * (side + gap) - gap, len(rows) * (side + gap) - gap)
+        made.append(DOCS / f"{layout['picture']}.jpg")
+        write(made[1], jpeg(table(rows, size, gap), 150_000))
+    return [path.relative_to(HERE.parent).as_posix() for path in made]
+
+
+def _picture(results: dict[str, Image.Image], entry: str) -> Image.Image:
+    path: Path = HERE / "inputs" / entry
+    return results[entry] if entry in results else Image.open(path).convert("RGB")
