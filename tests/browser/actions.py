@@ -139,3 +139,11 @@ def types(page) -> list[str]:
     return json.loads(
         page.evaluate("JSON.stringify(window.app.graph._nodes.map((n) => n.type).sort())")
     )
+
+
+def saved_picture(page) -> dict[str, str]:
+    """What SaveImage wrote: {filename, subfolder, type}."""
+    return page.evaluate(
+        """() => { const n = window.app.graph._nodes.find((n) => n.type === 'SaveImage');
+             return window.app.nodeOutputs[n.id].images[0]; }"""
+    )

@@ -108,6 +108,8 @@ def page(browser, server: LocalServer, errors: list[str], settings: dict):
     opened.wait_for_function(
         "window.app?.extensionManager?.workflow?.activeWorkflow", timeout=90_000
     )
+    opened.wait_for_function("!document.querySelector('.p-blockui-mask')")  # the splash is gone
+    opened.wait_for_timeout(500)
 
     def note(text: str) -> None:
         if not any(noise in text for noise in NOISE):

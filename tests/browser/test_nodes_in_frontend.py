@@ -197,8 +197,7 @@ def test_three_nodes_are_added_by_search_and_wired_by_hand(page, artefacts, erro
     do.run(page)
     page.screenshot(path=artefacts / "wired_by_hand_done.png")
     assert page.locator(MAP).count() == 1
-    picture = page.evaluate("Object.values(window.app.nodeOutputs).find((o) => o.images).images[0]")
-    assert picture["filename"].startswith("browser")
+    assert do.saved_picture(page)["filename"].startswith("browser")
     assert errors == []
 
 
@@ -223,8 +222,7 @@ def test_a_dropped_workflow_has_no_missing_node_and_no_unset_widget(page, artefa
 def test_a_dropped_picture_brings_its_graph(page, server, tmp_path, artefacts, errors):
     do.open_graph(page, do.hywu_graph())
     do.run(page)
-    image = page.evaluate("Object.values(window.app.nodeOutputs).find((o) => o.images).images[0]")
-    saved = server.base / "output" / image["filename"]
+    saved = server.base / "output" / do.saved_picture(page)["filename"]
     assert "workflow" in Image.open(io.BytesIO(saved.read_bytes())).info
     wanted = do.types(page)
     page.evaluate("window.app.graph.clear()")

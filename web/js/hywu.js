@@ -8,6 +8,7 @@
  * the canvas and the Vue nodes both place), and each piece is asked for before it is used.
  */
 import { app } from "/scripts/app.js";
+import { currentLocale, translateDefinitions, translateNode } from "./locale.js";
 
 const NODES = new Set(["HYWUGenerateLoRA", "HYWUInspectLoRA", "HYWULoadLoRA"]);
 const KEY = "hywu_norms";
@@ -28,9 +29,7 @@ const TEXTS = {
 };
 
 function texts() {
-  const settings = app.extensionManager?.setting;
-  const locale = settings?.get?.("Comfy.Locale") ?? app.ui?.settings?.getSettingValue?.("Comfy.Locale");
-  return String(locale ?? "en").startsWith("zh") ? TEXTS.zh : TEXTS.en;
+  return currentLocale().startsWith("zh") ? TEXTS.zh : TEXTS.en;
 }
 
 /** The well-formed maps of a ui output or of a saved workflow; anything else is passed over. */
@@ -242,7 +241,11 @@ function chain(prototype, name, added) {
 }
 
 app.registerExtension({
-  name: "hywu.norm_map",
+  name: "hywu",
+
+  addCustomNodeDefs: (definitions) => translateDefinitions(definitions),
+
+  nodeCreated: (node) => translateNode(node),
 
   beforeRegisterNodeDef(nodeType, nodeData) {
     if (!NODES.has(nodeData?.name)) return;
