@@ -232,3 +232,27 @@ def test_a_dropped_picture_brings_its_graph(page, server, tmp_path, artefacts, e
     do.run(page)  # what was brought also runs
     page.screenshot(path=artefacts / "dropped_picture.png")
     assert errors == []
+
+
+def test_a_template_is_found_in_the_dialog_loaded_and_run(page, artefacts, errors):
+    page.evaluate("window.app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_text("hywu", exact=True).last.click()
+    card = dialog.get_by_test_id("template-workflow-wu_eval")
+    card.wait_for(timeout=15_000)
+    picture = card.locator("img").first
+    page.wait_for_timeout(1000)
+    assert picture.evaluate("image => image.naturalWidth") == 512
+    page.screenshot(path=artefacts / "templates.png")
+    picture.click()
+    page.wait_for_function("window.app.graph._nodes.some((n) => n.type === 'HYWUScoreTable')")
+    page.wait_for_timeout(500)
+    do.run(page)
+    page.wait_for_function("document.querySelectorAll('.hywu-norm-map').length === 1")
+    page.evaluate(
+        """() => { const c = window.app.canvas; c.ds.scale = 0.5; c.ds.offset = [120, 560];
+             window.app.graph.setDirtyCanvas(true, true); }"""
+    )
+    page.wait_for_timeout(800)
+    page.screenshot(path=artefacts / "template_done.png")
+    assert errors == []
