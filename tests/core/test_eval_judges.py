@@ -477,6 +477,7 @@ def tiny_llava(folder: Path) -> None:
         bos_token="<s>",
         eos_token="</s>",
         additional_special_tokens=["<image>"],
+        model_input_names=["input_ids", "attention_mask"],  # transformers 4 adds token_type_ids
     )
     template = (
         "{% for m in messages %}{% for c in m['content'] %}"
