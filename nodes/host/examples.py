@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -31,4 +32,5 @@ def offer_inputs() -> None:
             os.replace(part, target)
         except OSError as error:
             log.warning("HY-WU: the example photograph %s was not copied: %s", target, error)
-            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                part.unlink()

@@ -14,7 +14,8 @@ from hywu_core.generator.model import ParameterGenerator
 from hywu_core.layout import LoRALayout
 from hywu_core.lora import GeneratedLoRA
 
-NAMES = ("editor", "generator", "shared", "single_blur", "single_deblur")
+TASKS = ("blur", "deblur", "age", "restore")
+NAMES = ("editor", "generator", "shared", *(f"single_{task}" for task in TASKS))
 
 
 def shipped() -> bool:

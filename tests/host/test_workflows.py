@@ -1,0 +1,331 @@
+"""The shipped workflows: both forms are one graph, nothing in them is unset, and a real server runs them."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import logging
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import dev
+from hywu_core.cli import main
+from hywu_core.editor.checkpoint import BUNDLED
+from hywu_core.headless.client import run_sync
+from hywu_core.headless.graph import find_node, read_graph
+from hywu_core.headless.local import get_json
+from workflows import demo
+from workflows.build import Canvas, inputs_of, is_widget
+from workflows.pictures import THUMBNAIL, with_stand_in
+
+FOLDER = dev.ROOT / "workflows"
+NAMES = sorted(path.stem for path in (FOLDER / "layouts").glob("*.json"))
+INPUTS = FOLDER / "inputs"
+
+
+def api(name: str) -> dict:
+    return read_graph(FOLDER / "api" / f"{name}.json")
+
+
+def saved(name: str) -> dict:
+    return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def info(server) -> dict:
+    return get_json(f"{server.url}/object_info", timeout=60)
+
+
+def picture(server, item: dict) -> np.ndarray:
+    """``[H, W, 3]`` in levels of 255."""
+    with Image.open(server.base / "output" / item["subfolder"] / item["filename"]) as file:
+        return np.asarray(file.convert("RGB"), dtype=np.float64)
+
+
+def run(server, graph: dict) -> dict[str, np.ndarray]:
+    """ "TITLE" or "TITLE:NUMBER" of every SaveImage node -> its picture."""
+    record, _ = run_sync(server.url, graph, timeout=600)
+    found = {}
+    for ident, node in graph.items():
+        if node["class_type"] == "SaveImage":
+            items = record["outputs"][ident]["images"]
+            title = node["_meta"]["title"]
+            for number, item in enumerate(items):
+                found[title if len(items) == 1 else f"{title}:{number}"] = picture(server, item)
+    return found
+
+
+def shipped(name: str) -> np.ndarray:
+    return np.asarray(Image.open(INPUTS / name).convert("RGB"), dtype=np.float64)
+
+
+# -- the files ------------------------------------------------------------------------------------
+
+
+def test_all_six_are_there():
+    wanted = {"edit_bundled", "conflict_blur_deblur", "conflict_age_restore", "batch_per_image"}
+    assert {*wanted, "save_and_reuse_lora", "apply_to_your_model"} == set(NAMES)
+
+
+def from_ui(name: str, info: dict) -> dict[str, dict]:
+    """The graph that the frontend would queue: widget values by their order, links by their slots."""
+    workflow = saved(name)
+    links = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
+    graph = {}
+    for node in workflow["nodes"]:
+        if node["type"] == "MarkdownNote":
+            continue
+        values = iter(node["widgets_values"])
+        inputs = {}
+        for key, spec, _ in inputs_of(info[node["type"]]):
+            if not is_widget(spec):
+                continue
+            inputs[key] = next(values)
+            options = spec[1] if len(spec) > 1 else {}
+            if options.get("control_after_generate") or key == "seed":
+                assert next(values) == "fixed"
+            if options.get("image_upload"):
+                assert next(values) == "image"
+        assert list(values) == []
+        linked = {e["name"]: links[e["link"]] for e in node["inputs"] if e["link"] is not None}
+        graph[str(node["id"])] = {
+            "class_type": node["type"],
+            "inputs": {**inputs, **linked},
+            "_meta": {"title": node["title"]},
+        }
+    return graph
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_both_forms_are_the_same_graph(name, info):
+    assert from_ui(name, info) == api(name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_links_are_the_same_from_both_ends(name):
+    workflow = saved(name)
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    for ident, source, out, target, slot, kind in workflow["links"]:
+        assert nodes[target]["inputs"][slot]["link"] == ident
+        assert ident in nodes[source]["outputs"][out]["links"]
+        assert nodes[source]["outputs"][out]["type"] == kind
+        assert nodes[target]["inputs"][slot]["type"] in (kind, "*")
+    ends = [e["link"] for n in workflow["nodes"] for e in n["inputs"] if e["link"] is not None]
+    assert sorted(ends) == sorted(link[0] for link in workflow["links"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_widget_is_set_to_a_value_that_it_takes(name, info):
+    own = {("CheckpointLoaderSimple", "ckpt_name")}  # a file of the user's
+    for node in api(name).values():
+        kind = node["class_type"]
+        for key, spec, optional in inputs_of(info[kind]):
+            if not is_widget(spec) or (optional and not kind.startswith("HYWU")):
+                continue
+            value, options = node["inputs"][key], spec[1] if len(spec) > 1 else {}
+            choices = spec[0] if isinstance(spec[0], list) else options.get("options")
+            if isinstance(value, list):
+                continue
+            if choices and (kind, key) not in own:
+                assert value in choices, f"{kind}.{key}"
+            if spec[0] in ("INT", "FLOAT"):
+                assert options["min"] <= value <= options["max"], f"{kind}.{key}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_file_is_what_its_sources_make(name, info, comfyui):
+    layout = json.loads((FOLDER / "layouts" / f"{name}.json").read_text(encoding="utf-8"))
+    made = json.loads(json.dumps(Canvas(name, api(name), layout, info).build()))
+    if comfyui.origin == dev.HOST_PACKAGE:
+        assert made == saved(name), "run `python3 dev.py workflows`"
+    ours = [[n for n in w["nodes"] if n["type"].startswith("HYWU")] for w in (made, saved(name))]
+    for new, old in zip(*ours, strict=True):  # another ComfyUI's stock nodes may have other sockets
+        assert new["widgets_values"] == old["widgets_values"]
+        assert new["inputs"] == old["inputs"] or comfyui.origin != dev.HOST_PACKAGE
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nodes_lie_in_one_group_each_and_do_not_overlap(name):
+    workflow = saved(name)
+
+    def box(node: dict) -> tuple[float, ...]:
+        (x, y), (width, height) = node["pos"], node["size"]
+        return x, y - 30, x + width, y + height  # the title stands above
+
+    boxes = {node["id"]: box(node) for node in workflow["nodes"]}
+    for (_, a), (_, b) in itertools.combinations(boxes.items(), 2):
+        assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
+    for x0, y0, x1, y1 in boxes.values():
+        around = [
+            group for group in workflow["groups"]
+            if group["bounding"][0] <= x0 and group["bounding"][1] <= y0
+            and x1 <= group["bounding"][0] + group["bounding"][2]
+            and y1 <= group["bounding"][1] + group["bounding"][3]
+        ]  # fmt: skip
+        assert len(around) == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_thumbnail_and_notes(name):
+    path = FOLDER / f"{name}.jpg"
+    assert path.stat().st_size < 40_000
+    with Image.open(path) as image:
+        assert image.size == THUMBNAIL
+        assert np.asarray(image).std() > 10
+    notes = [n["widgets_values"][0] for n in saved(name)["nodes"] if n["type"] == "MarkdownNote"]
+    assert len(notes) >= 3
+    assert any("**Run**" in text for text in notes)
+
+
+# -- the photographs ------------------------------------------------------------------------------
+
+
+def examples(folder: Path, monkeypatch):
+    """nodes/host/examples.py, with `folder` as ComfyUI's input folder."""
+    host = types.SimpleNamespace(get_input_directory=lambda: str(folder))
+    monkeypatch.setitem(sys.modules, "folder_paths", host)
+    path = dev.ROOT / "nodes" / "host" / "examples.py"
+    spec = importlib.util.spec_from_file_location("hywu_examples", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_photographs_are_offered_and_a_file_of_the_users_stays(tmp_path, monkeypatch):
+    folder = tmp_path / "input"
+    folder.mkdir()
+    (folder / "hywu_coffee.png").write_bytes(b"mine")
+    examples(folder, monkeypatch).offer_inputs()
+    assert (folder / "hywu_coffee.png").read_bytes() == b"mine"
+    names = {path.name for path in INPUTS.glob("*.png")}
+    assert {path.name for path in folder.iterdir()} == names
+    assert (folder / "hywu_rocket.png").read_bytes() == (INPUTS / "hywu_rocket.png").read_bytes()
+
+
+def test_an_input_folder_that_cannot_be_written_is_only_logged(tmp_path, monkeypatch, caplog):
+    (tmp_path / "input").write_text("a file where the folder should be")
+    with caplog.at_level(logging.WARNING):
+        examples(tmp_path / "input", monkeypatch).offer_inputs()
+    assert caplog.text.count("was not copied") == len(list(INPUTS.glob("*.png")))
+
+
+def test_every_photograph_of_the_workflows_is_shipped_with_its_licence():
+    used = {
+        node["inputs"]["image"]
+        for name in NAMES
+        for node in api(name).values()
+        if node["class_type"] == "LoadImage"
+    }
+    assert used == {path.name for path in INPUTS.glob("*.png")}
+    licences = (INPUTS / "LICENSES.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in licences for name in used)
+
+
+# -- the runs -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def results(server, weights) -> dict[str, dict[str, np.ndarray]]:
+    """name -> pictures of the one run that several tests look at."""
+    return {}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_server_runs_it(server, weights, name, results):
+    graph = with_stand_in(api(name))
+    results[name] = run(server, graph)
+    sizes = {image.shape for image in results[name].values()}
+    assert sizes == {(256, 256, 3)}
+    assert len(results[name]) == (3 if name == "batch_per_image" else len(saves(graph)))
+    for image in results[name].values():
+        assert image.std() > 5
+    for one, two in itertools.combinations(results[name].values(), 2):
+        assert np.abs(one - two).max() > 2  # every branch has a LoRA of its own, or another source
+
+
+def saves(graph: dict) -> list[str]:
+    return [i for i, node in graph.items() if node["class_type"] == "SaveImage"]
+
+
+def sharpness(image: np.ndarray) -> float:
+    return demo.sharpness(Image.fromarray(image.astype(np.uint8)))
+
+
+def test_blur_and_deblur_go_opposite_ways(server, weights, results):
+    found = results.get("conflict_blur_deblur") or run(server, api("conflict_blur_deblur"))
+    source = shipped("hywu_cat_soft.png")
+    blur, deblur = found["Result: blur"], found["Result: deblur"]
+    assert np.abs(blur - source).max() > 2
+    assert np.abs(deblur - source).max() > 2
+    if weights == BUNDLED.parent:  # random weights have no direction
+        assert sharpness(blur) < 0.8 * sharpness(source)
+        assert sharpness(deblur) > 1.1 * sharpness(source)
+
+
+def test_age_and_restore_share_seed_source_and_model():
+    graph = api("conflict_age_restore")
+    samplers = [n["inputs"] for n in graph.values() if n["class_type"] == "KSampler"]
+    assert len(samplers) == 6
+    assert len({sampler["seed"] for sampler in samplers}) == 1
+    applied = [n["inputs"] for n in graph.values() if n["class_type"] == "HYWUApplyLoRA"]
+    assert {tuple(apply["model"]) for apply in applied} == {
+        (find_node(graph, "HYWULoadBundledEditor"), 0)
+    }
+    kinds = [graph[apply["lora"][0]]["class_type"] for apply in applied]
+    assert kinds.count("HYWUGenerateLoRA") == 2
+    loaded = {n["inputs"]["lora"] for n in graph.values() if n["class_type"] == "HYWULoadLoRA"}
+    assert loaded == {"bundled: shared", "bundled: single age", "bundled: single restore"}
+
+
+def test_the_saved_lora_makes_the_picture_that_the_stock_node_made_from_memory(server, weights):
+    graph = api("save_and_reuse_lora")
+    graph[find_node(graph, "Instruction")]["inputs"]["value"] = "blur"  # saved anew, by this test
+    record, _ = run_sync(server.url, graph, timeout=600)
+    name = record["outputs"][find_node(graph, "Save for stock loaders")]["text"][0]
+    folder = record["outputs"][find_node(graph, "Save for diffusers and PEFT")]["text"][0]
+    for kept in (name, folder):
+        graph[find_node(graph, "Load a saved LoRA")]["inputs"]["lora"] = kept.removeprefix("loras/")
+        again, _ = run_sync(server.url, graph, timeout=600)
+        outputs = {**record["outputs"], **again["outputs"]}
+        titles = ("Reused by a stock node", "Reused from a file")
+        memory, file = (
+            picture(server, outputs[find_node(graph, title)]["images"][0]) for title in titles
+        )
+        assert np.abs(memory - file).max() <= 1
+
+
+def test_the_command_line_takes_titles_and_a_photograph(server, weights, tmp_path):
+    words = ["comfy", "run", str(FOLDER / "api" / "edit_bundled.json"), "--server", server.url]
+    words += ["--image", str(INPUTS / "hywu_rocket.png"), "--set", "Instruction.value=more blur"]
+    assert main([*words, "--set", "Sample.steps=2", "--out", str(tmp_path / "out")]) == 0
+    assert [path.name for path in (tmp_path / "out").glob("edited*.png")] != []
+
+
+def test_the_demo_shows_pictures_sharpness_and_times(
+    server, weights, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "demo"
+    monkeypatch.setattr(sys, "argv", ["demo", "--server", server.url, "--out", str(out)])
+    assert demo.main() == 0
+    names = {"source", "blur", "deblur", "source_blur_deblur"}
+    assert {path.stem for path in out.iterdir()} == names
+    shown = capsys.readouterr().out
+    assert all(str(out / f"{name}.png") in shown for name in names)
+    assert all(word in shown for word in ("sharpness", "encode", "generate", "whole"))
+    with Image.open(out / "source_blur_deblur.png") as together:
+        assert together.size == (768, 256)
+    assert np.array_equal(np.asarray(Image.open(out / "source.png")), shipped("hywu_cat_soft.png"))
+
+
+def test_the_demo_says_in_one_sentence_that_no_server_answers(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        sys, "argv", ["demo", "--server", "http://127.0.0.1:9", "--out", str(tmp_path)]
+    )
+    assert demo.main() == 3
+    assert "can't be reached" in capsys.readouterr().out
