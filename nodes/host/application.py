@@ -181,25 +181,32 @@ class _Hook:
     def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         x = args[0]
         shared = self.owner.lora.batch_size == 1
+        # the output is the module's own, fresh; only autograd may still need it as it was
+        output = output.clone() if output.requires_grad else output
         if shared and all(self.active):
-            return output + self._delta(x)
+            self._add(output, x)
+            return output
         if x.shape[0] % self.rows:
             raise HYWUError(
                 f"{self.path} sees {x.shape[0]} rows for a batch of {self.rows}, so they can't be told "
                 "apart by image; use one LoRA on both branches."
             )
         size = x.shape[0] // len(self.active)
-        output = output.clone()
         for i, active in enumerate(self.active):
             if active:
                 at = slice(i * size, (i + 1) * size)
-                output[at] += self._delta(x[at])
+                self._add(output[at], x[at])
         return output
 
-    def _delta(self, x: Tensor) -> Tensor:
+    def _add(self, output: Tensor, x: Tensor) -> None:
+        """Add the branch in place; rows of one image stand together."""
         a, b = self.owner.on(x)[self.path]
-        repeats = x.shape[0] // a.shape[0] if a.shape[0] > 1 else 1
-        if repeats > 1:
-            # rows of one image stand together
-            a, b = a.repeat_interleave(repeats, 0), b.repeat_interleave(repeats, 0)
-        return (conv_delta if self.conv else linear_delta)(x, a, b, self.owner.scale)
+        count = a.shape[0]
+        if self.conv or output.dtype != x.dtype or not output.is_contiguous():
+            if count > 1:
+                a, b = (f.repeat_interleave(x.shape[0] // count, 0) for f in (a, b))
+            output += (conv_delta if self.conv else linear_delta)(x, a, b, self.owner.scale)
+            return
+        # one pass over the output instead of three: these products are bound by memory
+        low = torch.bmm(x.reshape(count, -1, x.shape[-1]), a.mT)
+        output.view(count, -1, output.shape[-1]).baddbmm_(low, b.mT, alpha=self.owner.scale)
