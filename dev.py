@@ -47,6 +47,8 @@ DEV_REQUIREMENTS = ROOT / "requirements-dev.txt"
 CONSTRAINTS = ROOT / "requirements-host.txt"
 #: torch and its companions must match; whatever else a foreign ComfyUI wants is its own business.
 TORCH_TRIO = ("torch", "torchvision", "torchaudio")
+#: How much of the engine the tests run: one line for each file with gaps, and the total.
+COVERAGE = ("--cov=hywu_core", "--cov-report=term:skip-covered")
 
 
 class DevError(Exception):
@@ -298,7 +300,7 @@ def test(args: argparse.Namespace, rest: list[str]) -> int:
         prepare_host()
     targets = [f"tests/{suite}" for suite in suites or ("core", "host", "browser")]
     # coverage of a selection would mislead, and so would that of the host's processes, not traced
-    coverage = COVERAGE if "tests/core" in targets and not rest else []
+    coverage = COVERAGE if "tests/core" in targets and not rest else ()
     command = [str(ensure_venv()), "-m", "pytest", *targets, *coverage, *rest]
     return subprocess.run(command, cwd=ROOT).returncode
 
