@@ -130,7 +130,9 @@ def _by_bundled_editor(
         _check_editor(
             "The connected MODEL", getattr(connected, "identity", "another model"), wanted
         )
-    mm.load_models_gpu([patcher], memory_required=_memory(patcher.model, pixels))
+    # whole: the text must be encoded on the device that the images are on
+    need = _memory(patcher.model, pixels)
+    mm.load_models_gpu([patcher], memory_required=need, force_full_load=True)
     probe = EditorEncoder(patcher.model, identity)
     windows = len(probe._starts(pixels.shape[2])) * len(probe._starts(pixels.shape[3]))
     encoder = EditorEncoder(_Interruptible(patcher.model, windows), identity)

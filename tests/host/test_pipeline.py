@@ -104,8 +104,13 @@ def test_a_saved_lora_gives_the_same_when_loaded_again(server, photo, direct, ki
         stock = g.node(
             "LoraLoaderModelOnly", model=["editor", 0], lora_name=name, strength_model=1.0
         )
-        outputs = g.run(server, g.edit_graph(model=["stock", 0], stock=stock))
-        assert g.levels(g.pictures(server, outputs), direct) <= 1
+        both = g.node(
+            "LoraLoader", model=["editor", 0], clip=["editor", 1], lora_name=name,
+            strength_model=1.0, strength_clip=1.0,
+        )  # fmt: skip
+        for loader in (stock, both):
+            outputs = g.run(server, g.edit_graph(model=["stock", 0], stock=loader))
+            assert g.levels(g.pictures(server, outputs), direct) <= 1
 
 
 def test_bundled_loras_are_offered_and_change_the_picture(server, photo, direct):
