@@ -1,0 +1,88 @@
+"""Sources of training examples: equal shares of the tasks, one task's items of them, a user's pairs."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hywu_core.errors import HYWUError
+from hywu_core.training.batches import PairBatches, TaskBatches
+from hywu_core.training.data import ImagePool, read_pairs
+
+TASKS = ("blur", "deblur", "darken", "brighten")
+
+
+@pytest.fixture
+def pool() -> ImagePool:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (3, 3, 100, 120), generator=generator, dtype=torch.uint8)
+    return ImagePool.of(list(images))
+
+
+def test_every_task_has_an_equal_share(pool):
+    batch = TaskBatches(pool, TASKS, 8, 32)(5)
+    assert Counter(batch.task) == dict.fromkeys(TASKS, 2)
+    assert batch.source.shape == (8, 3, 32, 32)
+
+
+def test_a_step_is_a_function_of_seed_and_step(pool):
+    one, two = TaskBatches(pool, TASKS, 8, 32, seed=1), TaskBatches(pool, TASKS, 8, 32, seed=1)
+    assert torch.equal(one(3).source, two(3).source)
+    assert one(3).instruction == two(3).instruction
+    assert not torch.equal(one(3).source, one(4).source)
+    assert not torch.equal(one(3).source, TaskBatches(pool, TASKS, 8, 32, seed=2)(3).source)
+
+
+def test_one_task_sees_its_items_of_the_same_batches(pool):
+    whole = TaskBatches(pool, TASKS, 8, 32)(7)
+    alone = TaskBatches(pool, TASKS, 8, 32, only="darken")(7)
+    items = [i for i, task in enumerate(whole.task) if task == "darken"]
+    assert torch.equal(alone.source, whole.source[items])
+    assert torch.equal(alone.target, whole.target[items])
+    assert set(alone.task) == {"darken"}
+
+
+def test_uneven_shares_are_refused(pool):
+    with pytest.raises(HYWUError, match="multiple of 4"):
+        TaskBatches(pool, TASKS, 6, 32)
+
+
+def write_pairs(folder, count: int, size=(80, 60)):
+    rows = []
+    for i in range(count):
+        pixels = np.random.default_rng(i).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        Image.fromarray(255 - pixels).save(folder / f"{i}_target.png")
+        rows.append(
+            {"source": f"{i}.png", "target": f"{i}_target.png", "instruction": f"negate {i}"}
+        )
+    path = folder / "pairs.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return read_pairs(path)[0]
+
+
+def test_pairs_are_cropped_at_one_place(tmp_path):
+    batches = PairBatches(write_pairs(tmp_path, 3), 2, 32)
+    for step in range(4):
+        batch = batches(step)
+        assert batch.source.shape == (2, 3, 32, 32)
+        assert torch.allclose(batch.source, 1 - batch.target, atol=1e-6)
+    assert torch.equal(batches(2).source, batches(2).source)
+
+
+def test_an_epoch_shows_each_pair_once(tmp_path):
+    batches = PairBatches(write_pairs(tmp_path, 6), 3, 32)
+    for epoch in range(2):
+        texts = [t for step in (2 * epoch, 2 * epoch + 1) for t in batches(step).instruction]
+        assert sorted(texts) == sorted({f"negate {i}" for i in range(6)})
+
+
+def test_small_pictures_are_enlarged(tmp_path):
+    batch = PairBatches(write_pairs(tmp_path, 1, size=(20, 9)), 2, 32)(0)
+    assert batch.source.shape == (2, 3, 32, 32)
+    assert torch.isfinite(batch.source).all()
