@@ -285,7 +285,8 @@ def demo(args: argparse.Namespace, rest: list[str]) -> int:
         if weights_are_there():
             out = ROOT / "output" / "demo"
             command = [python_of(VENV), "-m", "workflows.demo", "--server", server.url]
-            run([*command, "--out", out, *rest], cwd=ROOT)
+            photo = ["--image", args.image.absolute()] if args.image else []
+            run([*command, "--out", out, *photo, *rest], cwd=ROOT)
         else:
             note("this checkout has no trained weights yet: the engine alone, on random ones")
             run([python_of(VENV), "-m", "docs.engine_demo"], cwd=ROOT)
@@ -358,6 +359,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             function.__name__, help=function.__doc__, description=function.__doc__
         )
         command.set_defaults(function=function)
+        if function is demo:
+            command.add_argument("--image", type=Path, help="a photograph of yours")
         if function is workflows:
             command.add_argument("--no-pictures", action="store_true", help="the JSON files only")
         if function is host:

@@ -9,11 +9,13 @@ import argparse
 import asyncio
 import io
 import json
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from hywu_core.console import say, table
 from hywu_core.headless.client import Client, ServerError
@@ -53,7 +55,15 @@ async def edit(server: str, photo: Path | None) -> tuple[dict[str, Image.Image],
         if photo is not None:
             set_input(graph, f"Photograph.image={await client.upload(photo)}")
         started = time.monotonic()
-        record = await client.run(graph)
+        with tqdm(desc="queued", disable=not sys.stderr.isatty()) as bar:
+
+            def show(node: str | None, done: int, total: int) -> None:
+                title = (graph.get(str(node), {}).get("_meta") or {}).get("title", "running")
+                bar.set_description(title)
+                bar.total, bar.n = total, done
+                bar.refresh()
+
+            record = await client.run(graph, show)
         whole = time.monotonic() - started
         source = graph[find_node(graph, "Photograph")]["inputs"]["image"]
         items = {"source": {"filename": source, "type": "input"}}
