@@ -16,16 +16,23 @@ from .build import HERE, write
 THUMBNAIL = (400, 300)
 LIMIT = 40_000
 DOCS = HERE.parent / "docs" / "pictures"
-#: A loader of the user's own model: the bundled editor stands in for it in the thumbnail's run.
-STAND_IN = {"CheckpointLoaderSimple": "HYWULoadBundledEditor"}
+#: The loader of a model that only the user has; the bundled editor has the same three outputs.
+OWN_MODEL = "CheckpointLoaderSimple"
+STAND_IN = {"class_type": "HYWULoadBundledEditor", "inputs": {}}
 
 
 def with_stand_in(graph: dict) -> dict:
-    """`graph` with the bundled editor in place of a model that only the user has (MODEL, CLIP, VAE)."""
+    """`graph` with the bundled editor, sampled as it wants it, in place of a model of the user's."""
+    if all(node["class_type"] != OWN_MODEL for node in graph.values()):
+        return graph
     changed = {}
     for ident, node in graph.items():
-        kind = STAND_IN.get(node["class_type"])
-        changed[ident] = {**node, "class_type": kind, "inputs": {}} if kind else node
+        if node["class_type"] == OWN_MODEL:
+            changed[ident] = {**node, **STAND_IN}
+        elif node["class_type"] == "KSampler":
+            changed[ident] = {**node, "inputs": {**node["inputs"], "steps": 4, "cfg": 1.0}}
+        else:
+            changed[ident] = node
     return changed
 
 
