@@ -8,6 +8,7 @@ import math
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -95,6 +96,15 @@ def test_interruption_in_the_middle(server, slow, goes_on, target, size, count):
     started = time.monotonic()
     assert target in interrupt_at(server, slow_graph(slow, size, count), target)
     assert time.monotonic() - started < 60
+
+
+def test_interrupted_prompts_leave_no_memory_behind(server, slow, goes_on):
+    """The pictures of each take 192 MiB, and the encoder's copy of them as much again."""
+    process, marks = psutil.Process(server.process.pid), []
+    for _ in range(5):
+        interrupt_at(server, slow_graph(slow, 128, 1024), "encode")
+        marks.append(process.memory_info().rss >> 20)
+    assert marks[-1] - marks[1] < 190, marks
 
 
 def test_interruption_while_sampling_leaves_no_lora_behind(server, direct, goes_on):
