@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 #: Both clocks of a repetition: what the user waits, and what the process computed for it. The second
 #: hardly sees what else runs on the machine.
@@ -22,18 +23,28 @@ Times = dict[str, dict[str, list[float]]]
 def paired(functions: dict[str, Callable[[], Any]], repeats: int) -> Times:
     """Seconds of each function by each clock, run in turn (a, b, a, b, ...) after one warm-up each.
 
-    In turn, so that noise meets all alike. Returns {function: {clock: [seconds] * repeats}}.
+    In turn, so that noise meets all alike. Ctrl-C ends it early and keeps the rounds that are done.
+    Returns {function: {clock: [seconds] * repeats}}.
     """
     times: Times = {name: {clock: [] for clock in CLOCKS} for name in functions}
     for function in functions.values():
         function()
-    for _ in range(repeats):
-        for name, function in functions.items():
-            start = {clock: read() for clock, read in CLOCKS.items()}
-            function()
-            for clock, read in CLOCKS.items():
-                times[name][clock].append(read() - start[clock])
+    try:
+        for _ in tqdm(range(repeats), desc="pairs", unit="pair", leave=False):
+            done = {name: _seconds(function) for name, function in functions.items()}
+            for name, seconds in done.items():
+                for clock, value in seconds.items():
+                    times[name][clock].append(value)
+    except KeyboardInterrupt:
+        if not all(values for clocks in times.values() for values in clocks.values()):
+            raise
     return times
+
+
+def _seconds(function: Callable[[], Any]) -> dict[str, float]:
+    start = {clock: read() for clock, read in CLOCKS.items()}
+    function()
+    return {clock: read() - start[clock] for clock, read in CLOCKS.items()}
 
 
 def summary(times: Times, reference: str) -> dict[str, dict[str, dict[str, float]]]:

@@ -80,6 +80,21 @@ def test_paired_runs_in_turn_and_reads_both_clocks():
     assert max(times["sleeps"]["cpu_s"]) < 0.02
 
 
+def test_an_interrupted_measurement_keeps_whole_rounds():
+    calls = []
+
+    def stops():
+        calls.append(1)
+        if len(calls) == 4:  # after the warm-up and two rounds
+            raise KeyboardInterrupt
+
+    times = measure.paired({"other": lambda: None, "stops": stops}, 9)
+    assert [len(v) for clocks in times.values() for v in clocks.values()] == [2, 2, 2, 2]
+    calls[:] = [1, 1]
+    with pytest.raises(KeyboardInterrupt):
+        measure.paired({"stops": stops}, 9)
+
+
 def test_summary_divides_medians_and_pairs():
     times = {"a": {"wall_s": [4.0, 6.0, 8.0]}, "b": {"wall_s": [2.0, 4.0, 2.0]}}
     figures = measure.summary(times, "a")
