@@ -21,9 +21,18 @@ def node(kind: str, **inputs: Any) -> dict[str, Any]:
 
 
 def put_photo(folder: Path, name: str = PHOTO, size: int = 48, seed: int = 0) -> Tensor:
-    """Write a smooth random picture into the input folder; returns it as ``[3, H, W]`` in 0..1."""
-    coarse = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
-    image = torch.nn.functional.interpolate(coarse, (size, size), mode="bicubic").clamp(0, 1)[0]
+    """Write a random picture of coarse and fine detail; returns it as ``[3, H, W]`` in 0..1.
+
+    Fine detail, so that a trained blur has something to take away.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    scales = [
+        torch.nn.functional.interpolate(
+            torch.rand(1, 3, side, side, generator=generator), (size, size), mode="nearest"
+        )
+        for side in (4, size // 2)
+    ]
+    image = (0.6 * scales[0] + 0.4 * scales[1])[0]
     pixels = image.mul(255).round().byte().permute(1, 2, 0).numpy()
     folder.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(folder / name)
