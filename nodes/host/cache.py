@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import OrderedDict
 from threading import Lock
 
 from ...hywu_core.lora import GeneratedLoRA
+
+log = logging.getLogger(__name__)
 
 #: Environment variable with the limit in MiB.
 VARIABLE = "HYWU_LORA_CACHE_MB"
@@ -39,4 +42,14 @@ class LoRACache:
                 self.nbytes -= old.nbytes
 
 
-CACHE = LoRACache(int(os.environ.get(VARIABLE, DEFAULT_MB)) << 20)
+def limit_from_environment() -> int:
+    """Bytes; a value that is no number of MiB is said in the log, and the default holds."""
+    text = os.environ.get(VARIABLE, "")
+    if text and not text.isdecimal():
+        log.warning(
+            "HY-WU: %s is '%s', not a number of MiB; %d is used.", VARIABLE, text, DEFAULT_MB
+        )
+    return (int(text) if text.isdecimal() else DEFAULT_MB) << 20
+
+
+CACHE = LoRACache(limit_from_environment())

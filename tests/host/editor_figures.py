@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 import time
 
@@ -144,7 +145,16 @@ def cache_figures():
     small = sys.modules["hywu_nodes.nodes.host.cache"].LoRACache(lora.nbytes - 1)
     small.put("a", a)
     found = [key for key in "abc" if kept.get(key) is not None]
-    return {"found": found, "bytes": kept.nbytes / lora.nbytes, "too_large": small.nbytes}
+    limits = {}
+    for text in ("16", "much", "-3"):
+        os.environ["HYWU_LORA_CACHE_MB"] = text
+        limits[text] = sys.modules["hywu_nodes.nodes.host.cache"].limit_from_environment() >> 20
+    return {
+        "limits": limits,
+        "found": found,
+        "bytes": kept.nbytes / lora.nbytes,
+        "too_large": small.nbytes,
+    }
 
 
 torch.manual_seed(0)

@@ -56,7 +56,9 @@ def test_a_partly_loaded_network_gives_the_same(figures, what):
 
 def test_the_lora_cache_keeps_to_its_limit(figures):
     """The one that was not used for longest goes; what exceeds the limit alone is not kept."""
+    limits = figures["cache"].pop("limits")
     assert figures["cache"] == {"found": ["a", "c"], "bytes": 2.0, "too_large": 0}
+    assert limits == {"16": 16, "much": 2048, "-3": 2048}
 
 
 def test_gray_and_transparent_images(figures):
