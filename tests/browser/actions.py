@@ -54,12 +54,12 @@ def open_graph(page, graph: dict[str, dict]) -> None:
     page.wait_for_timeout(300)
 
 
-def run(page, timeout: float = 120_000) -> None:
-    """Press Run; wait until the queue is empty again and SaveImage has its picture."""
+def run(page, timeout: float = 240_000) -> None:
+    """Queue the graph by its shortcut; wait until SaveImage has its picture."""
     page.evaluate(
         "() => { for (const key in window.app.nodeOutputs) delete window.app.nodeOutputs[key] }"
     )
-    page.get_by_test_id("queue-button").get_by_role("button").first.click()
+    page.keyboard.press("Control+Enter")
     page.wait_for_function(
         """() => window.app.graph._nodes.filter((n) => n.type === 'SaveImage')
              .every((n) => window.app.nodeOutputs[n.id]?.images?.length)""",
@@ -84,8 +84,8 @@ def look_at(page, class_name: str, select: bool = False) -> None:
 def add_by_search(page, name: str, class_name: str, at: tuple[int, int]) -> None:
     """Double-click on the empty canvas, type, press Enter; the node's corner comes to `at`."""
     page.mouse.dblclick(*at)
-    field = page.locator(".comfy-vue-node-search-container input, .p-dialog input").first
-    field.wait_for(timeout=10_000)
+    field = page.locator("input[role=combobox]:focus")
+    field.wait_for(timeout=20_000)
     field.fill(name)
     page.wait_for_timeout(1000)
     page.keyboard.press("Enter")

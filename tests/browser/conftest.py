@@ -48,6 +48,8 @@ SETTINGS = {
 #: The frontend's own: with paid nodes switched off its page may not call their server, and it
 #: asks for files (user style, last settings, a help page in this language) that needn't be there.
 NOISE = ("api.comfy.org", "status of 404")
+if os.environ.get("HYWU_FRONTEND"):
+    NOISE += ("[Jobs API]",)  # a newer frontend asks an older server for what it doesn't have
 
 
 def _weights_helper():

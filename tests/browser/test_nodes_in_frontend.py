@@ -157,7 +157,8 @@ class TestInChinese:
 
 
 def test_three_nodes_are_added_by_search_and_wired_by_hand(page, artefacts, errors):
-    do.open_graph(page, do.edit_graph())
+    # A text of its own: ComfyUI reports nothing about nodes whose results it still has
+    do.open_graph(page, do.edit_graph("blur it by hand"))
     page.evaluate(
         """() => { const c = window.app.canvas; c.ds.scale = 0.55; c.ds.offset = [160, 140];
              const at = {LoadImage: [0, 0], HYWULoadGenerator: [0, 480], HYWULoadBundledEditor: [0, 660],
@@ -182,7 +183,7 @@ def test_three_nodes_are_added_by_search_and_wired_by_hand(page, artefacts, erro
     do.connect(page, "HYWUApplyLoRA", "model", "KSampler", "model")
     page.evaluate(
         """() => { window.app.graph._nodes.find((n) => n.type === 'HYWUConditionEncode')
-             .widgets.find((w) => w.name === 'instruction').value = 'blur the image'; }"""
+             .widgets.find((w) => w.name === 'instruction').value = 'blur it by hand'; }"""
     )
     page.screenshot(path=artefacts / "wired_by_hand.png")
     prompt = page.evaluate("async () => (await window.app.graphToPrompt()).output")
@@ -220,7 +221,7 @@ def test_a_dropped_workflow_has_no_missing_node_and_no_unset_widget(page, artefa
 
 
 def test_a_dropped_picture_brings_its_graph(page, server, tmp_path, artefacts, errors):
-    do.open_graph(page, do.hywu_graph())
+    do.open_graph(page, do.hywu_graph("blur the picture"))
     do.run(page)
     saved = server.base / "output" / do.saved_picture(page)["filename"]
     assert "workflow" in Image.open(io.BytesIO(saved.read_bytes())).info
