@@ -11,8 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hywu_core import load_generator, load_lora
+from hywu_core import HYWUError, load_generator, load_lora
 from hywu_core.cli import main
+from hywu_core.commands import inspect as inspect_command
+from hywu_core.errors import need
 
 DENSE = Path(__file__).parent / "golden" / "dense"
 
@@ -128,3 +130,26 @@ def test_as_a_program_errors_have_no_traceback(tmp_path):
     assert done.returncode == 1
     assert done.stderr.startswith("hywu inspect: ")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (PermissionError(13, "Permission denied", "x.bin"), 1, "Permission denied: x.bin"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_system_errors_and_ctrl_c_are_one_sentence(monkeypatch, capsys, error, code, words):
+    def run(args):
+        raise error
+
+    monkeypatch.setattr(inspect_command, "run", run)
+    assert main(["inspect", str(DENSE)]) == code
+    assert capsys.readouterr().err == f"hywu inspect: {words}\n"
+
+
+def test_a_missing_optional_package_is_asked_for_by_name():
+    with pytest.raises(
+        HYWUError, match=r"zzz is needed to test: install it with `pip install zzz`"
+    ):
+        need("zzz.part", "to test")

@@ -269,6 +269,20 @@ def test_errors_of_saving(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize("kind", ["grids", "factors"])
+def test_a_native_file_that_lacks_a_tensor(tmp_path, kind):
+    lora = make()
+    if kind == "factors":
+        lora = GeneratedLoRA(lora.layout, lora.factors, lora.provenance)
+    path = lora.save(tmp_path / "x")
+    tensors, header = load_file(path), lora_header(path)
+    gone = {"grids": "grid.1", "factors": "factor.1.0.B"}[kind]
+    del tensors[gone]
+    save_file(tensors, tmp_path / "y.safetensors", metadata={HEADER: json.dumps(header)})
+    with pytest.raises(HYWUError, match=rf"y.safetensors: the LoRA file lacks the tensor '{gone}'"):
+        load_lora(tmp_path / "y.safetensors")
+
+
 def test_errors_of_loading(tmp_path):
     path = make().save(tmp_path / "x")
     path.write_bytes(path.read_bytes()[:-9])

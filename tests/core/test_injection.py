@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hywu_core import GeneratedLoRA, HYWUError, LoRALayout, inject, merge, unmerge
+from hywu_core import GeneratedLoRA, HYWUError, LoRALayout, inject, injection, merge, unmerge
 from hywu_core.grouped import GroupedLinear, grouped_linear, item_groups
 
 
@@ -308,4 +308,21 @@ def test_other_errors(base, x):
     before = state(base)
     with pytest.raises(HYWUError, match=r"blocks.0.proj.*int8"):
         merge(base, lora.select(0))
+    assert_unchanged(base, before)
+
+
+def test_a_merge_that_fails_halfway_changes_nothing(base, monkeypatch):
+    lora, before = random_lora(LoRALayout.of(base, 2)), state(base)
+    whole, calls = injection._pieces, []
+
+    def fails_at_the_third(delta, parameters):
+        calls.append(1)
+        if len(calls) == 3:
+            assert not torch.equal(base.blocks[0].qkv.weight, before["blocks.0.qkv.weight"])
+            raise MemoryError("full")
+        return whole(delta, parameters)
+
+    monkeypatch.setattr(injection, "_pieces", fails_at_the_third)
+    with pytest.raises(MemoryError):
+        merge(base, lora)
     assert_unchanged(base, before)
