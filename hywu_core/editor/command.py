@@ -39,9 +39,9 @@ def run(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     from tqdm import tqdm
 
-    from .engine import BUNDLED, GENERATOR, BundledEditor
+    from .engine import BundledEditor
 
-    engine = BundledEditor.load(args.editor or BUNDLED, args.generator or GENERATOR)
+    engine = BundledEditor.load(args.editor, args.generator)
     image = read_image(args.image, args.max_side)
     load = time.perf_counter() - started
     with tqdm(total=args.steps, desc="sample", unit="step") as bar:

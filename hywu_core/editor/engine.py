@@ -17,12 +17,10 @@ from ..errors import HYWUError
 from ..generator.checkpoints import load_generator
 from ..injection import inject
 from ..lora import GeneratedLoRA
-from .checkpoint import BUNDLED, editor_identity, load_editor
+from .checkpoint import bundled, editor_identity, load_editor
 from .model import Editor
 from .sampling import edit
 from .vocabulary import unknown_instruction
-
-GENERATOR = BUNDLED.with_name("generator.safetensors")
 
 
 @dataclass(frozen=True)
@@ -52,11 +50,14 @@ class BundledEditor:
     @classmethod
     def load(
         cls,
-        editor: str | Path = BUNDLED,
-        generator: str | Path = GENERATOR,
+        editor: str | Path | None = None,
+        generator: str | Path | None = None,
         device: torch.device | str = "cpu",
     ) -> BundledEditor:
-        """Raises HYWUError naming the file that is missing, damaged, or of another model."""
+        """The bundled ones without files. Raises HYWUError naming a file that is missing, damaged, or
+        of another model.
+        """
+        editor, generator = editor or bundled("editor"), generator or bundled("generator")
         return cls(load_editor(editor, device), load_generator(generator, device=device))
 
     @property

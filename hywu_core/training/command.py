@@ -51,12 +51,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from ..editor.checkpoint import BUNDLED, load_editor
+    from ..editor.checkpoint import bundled, load_editor
     from .editor_base import EditorBase
     from .schedule import TrainConfig
     from .trainer import Trainer
 
-    base = EditorBase(load_editor(args.editor or BUNDLED))
+    base = EditorBase(load_editor(args.editor or bundled("editor")))
     batches, phrasings = _data(args, base.module.config.train_size)
     config = TrainConfig(
         args.steps, args.batch_size, args.lr or RATES[args.strategy], accumulation=args.accumulation,

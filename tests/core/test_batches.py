@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from hywu_core.errors import HYWUError
 from hywu_core.training.batches import PairBatches, TaskBatches
@@ -52,22 +49,8 @@ def test_uneven_shares_are_refused(pool):
         TaskBatches(pool, TASKS, 6, 32)
 
 
-def write_pairs(folder, count: int, size=(80, 60)):
-    rows = []
-    for i in range(count):
-        pixels = np.random.default_rng(i).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i}.png")
-        Image.fromarray(255 - pixels).save(folder / f"{i}_target.png")
-        rows.append(
-            {"source": f"{i}.png", "target": f"{i}_target.png", "instruction": f"negate {i}"}
-        )
-    path = folder / "pairs.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    return read_pairs(path)[0]
-
-
-def test_pairs_are_cropped_at_one_place(tmp_path):
-    batches = PairBatches(write_pairs(tmp_path, 3), 2, 32)
+def test_pairs_are_cropped_at_one_place(tmp_path, write_pairs):
+    batches = PairBatches(read_pairs(write_pairs(tmp_path, 3))[0], 2, 32)
     for step in range(4):
         batch = batches(step)
         assert batch.source.shape == (2, 3, 32, 32)
@@ -75,14 +58,15 @@ def test_pairs_are_cropped_at_one_place(tmp_path):
     assert torch.equal(batches(2).source, batches(2).source)
 
 
-def test_an_epoch_shows_each_pair_once(tmp_path):
-    batches = PairBatches(write_pairs(tmp_path, 6), 3, 32)
+def test_an_epoch_shows_each_pair_once(tmp_path, write_pairs):
+    batches = PairBatches(read_pairs(write_pairs(tmp_path, 6))[0], 3, 32)
     for epoch in range(2):
         texts = [t for step in (2 * epoch, 2 * epoch + 1) for t in batches(step).instruction]
         assert sorted(texts) == sorted({f"negate {i}" for i in range(6)})
 
 
-def test_small_pictures_are_enlarged(tmp_path):
-    batch = PairBatches(write_pairs(tmp_path, 1, size=(20, 9)), 2, 32)(0)
+def test_small_pictures_are_enlarged(tmp_path, write_pairs):
+    pairs = read_pairs(write_pairs(tmp_path, 1, size=(20, 9)))[0]
+    batch = PairBatches(pairs, 2, 32)(0)
     assert batch.source.shape == (2, 3, 32, 32)
     assert torch.isfinite(batch.source).all()

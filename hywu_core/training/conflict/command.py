@@ -66,14 +66,14 @@ def make_experiment(
     """The experiment on an editor's file; a folder that holds another plan is refused."""
     import json
 
-    from ...editor.checkpoint import BUNDLED, load_editor
+    from ...editor.checkpoint import bundled, load_editor
     from ..data import PACKAGES, ImagePool, split_files
     from ..editor_base import EditorBase
     from .experiment import Experiment
     from .runs import Runs, write_json
 
-    path = folder / "plan.json"
-    editor = load_editor(editor_file or BUNDLED)
+    path, editor_file = folder / "plan.json", editor_file or bundled("editor")
+    editor = load_editor(editor_file)
     base = EditorBase(editor, plan.sampling_steps)
     facts = {"plan": json.loads(json.dumps(plan.to_json())), "editor": dict(base.encoder)}
     if path.exists() and json.loads(path.read_text(encoding="utf-8")) != facts:
@@ -85,7 +85,7 @@ def make_experiment(
     provenance = {
         "commit": commit,
         "data": dict(PACKAGES.values()),
-        "editor": read_header(editor_file or BUNDLED).get("provenance", {}),
+        "editor": read_header(editor_file).get("provenance", {}),
     }
     size = editor.config.train_size
     runs = Runs(base, ImagePool(split_files("train")), size, plan, folder, provenance, device)

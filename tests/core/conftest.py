@@ -1,0 +1,29 @@
+"""Fixtures that several files share."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+@pytest.fixture
+def write_pairs():
+    """(folder, count, size) -> a file of a user's pairs; each target is the source's negative."""
+
+    def write(folder, count: int, size=(80, 60)):
+        rows = []
+        for i in range(count):
+            shape = (size[1], size[0], 3)
+            pixels = np.random.default_rng(i).integers(0, 256, shape, dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{i}.png")
+            Image.fromarray(255 - pixels).save(folder / f"{i}_target.png")
+            row = {"source": f"{i}.png", "target": f"{i}_target.png", "instruction": f"negate {i}"}
+            rows.append(row)
+        path = folder / "pairs.jsonl"
+        path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+        return path
+
+    return write
