@@ -200,18 +200,5 @@ def test_the_shipped_workflows_run_from_items_to_table(server, weights, name):
     table = next(i for i, n in shipped.items() if n["class_type"] == "HYWUScoreTable")
     shown = text(record, table)
     assert shown.count("2 scored of 2 items") == (2 if name == "wu_eval" else 1)
-    edited = next(i for i, n in shipped.items() if n["class_type"] == "PreviewImage")
+    edited = next(i for i, n in shipped.items() if n["_meta"]["title"] == "Edited")
     assert len(record["outputs"][edited]["images"]) == 2
-
-
-@pytest.mark.parametrize("name", ["benchmark_gedit", "benchmark_imgedit", "wu_eval"])
-def test_both_forms_of_a_workflow_are_the_same_graph(name):
-    folder = dev.ROOT / "workflows"
-    shipped = read_graph(folder / "api" / f"{name}.json")
-    saved = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-    nodes = {str(n["id"]): n["type"] for n in saved["nodes"] if n["type"] != "MarkdownNote"}
-    assert nodes == {i: n["class_type"] for i, n in shipped.items()}
-    links = {(str(source), slot, str(to)) for _, source, slot, to, _, _ in saved["links"]}
-    values = ((i, v) for i, n in shipped.items() for v in n["inputs"].values())
-    assert links == {(v[0], v[1], i) for i, v in values if isinstance(v, list)}
-    assert (folder / f"{name}.jpg").stat().st_size < 100_000
