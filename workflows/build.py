@@ -35,6 +35,7 @@ SIZES = {
     "HYWUGenerateLoRA": (WIDTH, 320),
     "HYWULoadLoRA": (WIDTH, 320),
     "HYWUInspectLoRA": (WIDTH, 560),
+    "PreviewAny": (WIDTH, 400),
     "PrimitiveStringMultiline": (WIDTH, 110),
     "CLIPTextEncode": (WIDTH, 110),
     "HYWUConditionEncode": (WIDTH, 200),
