@@ -285,18 +285,23 @@ def save_official(
 ) -> Path:
     """Write an official folder: config.json and shards with an index. Raises HYWUError.
 
-    A `lora_b_scale` is folded into proj_out_B, which the official form has no other place for.
+    `lora_a_scale` and `lora_b_scale` are folded into the output projections: the official form has no
+    other place for them.
     """
     folder = Path(folder)
-    config = _without_identity(generator.config).with_(lora_b_scale=1.0)
+    config = _without_identity(generator.config).with_(lora_a_scale=1.0, lora_b_scale=1.0)
     description = config.to_official()
     if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise HYWUError(f"{folder}: exists already and isn't empty; choose another folder.")
-    factor = generator.config.lora_b_scale
+    scales = {
+        ".proj_out_A.": generator.config.lora_a_scale,
+        ".proj_out_B.": generator.config.lora_b_scale,
+    }
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, value in file_tensors(generator):
-        value = value.detach() * factor if ".proj_out_B." in name and factor != 1.0 else value
+        for part, factor in scales.items():
+            value = value.detach() * factor if part in name and factor != 1.0 else value
         value = value.detach().to(device="cpu", dtype=dtype).clone()
         if size + value.nbytes > shard_bytes and shards[-1]:
             shards.append({})

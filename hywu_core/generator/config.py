@@ -23,8 +23,8 @@ class GeneratorConfig:
     token_dim: columns of a token (a token is ``rank x token_dim`` LoRA values).
     dim_accumulation: rank rows of a token that share one position of the sequence.
     num_blocks: transformer blocks. rope_precision: in which the position tables are computed; the
-    official pipeline runs with "bfloat16". lora_b_scale: factor on every lora_B (1 officially); a
-    small one keeps early training steps small.
+    official pipeline runs with "bfloat16". lora_a_scale, lora_b_scale: factors on every
+    lora_A and lora_B (1 officially); small ones keep early training steps small.
     encoder, base, provenance: JSON-safe, what conditions come from, which base model the LoRAs
     fit, how the weights came about.
     """
@@ -37,6 +37,7 @@ class GeneratorConfig:
     head_dim: int
     num_blocks: int
     rope_precision: RoPEPrecision = "float32"
+    lora_a_scale: float = 1.0
     lora_b_scale: float = 1.0
     encoder: Mapping[str, Any] = field(default_factory=dict)
     base: str = ""
@@ -128,6 +129,7 @@ class GeneratorConfig:
             "head_dim": self.head_dim,
             "num_blocks": self.num_blocks,
             "rope_precision": self.rope_precision,
+            "lora_a_scale": self.lora_a_scale,
             "lora_b_scale": self.lora_b_scale,
             "encoder": dict(self.encoder),
             "base": self.base,
@@ -151,6 +153,7 @@ class GeneratorConfig:
                 condition={str(name): int(width) for name, width in data["condition"]},
                 **{name: int(data[name]) for name in names},
                 rope_precision=data["rope_precision"],
+                lora_a_scale=float(data.get("lora_a_scale", 1.0)),
                 lora_b_scale=float(data["lora_b_scale"]),
                 encoder=data["encoder"],
                 base=data["base"],

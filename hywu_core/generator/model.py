@@ -99,7 +99,7 @@ class ParameterGenerator(nn.Module):
                 out.weight.mul_((4 * len(self.model.blocks)) ** -0.5)
         # a LoRA's A is usually drawn with std 1/sqrt(in): the widest input sets one scale for all
         widest = max(m.in_features for s in self.config.layout.stacks for m in s.modules)
-        self.model.proj_out_A.weight.mul_(widest**-0.5)
+        self.model.proj_out_A.weight.mul_(widest**-0.5 / self.config.lora_a_scale)
         nn.init.zeros_(self.model.proj_out_B.weight)
 
     # -- forward ---------------------------------------------------------------------------------
@@ -254,7 +254,7 @@ class ParameterGenerator(nn.Module):
         reuse = context.in_place and packed == config.token_dim
         shape = (batch, grid.num_layers, grid.num_tokens, rank, config.token_dim)
         sides = (
-            (slice(0, cut), model.proj_out_A, 1.0),
+            (slice(0, cut), model.proj_out_A, config.lora_a_scale),
             (slice(cut, None), model.proj_out_B, config.lora_b_scale),
         )
         if not context.in_place:

@@ -137,9 +137,10 @@ def test_several_stacks_round_trip_and_have_no_official_form(tmp_path):
 
 def test_b_scale_is_folded_into_the_official_form(folder, condition, tmp_path):
     generator = load_generator(folder)
-    generator.config = generator.config.with_(lora_b_scale=0.5)
+    generator.config = generator.config.with_(lora_a_scale=0.25, lora_b_scale=0.5)
     again = load_generator(save_official(generator, tmp_path / "out"))
     assert again.config.lora_b_scale == 1.0
+    assert again.config.lora_a_scale == 1.0
     with torch.no_grad():
         expected, lora = generator(condition), again(condition)
     for key, value in expected.factors.items():

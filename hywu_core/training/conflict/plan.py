@@ -19,11 +19,11 @@ from ..tasks import CONFLICT
 #: scales: one step of a generator's output head moves every value of every LoRA.
 LEARNING_RATES: Mapping[str, tuple[float, ...]] = MappingProxyType(
     {
-        "hywu": (2e-4, 4e-4, 8e-4),
-        "shared": (1e-3, 3e-3, 1e-2),
+        "hywu": (5e-4, 1e-3, 2e-3),
+        "shared": (3e-3, 1e-2, 3e-2),
         "shared_large": (3e-4, 1e-3, 3e-3),
         "sft": (1e-4, 3e-4, 1e-3),
-        "single": (1e-3, 3e-3, 1e-2),
+        "single": (3e-3, 1e-2, 3e-2),
     }
 )
 
@@ -46,7 +46,7 @@ class ConflictPlan:
     one untried. crops: crops of each evaluation image, each edited once a task.
     """
 
-    steps: int = 500
+    steps: int = 1000
     batch_size: int = 24
     tasks: tuple[str, ...] = tuple(CONFLICT)
     main_rank: int = 2

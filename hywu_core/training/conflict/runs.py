@@ -89,7 +89,7 @@ class Runs:
 
     def _try(self, run: Run, rate: float) -> float:
         path = self.folder / "tuning" / f"{run.name}_{rate:g}.json"
-        wanted = {"plan": _trained_by(self.plan), "lr": rate, "steps": self.plan.tune_steps}
+        wanted = {"plan": _trained_by(self.plan, run), "lr": rate, "steps": self.plan.tune_steps}
         if path.exists():
             found = json.loads(path.read_text(encoding="utf-8"))
             if {key: found.get(key) for key in wanted} == wanted:
@@ -142,16 +142,17 @@ class Runs:
     def _trainer(self, run: Run, rate: float, steps: int, folder: Path) -> Trainer:
         batches = self.batches(run)
         config = self.plan.training(rate, steps, len(batches(0)))
-        extra = {"plan": _trained_by(self.plan)}
+        extra = {"plan": _trained_by(self.plan, run)}
         return Trainer(
             self.base, self.strategy(run), batches, config, folder, save_every=100,
             device=self.device, extra=extra,
         )  # fmt: skip
 
 
-def _trained_by(plan: ConflictPlan) -> dict[str, Any]:
-    """The part of a plan that trained weights depend on, as JSON gives it back."""
-    keys = ("batch_size", "tasks", "generator", "seed")
+def _trained_by(plan: ConflictPlan, run: Run) -> dict[str, Any]:
+    """The part of a plan that a run's weights depend on, as JSON gives it back."""
+    keys = ["batch_size", "tasks", "seed"]
+    keys += ["generator"] if run.strategy in ("hywu", "shared_large") else []
     return json.loads(json.dumps({key: plan.to_json()[key] for key in keys}))
 
 
