@@ -243,7 +243,7 @@ def test_a_template_is_found_in_the_dialog_loaded_and_run(page, artefacts, error
     card.wait_for(timeout=15_000)
     picture = card.locator("img").first
     page.wait_for_timeout(1000)
-    assert picture.evaluate("image => image.naturalWidth") == 512
+    assert picture.evaluate("image => image.naturalWidth") == 400
     page.screenshot(path=artefacts / "templates.png")
     picture.click()
     page.wait_for_function("window.app.graph._nodes.some((n) => n.type === 'HYWUScoreTable')")
