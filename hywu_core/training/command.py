@@ -63,8 +63,12 @@ def run(args: argparse.Namespace) -> int:
         warmup=min(40, args.steps // 5), precision=args.precision, seed=args.seed,
     )  # fmt: skip
     torch.manual_seed(args.seed + 1)
+    strategy = _strategy(args, base)
+    if args.strategy == "hywu":
+        examples = [batches(step) for step in range(4)]
+        strategy.standardize([base.encode(b.source, b.instruction) for b in examples])
     trainer = Trainer(
-        base, _strategy(args, base), batches, config, args.out,
+        base, strategy, batches, config, args.out,
         samples=batches(args.steps).select(range(min(8, args.batch_size))),
         save_every=args.save_every, sample_every=args.sample_every, tensorboard=args.tensorboard,
         device=args.device,

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..condition import Condition
 from ..errors import HYWUError, need
@@ -52,10 +53,47 @@ class HyperNetwork:
         generator.reset_parameters()
         generator.checkpointing = checkpointing
         self.trained: ParameterGenerator = generator
+        self._statistics: dict[str, tuple[Tensor, Tensor]] = {}
+
+    @torch.no_grad()
+    def standardize(self, conditions: Sequence[Condition]) -> None:
+        """Train on standardized conditions: each channel minus its mean over these, by its deviation.
+
+        Hidden states of transformers have a few huge channels that hardly vary and a large part that
+        all tokens share (Sun et al. 2024, "Massive activations"); what differs between tasks drowns in
+        them. Channels that vary by less than a twentieth of their mean are left out. `export` folds
+        all this into the input projection, so that the checkpoint is an ordinary one.
+        """
+        for name in self.trained.config.condition:
+            rows = []
+            for condition in conditions:
+                tokens, mask = condition.parts[name].float(), condition.masks.get(name)
+                rows.append(tokens.flatten(0, 1) if mask is None else tokens[mask])
+            mean, std = torch.cat(rows).mean(0), torch.cat(rows).std(0)
+            factor = torch.where(std > mean.abs() / 20, 1 / std.clamp_min(1e-4), 0.0)
+            self._statistics[name] = (mean, factor)
 
     def generate(self, condition: Condition) -> GeneratedLoRA:
         """The LoRAs of a condition's items."""
+        if self._statistics:
+            parts = {}
+            for name, tokens in condition.parts.items():
+                mean, factor = (value.to(tokens) for value in self._statistics[name])
+                parts[name] = (tokens - mean) * factor
+            condition = replace(condition, parts=parts)
         return self.trained(condition)
+
+    @torch.no_grad()
+    def _folded(self) -> dict[str, Tensor]:
+        """The generator's state with the standardization inside its input projection."""
+        state = {name: value.detach().clone() for name, value in self.trained.state_dict().items()}
+        single = len(self.trained.config.condition) == 1
+        for name, (mean, factor) in self._statistics.items():
+            prefix = "hidden_in" if single else f"hidden_in.{name}"
+            weight = state[f"{prefix}.weight"] * factor.to(state[f"{prefix}.weight"])
+            state[f"{prefix}.bias"] -= weight @ mean.to(weight)
+            state[f"{prefix}.weight"] = weight
+        return state
 
     @contextlib.contextmanager
     def adapted(self, condition: Condition | None) -> Iterator[nn.Module]:
@@ -70,7 +108,7 @@ class HyperNetwork:
         config = self.trained.config
         whole = {**config.provenance, **provenance}
         half = ParameterGenerator(config.with_(provenance=whole))
-        half.load_state_dict(self.trained.state_dict())
+        half.load_state_dict(self._folded())
         return save_generator(half.half(), path, overwrite=True)
 
 

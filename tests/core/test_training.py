@@ -224,3 +224,28 @@ def test_rank_for_a_parameter_count():
     wanted = count_parameters(toy.make_strategy(base, "hywu"))
     strategy = StaticLoRA(base, layout.with_rank(rank_for(layout, wanted)))
     assert abs(count_parameters(strategy) - wanted) <= layout.with_rank(1).num_values
+
+
+def test_standardized_conditions_are_folded_into_the_checkpoint(tmp_path):
+    torch.manual_seed(2)
+    base = toy.ToyBase()
+    strategy = toy.make_strategy(base, "hywu")
+    for parameter in strategy.trained.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    batch = toy.batches(0)
+    plain = base.encode(batch.source, batch.instruction)
+    # one channel that hardly varies and is a hundred times as large as the others
+    tokens = plain.parts["hidden_states"].clone()
+    tokens[..., 7] = 100 + 0.01 * tokens[..., 0]
+    condition = type(plain)({"hidden_states": tokens}, fingerprint="toy")
+    before = strategy.generate(condition)
+    strategy.standardize([condition])
+    with torch.no_grad():
+        expected = strategy.generate(condition)
+        strategy.export(tmp_path / "generator.safetensors", {})
+        exported = load_generator(tmp_path / "generator.safetensors", dtype=torch.float32)(condition)
+    path = next(iter(expected))
+    assert not torch.allclose(before[path].A, expected[path].A, atol=1e-2)
+    for key in expected:
+        torch.testing.assert_close(exported[key].A, expected[key].A, atol=2e-2, rtol=2e-2)
+        torch.testing.assert_close(exported[key].B, expected[key].B, atol=2e-2, rtol=2e-2)

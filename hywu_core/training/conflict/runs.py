@@ -26,6 +26,8 @@ VALIDATION = 10_000_000
 #: The base's modules that are adapted: its image-and-text blocks; all strategies see the instruction
 #: through the base's own frozen text encoder.
 EXCLUDE = "text.*"
+#: Batches over which the conditions' means and deviations are taken.
+STATISTICS = 4
 
 
 class Runs:
@@ -58,7 +60,10 @@ class Runs:
         """Freshly initialized, the same for the same plan."""
         torch.manual_seed(self.plan.seed + 1)
         if run.strategy == "hywu":
-            return HyperNetwork(self.base, self.generator_config(run.rank))
+            hywu = HyperNetwork(self.base, self.generator_config(run.rank))
+            batches = [self.batches(run)(VALIDATION + i) for i in range(STATISTICS)]
+            hywu.standardize([self.base.encode(b.source, b.instruction) for b in batches])
+            return hywu
         if run.strategy == "sft":
             return FullFineTuning(self.base)
         rank = run.rank
