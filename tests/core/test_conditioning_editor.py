@@ -20,7 +20,7 @@ from hywu_core.training.trainer import Trainer
 @pytest.fixture
 def base():
     torch.manual_seed(0)
-    config = EditorConfig(width=24, depth=2, heads=2, text_depth=1, train_size=16, pool=4)
+    config = EditorConfig(width=24, depth=2, heads=2, text_depth=1, patch=4, train_size=16, pool=4)
     editor = Editor(config)
     editor.reset_parameters()
     torch.nn.init.normal_(editor.image_out.weight, std=0.02)

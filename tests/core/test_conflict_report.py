@@ -47,7 +47,15 @@ def results():
         "single_blur_r2": rows({"blur": 31, "deblur": 15}),
         "single_deblur_r2": rows({"blur": 14, "deblur": 29}),
     }
-    flat = ("shared_large", "sft", "base", "hywu_shuffled", "hywu_mean", "hywu_task_mean")
+    flat = (
+        "shared_large",
+        "sft",
+        "base",
+        "unchanged",
+        "hywu_shuffled",
+        "hywu_mean",
+        "hywu_task_mean",
+    )
     return found | {name: rows({"blur": 20, "deblur": 21}) for name in flat}
 
 

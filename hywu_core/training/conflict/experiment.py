@@ -60,6 +60,8 @@ class Experiment:
         main = run.rank == self.plan.main_rank
         if run.strategy == "hywu" and main:
             self._rows("base", unadapted(self.base), "seen", keep=True)
+            rows = measure(self.data.seen.source, self.data, "seen")
+            write_json(self._path("unchanged", "seen"), rows)
             self._controls(trainer)
         if run.strategy == "shared" and main:
             self._gradients(trainer)

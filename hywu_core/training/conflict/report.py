@@ -17,7 +17,7 @@ from .figures import draw_cosines, draw_edits, draw_ranks
 from .runs import write_json
 from .summary import Summary
 
-COLUMNS = ("Editor alone", "Single", "Shared", "Shared large", "SFT", "HY-WU")
+COLUMNS = ("Unchanged", "Editor alone", "Single", "Shared", "Shared large", "SFT", "HY-WU")
 
 
 def write_report(experiment: Experiment, folder: Path) -> Path:
@@ -89,7 +89,7 @@ def _draw_edits(experiment: Experiment, summary: Summary, path: Path) -> None:
         )
     columns = {"input": data.seen.source[rows], "target": data.seen.target[rows]}
     keys = {**summary.main, "Editor alone": "base"}
-    for label in COLUMNS:
+    for label in COLUMNS[1:]:
         if label == "Single":
             rank = experiment.plan.main_rank
             parts = [experiment.edits(f"single_{data.seen.task[i]}_r{rank}") for i in rows]
@@ -151,7 +151,8 @@ def render(facts: Mapping[str, Any]) -> str:
         ),
         "`hywu_shuffled`: every item gets another item's LoRA. `hywu_mean`: the mean of the generated "
         "LoRAs for all. `hywu_task_mean`: the mean of a task's LoRAs for all of its items; what "
-        "HY-WU gains over it is adaptation to the instance. `base`: the editor without a LoRA.",
+        "HY-WU gains over it is adaptation to the instance. `base`: the editor without a LoRA. "
+        "`unchanged`: the source itself.",
         "## Held-out phrasings minus seen ones, dB",
         _rows(
             ("strategy", "change"),

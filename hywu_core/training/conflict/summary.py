@@ -78,7 +78,7 @@ class Summary:
         """Everything that the report shows; JSON-safe."""
         tasks, main = self.plan.tasks, self.main
         hywu, shared = main["HY-WU"], main["Shared"]
-        controls = ("hywu_shuffled", "hywu_mean", "hywu_task_mean", "base")
+        controls = ("unchanged", "hywu_shuffled", "hywu_mean", "hywu_task_mean", "base")
         return {
             "images": len(self.values(hywu)),
             "psnr": self._table("psnr"),
@@ -131,5 +131,9 @@ class Summary:
                 task or "all": self.mean(name, task, metric=metric)._asdict()
                 for task in (*self.plan.tasks, "")
             }
-            for label, name in {**self.main, "Editor alone": "base"}.items()
+            for label, name in {
+                "Unchanged": "unchanged",
+                "Editor alone": "base",
+                **self.main,
+            }.items()
         }
