@@ -20,7 +20,7 @@ from ..errors import HYWUError
 
 WEIGHTS = "weights.safetensors"
 #: Peak learning rates that the conflict experiment's trials favour.
-RATES = {"hywu": 4e-4, "shared": 3e-3, "sft": 3e-4}
+RATES = {"hywu": 1e-3, "shared": 1e-2, "sft": 3e-4}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -37,8 +37,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpointing", action="store_true", help="recompute blocks: less memory"
     )
-    parser.add_argument("--d-model", type=int, default=256, help="generator's width (default 256)")
-    parser.add_argument("--blocks", type=int, default=2, help="generator's blocks (default 2)")
+    parser.add_argument("--d-model", type=int, default=512, help="generator's width (default 512)")
+    parser.add_argument("--blocks", type=int, default=1, help="generator's blocks (default 1)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=100, help="steps between states")
     parser.add_argument("--sample-every", type=int, default=100, help="steps between sample grids")
@@ -122,8 +122,8 @@ def _strategy(args: argparse.Namespace, base):
     if args.strategy == "shared":
         return StaticLoRA(base, layout)
     config = GeneratorConfig(
-        layout, dict(base.condition_parts), token_dim=96, dim_accumulation=args.rank,
-        d_model=args.d_model, head_dim=64, num_blocks=args.blocks, lora_b_scale=0.2,
+        layout, dict(base.condition_parts), token_dim=192, dim_accumulation=args.rank,
+        d_model=args.d_model, head_dim=64, num_blocks=args.blocks, lora_a_scale=0.05, lora_b_scale=0.6,
         encoder=dict(base.encoder), base=base.name,
     )  # fmt: skip
     return HyperNetwork(base, config, checkpointing=args.checkpointing)

@@ -32,11 +32,12 @@ LEARNING_RATES: Mapping[str, tuple[float, ...]] = MappingProxyType(
 class GeneratorSize:
     """Hyperparameters of the HY-WU generator of the experiment (see `GeneratorConfig`)."""
 
-    token_dim: int = 96
-    d_model: int = 256
+    token_dim: int = 192
+    d_model: int = 512
     head_dim: int = 64
-    num_blocks: int = 2
-    lora_b_scale: float = 0.2
+    num_blocks: int = 1
+    lora_a_scale: float = 0.05
+    lora_b_scale: float = 0.6
 
 
 @dataclass(frozen=True)
