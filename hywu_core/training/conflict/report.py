@@ -104,9 +104,14 @@ def _draw_edits(experiment: Experiment, summary: Summary, path: Path) -> None:
 
 def render(facts: Mapping[str, Any]) -> str:
     """The page, from ``figures.json`` alone."""
+    return "\n\n".join([*_main(facts), *_controls(facts), *_rest(facts)]) + "\n"
+
+
+def _main(facts: Mapping[str, Any]) -> list[str]:
+    """The strategies against each other."""
     everything, plan = facts["all_images"], facts["plan"]
-    cosines = facts["gradients"]
-    parts = [
+    photos = facts["photographs_only"]
+    return [
         "# Contradictory tasks, one frozen editor",
         f"Rank {plan['main_rank']}, {plan['steps']} steps of {plan['batch_size']} examples "
         f"({plan['batch_size'] // len(plan['tasks'])} a task), seed {plan['seed']}; "
@@ -121,7 +126,7 @@ def render(facts: Mapping[str, Any]) -> str:
         _rows(
             ("against", "all held-out images", "photographs only"),
             [
-                (k, _interval(v), _interval(facts["photographs_only"]["differences"][k]))
+                (k, _interval(v), _interval(photos["differences"][k]))
                 for k, v in everything["differences"].items()
             ],
         ),
@@ -141,6 +146,17 @@ def render(facts: Mapping[str, Any]) -> str:
                 for task, v in everything["opposite"].items()
             ],
         ),
+    ]
+
+
+def _controls(facts: Mapping[str, Any]) -> list[str]:
+    """What could prove the method wrong: other items' LoRAs, mean LoRAs, other phrasings."""
+    everything = facts["all_images"]
+    held_out = [
+        f"{task}: " + ", ".join(f"“{text}”" for text in texts)
+        for task, texts in facts["held_out_phrasings"].items()
+    ]
+    return [
         "## Controls, dB",
         _rows(
             ("control", "PSNR", "minus Shared", "minus HY-WU"),
@@ -158,16 +174,25 @@ def render(facts: Mapping[str, Any]) -> str:
             ("strategy", "change"),
             [(k, _interval(v)) for k, v in everything["held_out_phrasings"].items()],
         ),
-        "Never trained on: "
-        + "; ".join(
-            f"{task}: " + ", ".join(f"“{t}”" for t in texts)
-            for task, texts in facts["held_out_phrasings"].items()
-        )
-        + ".",
+        f"Never trained on: {'; '.join(held_out)}.",
+    ]
+
+
+def _rest(facts: Mapping[str, Any]) -> list[str]:
+    """Ranks, gradients, pictures, and how each run was trained."""
+    cosines = facts["gradients"]
+    trained = [
+        (k, f"{v['lr']:g}", v["steps"], v["examples"], f"{v['trained_values']:,}", v["seconds"])
+        for k, v in facts["trained"].items()
+    ]
+    return [
         "## Ranks, PSNR in dB",
         _rows(
             ("rank", "HY-WU", "Shared", "HY-WU - Shared"),
-            [(rank, *(_interval(x) for x in v.values())) for rank, v in everything["ranks"].items()],
+            [
+                (rank, *(_interval(x) for x in v.values()))
+                for rank, v in facts["all_images"]["ranks"].items()
+            ],
         ),
         "![PSNR over rank](ranks.png)",
         "## Gradients at the Shared LoRA",
@@ -178,16 +203,8 @@ def render(facts: Mapping[str, Any]) -> str:
         "## Edits",
         "![edits](edits.png)",
         "## Trainings",
-        _rows(
-            ("run", "learning rate", "steps", "examples", "trained values", "seconds"),
-            [
-                (k, f"{v['lr']:g}", v["steps"], v["examples"], f"{v['trained_values']:,}",
-                 v["seconds"])
-                for k, v in facts["trained"].items()
-            ],
-        ),
-    ]  # fmt: skip
-    return "\n\n".join(parts) + "\n"
+        _rows(("run", "learning rate", "steps", "examples", "trained values", "seconds"), trained),
+    ]
 
 
 def _table(values: Mapping[str, Mapping[str, Any]], digits: int) -> str:
