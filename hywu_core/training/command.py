@@ -20,7 +20,7 @@ from ..errors import HYWUError
 
 WEIGHTS = "weights.safetensors"
 #: Peak learning rates that the conflict experiment's trials favour.
-RATES = {"hywu": 1e-3, "shared": 1e-2, "sft": 3e-4}
+RATES = {"hywu": 5e-4, "shared": 1e-2, "sft": 3e-4}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

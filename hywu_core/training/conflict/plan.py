@@ -19,7 +19,7 @@ from ..tasks import CONFLICT
 #: scales: one step of a generator's output head moves every value of every LoRA.
 LEARNING_RATES: Mapping[str, tuple[float, ...]] = MappingProxyType(
     {
-        "hywu": (5e-4, 1e-3, 2e-3),
+        "hywu": (2.5e-4, 5e-4, 1e-3),
         "shared": (3e-3, 1e-2, 3e-2),
         "shared_large": (3e-4, 1e-3, 3e-3),
         "sft": (1e-4, 3e-4, 1e-3),
