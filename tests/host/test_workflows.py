@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
 
 import dev
 from hywu_core.cli import main
@@ -266,8 +266,16 @@ def test_blur_and_deblur_go_opposite_ways(server, weights, results):
     assert np.abs(blur - source).max() > 2
     assert np.abs(deblur - source).max() > 2
     if weights == BUNDLED.parent:  # random weights have no direction
-        assert sharpness(blur) < 0.8 * sharpness(source)
-        assert sharpness(deblur) > 1.1 * sharpness(source)
+        assert sharpness(blur) < sharpness(source) < sharpness(deblur)
+
+
+def test_sharpness_falls_with_blur_and_hardly_moves_with_noise():
+    photo = Image.open(INPUTS / "hywu_coffee.png").convert("RGB")
+    radii = [sharpness(np.asarray(photo.filter(ImageFilter.GaussianBlur(r)))) for r in (0, 1, 2, 4)]
+    assert radii == sorted(radii, reverse=True)
+    noise = np.random.default_rng(0).normal(0, 2, (256, 256, 1))
+    noisy = (np.asarray(photo, dtype=np.float64) + noise).round().clip(0, 255)
+    assert sharpness(noisy) < 1.05 * radii[0]
 
 
 def test_age_and_restore_share_seed_source_and_model():
