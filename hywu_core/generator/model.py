@@ -97,6 +97,9 @@ class ParameterGenerator(nn.Module):
                 block.feed_forward.fc2,
             ):
                 out.weight.mul_((4 * len(self.model.blocks)) ** -0.5)
+            # attention that starts nearly uniform tells every position the same of the condition; it
+            # takes hundreds of steps before values at different positions differ by it
+            block.self_attn_cross.W_q.weight.mul_(4.0)
         # a LoRA's A is usually drawn with std 1/sqrt(in): the widest input sets one scale for all
         widest = max(m.in_features for s in self.config.layout.stacks for m in s.modules)
         self.model.proj_out_A.weight.mul_(widest**-0.5 / self.config.lora_a_scale)
