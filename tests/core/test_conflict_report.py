@@ -85,6 +85,7 @@ def test_the_page_says_what_the_figures_say(plan, results):
     summary = Summary(results, plan, OPPOSITES).to_json()
     facts = {
         "plan": plan.to_json(),
+        "missing": ["sft"],
         "photographs": ["one"],
         "all_images": summary,
         "photographs_only": Summary(results, plan, OPPOSITES, ["one"]).to_json(),
@@ -97,7 +98,16 @@ def test_the_page_says_what_the_figures_say(plan, results):
         },
     }  # fmt: skip
     page = render(facts)
+    assert "Not done yet:** sft" in page
     assert "| Shared | 3.50 [3.50, 3.50] | 3.50 [3.50, 3.50] |" in page
     assert "| blur | -1.00 [-1.00, -1.00] | 4.00 [4.00, 4.00] |" in page
     for text in CONFLICT["blur"].held_out:
         assert text in page
+
+
+def test_what_is_not_done_is_left_out(plan, results):
+    del results["sft"], results["hywu_task_mean"]
+    facts = Summary(results, plan, OPPOSITES).to_json()
+    assert list(facts["differences"]) == ["Shared", "Single", "Shared large"]
+    assert "SFT" not in facts["psnr"]
+    assert "hywu_task_mean" not in facts["controls"]

@@ -31,6 +31,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of weights, crops and noise")
     parser.add_argument("--quick", action="store_true", help="a few minutes; figures mean nothing")
     parser.add_argument("--only", nargs="+", default=[], help="names or patterns of runs to do now")
+    parser.add_argument("--report", action="store_true", help="report before all runs are done")
     parser.add_argument("--list", action="store_true", help="list the runs and stop")
     parser.add_argument("--device", help="such as cpu (default: what accelerate finds)")
     parser.add_argument("--commit", default="", help="commit of the code, kept in the provenance")
@@ -47,13 +48,15 @@ def run(args: argparse.Namespace) -> int:
         return 0
     experiment = make_experiment(args.out, plan, args.editor, args.device, args.commit)
     try:
-        experiment.run(args.only)
+        if not args.report:
+            experiment.run(args.only)
     except KeyboardInterrupt:
         say(f"interrupted; the same command goes on from there ({args.out})")
         return 130
     if missing := experiment.missing():
         say(f"not done yet: {', '.join(missing)}")
-        return 0
+        if not args.report:
+            return 0
     from .report import write_report
 
     say(str(write_report(experiment, args.out)))

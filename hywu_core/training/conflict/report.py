@@ -31,6 +31,7 @@ def write_report(experiment: Experiment, folder: Path) -> Path:
     facts = {
         "plan": plan.to_json(),
         "trained": _trained(experiment, folder),
+        "missing": experiment.missing(),
         "held_out_phrasings": {task: CONFLICT[task].held_out for task in plan.tasks},
         "photographs": names,
         "all_images": summary.to_json(),
@@ -53,6 +54,8 @@ def _trained(experiment: Experiment, folder: Path) -> dict[str, dict[str, Any]]:
     found = {}
     for run in experiment.plan.runs:
         path = folder / "runs" / run.name / "state.safetensors"
+        if run.name in experiment.missing():
+            continue
         header = read_header(path)
         tensors = read_tensors(path)[0]
         values = sum(t.numel() for n, t in tensors.items() if n.startswith("parameters."))
@@ -90,6 +93,8 @@ def _draw_edits(experiment: Experiment, summary: Summary, path: Path) -> None:
     columns = {"input": data.seen.source[rows], "target": data.seen.target[rows]}
     keys = {**summary.main, "Editor alone": "base"}
     for label in COLUMNS[1:]:
+        if label not in keys:
+            continue
         if label == "Single":
             rank = experiment.plan.main_rank
             parts = [experiment.edits(f"single_{data.seen.task[i]}_r{rank}") for i in rows]
@@ -118,6 +123,7 @@ def _main(facts: Mapping[str, Any]) -> list[str]:
         f"{everything['images']} held-out images, {plan['crops']} crops each, of which "
         f"{len(facts['photographs'])} photographs ({', '.join(facts['photographs'])}). "
         "Intervals: 95 %, bootstrap over images. `hywu conflict` wrote this page.",
+        *([f"**Not done yet:** {', '.join(facts['missing'])}."] if facts["missing"] else []),
         "## PSNR in dB (instructions as trained)",
         _table(everything["psnr"], 2),
         "## SSIM",

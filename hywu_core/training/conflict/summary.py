@@ -13,7 +13,7 @@ Results = Mapping[str, Rows]
 
 
 class Summary:
-    """Figures of the results of a plan. All differences are on the same crops of the same images.
+    """Figures of the results of a plan, as far as its runs are done (HY-WU, Shared and Single must be). All differences are on the same crops of the same images.
 
     images: only these, such as the photographs; all held-out images without.
     """
@@ -32,6 +32,7 @@ class Summary:
         self.main = {"HY-WU": f"hywu_r{rank}", "Shared": f"shared_r{rank}", "Single": "single"}
         self.main |= {"Shared large": "shared_large", "SFT": "sft"}
         self._join_singles()
+        self.main = {label: name for label, name in self.main.items() if self.results.get(name)}
 
     def _join_singles(self) -> None:
         """ "single": each task by its own LoRA; "single_opposite": each by the opposite task's."""
@@ -78,6 +79,11 @@ class Summary:
         """Everything that the report shows; JSON-safe."""
         tasks, main = self.plan.tasks, self.main
         hywu, shared = main["HY-WU"], main["Shared"]
+        ranks = [
+            rank
+            for rank in sorted(self.plan.ranks)
+            if {f"hywu_r{rank}", f"shared_r{rank}"} <= self.results.keys()
+        ]
         controls = ("unchanged", "hywu_shuffled", "hywu_mean", "hywu_task_mean", "base")
         return {
             "images": len(self.values(hywu)),
@@ -110,6 +116,7 @@ class Summary:
                     "minus HY-WU": self.difference(name, hywu)._asdict(),
                 }
                 for name in controls
+                if self.results.get(name)
             },
             "held_out_phrasings": {
                 label: self.phrasing_loss(name)._asdict() for label, name in main.items()
@@ -120,7 +127,7 @@ class Summary:
                     "Shared": self.mean(f"shared_r{rank}")._asdict(),
                     "HY-WU - Shared": self.difference(f"hywu_r{rank}", f"shared_r{rank}")._asdict(),
                 }
-                for rank in sorted(self.plan.ranks)
+                for rank in ranks
             },
         }
 
