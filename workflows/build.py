@@ -40,6 +40,9 @@ SIZES = {
     "CLIPTextEncode": (WIDTH, 110),
     "HYWUConditionEncode": (WIDTH, 200),
 }
+#: Widgets at the end of stock nodes that newer ComfyUIs require. Older servers ignore them in a prompt,
+#: older frontends their values; no socket is written for them.
+NEWER = {"LoraModelLoader": {"bypass": ["BOOLEAN", {"default": False}]}}
 NOTE_COLOURS = {"color": "#432", "bgcolor": "#653"}
 GROUP_COLOURS = ("#3f789e", "#3f6e4e", "#8a6d3b", "#6b4f8a")
 
@@ -58,7 +61,9 @@ def inputs_of(info: dict[str, Any]) -> list[tuple[str, list, bool]]:
         specs = info["input"].get(part) or {}
         order = (info.get("input_order") or {}).get(part) or list(specs)
         found += [(name, specs[name], part == "optional") for name in order]
-    return found
+    known = {name for name, _, _ in found}
+    newer = NEWER.get(info["name"], {}).items()
+    return found + [(name, spec, False) for name, spec in newer if name not in known]
 
 
 def widget_values(info: dict[str, Any], inputs: dict[str, Any]) -> list[Any]:
@@ -125,7 +130,10 @@ class Canvas:
             raise HYWUError(f"{self.name}: the server doesn't know the node {kind}; update it.")
         info = self.info[kind]
         sockets, widgets = [], []
+        newer = NEWER.get(kind, {})
         for name, spec, optional in inputs_of(info):
+            if name in newer:
+                continue
             entry: dict[str, Any] = {"name": name, "type": spec[0], "link": None}
             if optional:
                 entry["shape"] = 7
@@ -133,7 +141,7 @@ class Canvas:
                 entry["type"] = "COMBO" if isinstance(spec[0], list) else spec[0]
                 entry["widget"] = {"name": name}
             (widgets if is_widget(spec) else sockets).append(entry)
-        unknown = set(node["inputs"]) - {entry["name"] for entry in sockets + widgets}
+        unknown = set(node["inputs"]) - set(newer) - {entry["name"] for entry in sockets + widgets}
         if unknown:
             raise HYWUError(f"{self.name}: {kind} has no input {', '.join(sorted(unknown))}.")
         # Where a manager finds a missing node; without it, frontends ask the registry for each node.
