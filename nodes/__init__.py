@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from .apply import HYWUApplyLoRA
+from .apply import HYWUApplyLoRA, HYWULoRAScope
 from .encode import HYWUConditionEncode
 from .evaluation import HYWUBenchmarkItems, HYWUJudge, HYWUScoreTable
 from .files import HYWULoadCondition, HYWUSaveCondition
 from .generate import HYWUGenerateLoRA
+from .hooks import HYWULoRAHook
 from .host import examples, gsb_routes
 from .inspect import HYWUInspectLoRA
 from .loaders import HYWULoadBundledEditor, HYWULoadGenerator
 from .lora_files import HYWULoadLoRA, HYWUSaveLoRA
+from .model_layout import HYWUModelLayout
 from .values import HYWUBlendLoRA, HYWUSelectLoRA
 
 NODES = {
@@ -26,6 +28,9 @@ NODES = {
     HYWULoadCondition: "Load Condition",
     HYWUInspectLoRA: "HY-WU Inspect LoRA",
     HYWUBlendLoRA: "HY-WU Blend LoRAs",
+    HYWULoRAScope: "HY-WU LoRA Scope",
+    HYWULoRAHook: "HY-WU LoRA Hook",
+    HYWUModelLayout: "HY-WU Model Layout",
     HYWUBenchmarkItems: "HY-WU Benchmark Items",
     HYWUJudge: "HY-WU Judge",
     HYWUScoreTable: "HY-WU Score Table",

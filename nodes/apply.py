@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from .host import application
 from .reports import text_output
-from .sockets import CATEGORY, LORA, LORA_TIP
+from .sockets import CATEGORY, LORA, LORA_TIP, SCOPE
 
 MODES = ["auto", "merge", "unmerged"]
 
@@ -66,9 +68,69 @@ class HYWUApplyLoRA:
                         "makes guidance push towards the edit. Needs unmerged; no effect at cfg 1.",
                     },
                 ),
+                "scope": (
+                    SCOPE,
+                    {
+                        "tooltip": "From HY-WU LoRA Scope: only for a part of the sampling, or with "
+                        "strengths of their own for some modules."
+                    },
+                ),
             },
         }
 
-    def apply(self, model, lora, strength, mode, apply_to_negative=True):
-        patched, report = application.apply(model, lora, strength, mode, apply_to_negative)
+    def apply(self, model, lora, strength, mode, apply_to_negative=True, scope=None):
+        scope = replace(scope or application.Scope(), negative=apply_to_negative)
+        patched, report = application.apply(model, lora, strength, mode, scope)
         return text_output(report, (patched, report))
+
+
+class HYWULoRAScope:
+    CATEGORY = CATEGORY
+    DESCRIPTION = (
+        "Narrows where and when Apply Generated LoRA acts: a part of the sampling, and strengths for "
+        "some of the modules."
+    )
+    SEARCH_ALIASES = ["hy-wu scope", "hywu", "lora timestep range", "lora block weight"]
+    RETURN_TYPES = (SCOPE,)
+    RETURN_NAMES = ("scope",)
+    OUTPUT_TOOLTIPS = ("For Apply Generated LoRA.",)
+    FUNCTION = "make"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        percent = {"min": 0.0, "max": 1.0, "step": 0.01}
+        return {
+            "required": {
+                "start_percent": (
+                    "FLOAT",
+                    {
+                        "default": 0.0,
+                        **percent,
+                        "tooltip": "Share of the sampling at which the LoRA begins to act, counted as "
+                        "in ComfyUI's own timestep ranges. More than 0 needs unmerged.",
+                    },
+                ),
+                "end_percent": (
+                    "FLOAT",
+                    {
+                        "default": 1.0,
+                        **percent,
+                        "tooltip": "Share of the sampling from which on it no longer acts. Less than 1 "
+                        "needs unmerged.",
+                    },
+                ),
+                "module_strengths": (
+                    "STRING",
+                    {
+                        "default": "",
+                        "multiline": True,
+                        "tooltip": "Strengths for some modules, one 'pattern = number' a line, such as "
+                        "'*attn* = 0.5' or 'single_blocks.* = 0'; the last match counts. They multiply "
+                        "the strength of Apply. The paths are those that HY-WU Inspect LoRA shows.",
+                    },
+                ),
+            }
+        }
+
+    def make(self, start_percent, end_percent, module_strengths):
+        return (application.Scope(True, start_percent, end_percent, module_strengths),)

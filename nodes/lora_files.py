@@ -79,15 +79,24 @@ class HYWULoadLoRA:
                         "folder there."
                     },
                 ),
-            }
+            },
+            "optional": {
+                "model": (
+                    "MODEL",
+                    {
+                        "tooltip": "The model the LoRA is for. Needed for files whose names begin with "
+                        "lora_unet_, which only the model can tell apart."
+                    },
+                ),
+            },
         }
 
     @classmethod
-    def IS_CHANGED(cls, lora):
+    def IS_CHANGED(cls, lora, model=None):
         return paths.lora_stamp(lora)
 
-    def load(self, lora):
-        loaded = storage.load_lora(lora)
+    def load(self, lora, model=None):
+        loaded = storage.load_lora(lora, model)
         summary = lora_summary(loaded)
         result = (loaded, stock_lora(loaded), summary)
         return text_output(summary, result, hywu_norms=norm_entries(loaded))

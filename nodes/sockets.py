@@ -7,6 +7,8 @@ CATEGORY = "HY-WU"
 GENERATOR = "HYWU_GENERATOR"
 CONDITION = "HYWU_CONDITION"
 LORA = "HYWU_LORA"
+#: Where and when a LoRA acts.
+SCOPE = "HYWU_SCOPE"
 #: ComfyUI's own socket for a LoRA in memory: a dict of ``<module>.lora_up.weight`` and so on.
 STOCK_LORA = "LORA_MODEL"
 

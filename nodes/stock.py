@@ -9,7 +9,10 @@ from ..hywu_core.lora import GeneratedLoRA
 
 
 class Refused(dict):
-    """Stands on the stock socket for what it can't hold: whoever reads it is told why."""
+    """Stands on the stock socket for what it can't hold: whoever reads it is told why.
+
+    `values()` is empty: newer hosts look there for models in every output, outside of any node's run.
+    """
 
     def __init__(self, reason: str) -> None:
         super().__init__()
@@ -18,7 +21,7 @@ class Refused(dict):
     def _refuse(self, *_):
         raise HYWUError(self.reason)
 
-    __contains__ = __getitem__ = __iter__ = keys = items = values = get = copy = _refuse
+    __contains__ = __getitem__ = __iter__ = keys = items = get = copy = _refuse
 
 
 def stock_lora(lora: GeneratedLoRA) -> dict[str, torch.Tensor]:

@@ -20,10 +20,62 @@ from torch import Tensor, nn
 
 from ...hywu_core.discovery import is_pointwise_conv, submodule, target_shape
 from ...hywu_core.errors import HYWUError
-from ...hywu_core.injection import conv_delta, linear_delta
+from ...hywu_core.injection import conv_delta, linear_delta, target_strengths
 from ...hywu_core.lora import GeneratedLoRA
 
 ROOT = "diffusion_model."
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Where and when a LoRA acts.
+
+    negative: whether on the negative branch of guidance too. start, end: share of the sampling from
+    which on and up to which, 0 to 1. modules: lines of ``pattern = strength`` over module paths, as
+    shell patterns; the last match counts, and what none matches has 1.
+    """
+
+    negative: bool = True
+    start: float = 0.0
+    end: float = 1.0
+    modules: str = ""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.end <= 1:
+            raise HYWUError(
+                f"The LoRA would act from {self.start} to {self.end} of the sampling; start_percent must "
+                "be below end_percent, both between 0 and 1."
+            )
+
+    @property
+    def always(self) -> bool:
+        return self.start == 0 and self.end == 1
+
+    @property
+    def needs_unmerged(self) -> str:
+        """What merged weights can't do here, or nothing."""
+        if not self.negative:
+            return "Merged weights serve both branches; use mode 'unmerged' for positive only."
+        if not self.always:
+            return "Merged weights serve all steps; use mode 'unmerged' for a part of the sampling."
+        return ""
+
+    def strengths(self, lora: GeneratedLoRA) -> dict[str, float]:
+        """Strength of every target that isn't off. Raises HYWUError on a line that can't be read."""
+        patterns = {}
+        for line in filter(None, map(str.strip, self.modules.splitlines())):
+            pattern, equals, number = line.rpartition("=")
+            try:
+                patterns[pattern.strip()] = float(number)
+            except ValueError:
+                equals = ""
+            if not equals or not pattern.strip():
+                raise HYWUError(
+                    f"module_strengths: '{line}' is not 'pattern = number'; write for example "
+                    "'*attn* = 0.5'."
+                )
+        found = target_strengths(lora, patterns) if patterns else dict.fromkeys(lora, 1.0)
+        return {path: value for path, value in found.items() if value}
 
 
 @dataclass(frozen=True)
@@ -69,31 +121,39 @@ def match(model: nn.Module, lora: GeneratedLoRA) -> Match:
 
 
 def apply(
-    model: Any, lora: GeneratedLoRA, strength: float, mode: str, negative: bool
+    model: Any, lora: GeneratedLoRA, strength: float, mode: str, scope: Scope
 ) -> tuple[Any, str]:
     """(patched clone, report as JSON). Nothing is touched before everything is checked."""
     if not math.isfinite(strength):
         raise HYWUError(f"The strength is {strength}; it must be a finite number.")
     matched = match(model.model, lora)
+    strengths = scope.strengths(lora)
     if mode == "auto":
-        mode = "merge" if _compiled(model) and lora.batch_size == 1 and negative else "unmerged"
+        single = lora.batch_size == 1 and not scope.needs_unmerged
+        mode = "merge" if _compiled(model) and single else "unmerged"
     if mode == "merge" and lora.batch_size != 1:
         raise HYWUError(
             f"{lora.batch_size} LoRAs can't be merged into one model; use mode 'unmerged', which gives "
             "each image its own, or pick one with HY-WU Select LoRA."
         )
-    if mode == "merge" and not negative:
-        raise HYWUError(
-            "Merged weights serve both branches; use mode 'unmerged' for positive only."
-        )
+    if mode == "merge" and scope.needs_unmerged:
+        raise HYWUError(scope.needs_unmerged)
     patched = model.clone()
-    if strength != 0:
-        (_merge if mode == "merge" else _unmerged)(patched, lora, strength, matched, negative)
+    active = {
+        path: (matched.found[path], value * strength)
+        for path, value in strengths.items()
+        if path in matched.found and value * strength
+    }
+    if mode == "merge":
+        _merge(patched, lora, active)
+    elif active:
+        _unmerged(patched, lora, active, scope)
     report = {
         "mode": mode,
         "strength": strength,
         "loras": lora.batch_size,
         "matched": len(matched.found),
+        "active": len(active),
         "skipped": len(matched.skipped),
         "skipped_modules": list(matched.skipped[:20]),
     }
@@ -106,34 +166,38 @@ def _compiled(model: Any) -> bool:
     return any("torch.compile" in by_key for w in everything for by_key in w.values())
 
 
-def _merge(patched: Any, lora: GeneratedLoRA, strength: float, matched: Match, _: bool) -> None:
-    patches = {}
-    for path, target in matched.found.items():
+def _merge(patched: Any, lora: GeneratedLoRA, active: dict[str, tuple[str, float]]) -> None:
+    groups: dict[float, dict[str, LoRAAdapter]] = {}
+    for path, (target, strength) in active.items():
         a, b = (factor[0] for factor in lora[path])
         weights = (b, a, lora.layout.alpha, None, None, None)
-        patches[f"{target}.weight"] = LoRAAdapter(set(), weights)
-    missed = set(patches) - set(patched.add_patches(patches, strength))
-    if missed:
-        raise HYWUError(f"ComfyUI can't patch {sorted(missed)[0]}; use mode 'unmerged'.")
+        groups.setdefault(strength, {})[f"{target}.weight"] = LoRAAdapter(set(), weights)
+    for strength, patches in groups.items():
+        missed = set(patches) - set(patched.add_patches(patches, strength))
+        if missed:
+            raise HYWUError(f"ComfyUI can't patch {sorted(missed)[0]}; use mode 'unmerged'.")
 
 
 def _unmerged(
-    patched: Any, lora: GeneratedLoRA, strength: float, matched: Match, negative: bool
+    patched: Any, lora: GeneratedLoRA, active: dict[str, tuple[str, float]], scope: Scope
 ) -> None:
-    unmerged = Unmerged(lora, strength, matched.found, negative)
+    unmerged = Unmerged(lora, active, scope)
     key = f"hywu_{uuid.uuid4().hex[:8]}"
     patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, key, unmerged)
     patched.add_callback_with_key(CallbacksMP.ON_CLEANUP, key, unmerged.release)
 
 
 class Unmerged:
-    """The wrapper of ``apply_model``: hooks for the length of a call, one LoRA per batch item."""
+    """The wrapper of ``apply_model``: hooks for the length of a call, one LoRA per batch item.
+
+    active: path in the LoRA -> (path in the model, strength).
+    """
 
     def __init__(
-        self, lora: GeneratedLoRA, strength: float, paths: dict[str, str], negative: bool
+        self, lora: GeneratedLoRA, active: dict[str, tuple[str, float]], scope: Scope
     ) -> None:
-        self.lora, self.paths, self.negative = lora, paths, negative
-        self.scale = lora.scale * strength
+        self.lora, self.scope = lora, scope
+        self.active = active
         self._placed: dict[tuple[torch.device, torch.dtype], GeneratedLoRA] = {}
 
     def release(self, *_: Any) -> None:
@@ -146,7 +210,17 @@ class Unmerged:
             self._placed[key] = self.lora.to(x.device, x.dtype)
         return self._placed[key]
 
+    def _now(self, model: nn.Module, sigma: Tensor) -> bool:
+        """Whether this step is one of the scope's; counted as ComfyUI's own timestep ranges are."""
+        if self.scope.always:
+            return True
+        sampling, now = model.model_sampling, float(sigma.max())
+        first, last = map(sampling.percent_to_sigma, (self.scope.start, self.scope.end))
+        return float(last) <= now <= float(first) and (self.scope.end == 1 or now != float(last))
+
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self._now(executor.class_obj, args[1]):
+            return executor(*args, **kwargs)
         options = args[5] if len(args) > 5 else kwargs.get("transformer_options", {})
         rows = args[0].shape[0]
         branches = options.get("cond_or_uncond") or [0]
@@ -156,12 +230,13 @@ class Unmerged:
                 f"The batch has {items} images, but there are {self.lora.batch_size} LoRAs; make the "
                 "latent batch as long, or pick one with HY-WU Select LoRA."
             )
-        active = [self.negative or branch == 0 for branch in branches]
+        branch_on = [self.scope.negative or branch == 0 for branch in branches]
         handles = []
         try:
-            for path, target in self.paths.items():
+            for path, (target, strength) in self.active.items():
                 module = submodule(executor.class_obj, target)
-                hook = _Hook(self, path, is_pointwise_conv(module), active, rows)
+                scale = self.lora.scale * strength
+                hook = _Hook(self, path, scale, is_pointwise_conv(module), branch_on, rows)
                 handles.append(module.register_forward_hook(hook))
             return executor(*args, **kwargs)
         finally:
@@ -173,9 +248,9 @@ class _Hook:
     """Adds one target's branch to the rows of the active guidance branches."""
 
     def __init__(
-        self, owner: Unmerged, path: str, conv: bool, active: list[bool], rows: int
+        self, owner: Unmerged, path: str, scale: float, conv: bool, active: list[bool], rows: int
     ) -> None:
-        self.owner, self.path, self.conv = owner, path, conv
+        self.owner, self.path, self.scale, self.conv = owner, path, scale, conv
         self.active, self.rows = active, rows
 
     def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
@@ -205,8 +280,8 @@ class _Hook:
         if self.conv or output.dtype != x.dtype or not output.is_contiguous():
             if count > 1:
                 a, b = (f.repeat_interleave(x.shape[0] // count, 0) for f in (a, b))
-            output += (conv_delta if self.conv else linear_delta)(x, a, b, self.owner.scale)
+            output += (conv_delta if self.conv else linear_delta)(x, a, b, self.scale)
             return
         # one pass over the output instead of three: these products are bound by memory
         low = torch.bmm(x.reshape(count, -1, x.shape[-1]), a.mT)
-        output.view(count, -1, output.shape[-1]).baddbmm_(low, b.mT, alpha=self.owner.scale)
+        output.view(count, -1, output.shape[-1]).baddbmm_(low, b.mT, alpha=self.scale)

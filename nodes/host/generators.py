@@ -23,6 +23,13 @@ from .paths import generator_path
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def activation_bytes(config: GeneratorConfig, batch: int, tokens: int, itemsize: int) -> int:
+    """The stream and its copy, the projected condition, the LoRAs, and two chunks."""
+    stream = batch * config.num_positions * config.d_model
+    condition = batch * tokens * config.d_model * 4
+    return (2 * stream + condition + batch * config.layout.num_values) * itemsize + (1 << 30)
+
+
 class HostGenerator:
     """What the HYWU_GENERATOR socket carries. `patcher` is what ComfyUI loads and evicts."""
 
@@ -44,12 +51,9 @@ class HostGenerator:
         return self.patcher.model_size()
 
     def memory_required(self, condition: Condition) -> int:
-        """Bytes of activations: the stream and its copy, the projected condition, two chunks."""
-        config, batch = self.config, condition.batch_size
-        stream = batch * config.num_positions * config.d_model
-        tokens = batch * condition.num_tokens * config.d_model * 4
-        lora = batch * config.layout.num_values
-        return (2 * stream + tokens + lora) * self.dtype.itemsize + (1 << 30)
+        """Bytes of activations."""
+        size = self.dtype.itemsize
+        return activation_bytes(self.config, condition.batch_size, condition.num_tokens, size)
 
     def run(self, condition: Condition) -> GeneratedLoRA:
         """Generate, on the device, with progress and interruption after each block."""
