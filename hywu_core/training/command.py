@@ -123,7 +123,7 @@ def _strategy(args: argparse.Namespace, base):
         return StaticLoRA(base, layout)
     config = GeneratorConfig(
         layout, dict(base.condition_parts), token_dim=192, dim_accumulation=args.rank,
-        d_model=args.d_model, head_dim=64, num_blocks=args.blocks, lora_b_scale=0.6,
+        d_model=args.d_model, head_dim=64, num_blocks=args.blocks, lora_a_scale=0.05, lora_b_scale=0.6,
         encoder=dict(base.encoder), base=base.name,
     )  # fmt: skip
     return HyperNetwork(base, config, checkpointing=args.checkpointing)

@@ -36,7 +36,7 @@ class GeneratorSize:
     d_model: int = 512
     head_dim: int = 64
     num_blocks: int = 1
-    lora_a_scale: float = 1.0
+    lora_a_scale: float = 0.05
     lora_b_scale: float = 0.6
 
 
