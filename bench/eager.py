@@ -141,8 +141,8 @@ class EagerGenerator(nn.Module):
     def forward(self, condition: Tensor) -> Tensor:
         """``[B, L, C]`` -> token grid ``[B, layers, tokens, rank, token_dim]``."""
         config, grid, model = self.config, self.config.grids[0], self.model
-        batch, rank = condition.shape[0], config.layout.rank
         condition = model.norm_input(self.hidden_in(condition))
+        batch, rank = condition.shape[0], config.layout.rank
         tables = self.tables(condition.shape[1], condition.device)
         x = model.hw_pos.weight[None] + model.layer_pos.weight[:, None]
         x = x.view(1, grid.num_layers, -1, config.d_model).expand(batch, -1, -1, -1)

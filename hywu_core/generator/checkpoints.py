@@ -20,10 +20,14 @@ from torch import Tensor, nn
 from ..errors import HYWUError
 from ..files import atomic_path, open_tensors, read_header, save_tensors
 from .config import GeneratorConfig, RoPEPrecision
+from .fp8 import uses_fp8
 from .model import ParameterGenerator
 
 FORMAT = "hywu-generator-1"
 INDEX = "model.safetensors.index.json"
+
+#: Condition tokens that loading with a memory budget reckons with; each call plans anew.
+TYPICAL_CONDITION = 4096
 
 #: fused projection -> the official ones it holds, in order
 FUSED = {"W_qkv": ("W_q", "W_k", "W_v"), "W_kv": ("W_k", "W_v")}
@@ -53,12 +57,14 @@ def load_generator(
     dtype: torch.dtype | None = None,
     rope_precision: RoPEPrecision | None = None,
     operations: Any = nn,
+    memory_budget: int | None = None,
 ) -> ParameterGenerator:
     """Load a generator, ready for inference (eval mode, parameters without gradients).
 
     path: an official folder (config.json and safetensors, sharded or not, with or without index),
         or one of our files. dtype: None keeps the file's. rope_precision: None keeps the
-        checkpoint's. operations: see ParameterGenerator.
+        checkpoint's. operations, memory_budget: see ParameterGenerator. With a budget that the
+        weights don't fit in, the blocks' weights stay in host memory.
     Tensors go from the file's memory map straight to the device and dtype, one shard at a time.
     Raises HYWUError naming the file and the keys when something is missing, extra, misshaped, not
     finite or truncated.
@@ -69,10 +75,17 @@ def load_generator(
         config = config.with_(rope_precision=rope_precision)
     with torch.device("meta"):
         generator = ParameterGenerator(config, operations)
-    tensors = _read_into(generator, source, torch.device(device), dtype)
+    device = torch.device(device)
+    blocks = device if memory_budget is None else torch.device("cpu")
+    tensors = _read_into(generator, source, device, blocks, dtype)
     for name, tensor in tensors.items():
         owner, _, leaf = name.rpartition(".")
         setattr(generator.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
+    if memory_budget is not None:
+        generator.memory_budget = memory_budget
+        plan = generator.memory_plan(1, TYPICAL_CONDITION)
+        if plan is not None and not plan.streamed:
+            generator.to(device)
     return generator.eval()
 
 
@@ -180,7 +193,15 @@ def slots(generator: ParameterGenerator) -> dict[str, Slot]:
 
 
 def file_tensors(generator: ParameterGenerator) -> Iterator[tuple[str, Tensor]]:
-    """(name in files, view of the parameter) for every tensor of a checkpoint."""
+    """(name in files, view of the parameter) for every tensor of a checkpoint.
+
+    Raises HYWUError when layers were rounded to fp8: the checkpoint's own values are gone.
+    """
+    if uses_fp8(generator):
+        raise HYWUError(
+            "this generator's linear layers were rounded to fp8, so it can't be saved; save it before "
+            "to_fp8, or copy the checkpoint that it was loaded from."
+        )
     parameters = dict(generator.named_parameters())
     for name, slot in slots(generator).items():
         whole = parameters[slot.parameter]
@@ -188,9 +209,16 @@ def file_tensors(generator: ParameterGenerator) -> Iterator[tuple[str, Tensor]]:
 
 
 def _read_into(
-    generator: ParameterGenerator, source: Source, device: torch.device, dtype: torch.dtype | None
+    generator: ParameterGenerator,
+    source: Source,
+    device: torch.device,
+    blocks: torch.device,
+    dtype: torch.dtype | None,
 ) -> dict[str, Tensor]:
-    """The generator's parameters, filled from the checkpoint's files; one file open at a time."""
+    """The generator's parameters, filled from the checkpoint's files; one file open at a time.
+
+    blocks: where the parameters of the transformer's blocks go; the others go to `device`.
+    """
     wanted = slots(generator)
     shapes = {name: tuple(p.shape) for name, p in generator.named_parameters()}
     tensors: dict[str, Tensor] = {}
@@ -203,13 +231,14 @@ def _read_into(
                 value, slot = opened.get_tensor(key), wanted[key]
                 name = slot.parameter
                 if name not in tensors:
+                    place = blocks if name.startswith("model.blocks.") else device
                     tensors[name] = torch.empty(
-                        shapes[name], dtype=dtype or value.dtype, device=device
+                        shapes[name], dtype=dtype or value.dtype, device=place
                     )
                 part = tensors[name][slot.start : slot.start + slot.shape[0]]
                 part.copy_(value)
                 # a sum is finite only if every value is (or it overflows, which is looked at below)
-                sums[key] = part.sum(dtype=torch.float32)
+                sums[key] = part.sum(dtype=torch.float32).to(device)
                 del value
     missing = sorted(set(wanted) - read)
     if missing:

@@ -87,6 +87,11 @@ class GeneratorConfig:
         return self.layout.rank // self.dim_accumulation
 
     @property
+    def values_per_position(self) -> int:
+        """LoRA values that one position of the sequence becomes."""
+        return self.dim_accumulation * self.token_dim
+
+    @property
     def num_positions(self) -> int:
         """Positions of the whole sequence, all stacks and layers together."""
         return sum(g.num_layers * g.num_tokens * self.rows_per_token for g in self.grids)

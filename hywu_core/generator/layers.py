@@ -7,7 +7,11 @@ see each other's results. Under autograd the same code runs unchunked and out of
 
 from __future__ import annotations
 
+import functools
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,7 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import GeneratorConfig
-from .rope import StackTables, rotate, rotate_
+from .rope import Axes, StackTables, rotate, rotate_
+
+log = logging.getLogger(__name__)
 
 EPS = 1e-6
 
@@ -24,19 +30,24 @@ EPS = 1e-6
 class Context:
     """What a block needs beside the residual stream.
 
-    condition: ``[B, L, d]``. mask: bool ``[B, 1, 1, L]`` or None. keys: a table a stack, to turn the
+    condition: ``[B, L, d]``. mask: bool ``[B, 1, 1, L]`` or None. keys: tables a stack, to turn the
     condition's keys by. in_place: add into the stream (inference) or return a new one (autograd).
-    chunk_rows: rows of ``d_model`` values that one chunk holds at most, about.
+    chunk_rows: rows of ``d_model`` values that one chunk holds at most, about. kernels: the module of
+    Triton kernels to use (inference only), or None for torch.
     """
 
     condition: Tensor
     mask: Tensor | None
-    keys: list[Tensor]
+    keys: list[Axes]
     in_place: bool
     chunk_rows: int
+    kernels: ModuleType | None = None
 
-    def rotate(self, x: Tensor, table: Tensor) -> Tensor:
-        """x turned; over itself in inference."""
+    def rotate(self, x: Tensor, axes: Axes) -> Tensor:
+        """``x [M, L, H, hd]`` turned; over itself in inference."""
+        if self.kernels is not None:
+            return self.kernels.rotate_(x, axes.first, axes.second)
+        table = axes.whole()[:, :, None]
         return rotate_(x, table) if self.in_place else rotate(x, table)
 
 
@@ -51,14 +62,20 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), EPS)
 
 
-def weights(linear: nn.Module, like: Tensor) -> tuple[Tensor, Tensor | None]:
+def weights(layer: nn.Module, like: Tensor) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of a Linear as `like` needs them.
 
     A host that keeps weights elsewhere or in another dtype gives its Linear a method `resolve(like)`;
-    it is called once a sublayer, not once a chunk.
+    it is called once a sublayer, not once a chunk. In place of the weight it may give an object with a
+    method ``linear(x, bias)`` that multiplies in its own way (see fp8.py).
     """
-    resolve = getattr(linear, "resolve", None)
-    return (linear.weight, linear.bias) if resolve is None else resolve(like)
+    resolve = getattr(layer, "resolve", None)
+    return (layer.weight, layer.bias) if resolve is None else resolve(like)
+
+
+def linear(x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
+    """``F.linear`` with either kind of weight that `weights` returns."""
+    return F.linear(x, weight, bias) if isinstance(weight, Tensor) else weight.linear(x, bias)
 
 
 class SelfAttention(nn.Module):
@@ -142,61 +159,96 @@ class Block(nn.Module):
         return streams
 
     def _self_attention(
-        self, x: Tensor, norm: RMSNorm, resolved: _Resolved, table: Tensor, context: Context
+        self, x: Tensor, norm: RMSNorm, resolved: _Resolved, axes: Axes, context: Context
     ) -> Tensor:
         """Attention along dimension 2 of ``x [B, M, L, d]``; chunks along dimension 1."""
         batch, _, length, _ = x.shape
-        table = table[:, None, None]
+        heads = self.heads
 
-        def attend(view: Tensor) -> Tensor:
-            qkv = F.linear(norm(view), *resolved["W_qkv"])
-            qkv = qkv.view(-1, length, 3, self.heads, self.head_dim)
-            q, k = context.rotate(qkv[:, :, :2], table).unbind(2)
-            out = _attention(q, k, qkv[:, :, 2], None)
+        def attend(normed: Callable[[], Tensor], view: Tensor, start: int) -> Tensor:
+            qkv = linear(normed(), *resolved["W_qkv"])
+            qkv = qkv.view(-1, length, 3 * heads, self.head_dim)
+            turned = context.rotate(qkv[:, :, : 2 * heads], axes)  # q and k in one go
+            q, k = turned[:, :, :heads], turned[:, :, heads:]
+            out = _attention(q, k, qkv[:, :, 2 * heads :], None)
             return out.view(view.shape)
 
-        return _residual(x, attend, resolved["W_o"], batch * length, context)
+        return _residual(x, norm, attend, resolved["W_o"], batch * length, context)
 
     def cross(
         self, streams: list[Tensor], tables: list[StackTables], context: Context
     ) -> list[Tensor]:
         """Attention of every position to the condition."""
         resolved = _resolved(self.self_attn_cross, streams[0])
-        kv = F.linear(context.condition, *resolved["W_kv"])
+        kv = linear(context.condition, *resolved["W_kv"])
         kv = kv.unflatten(-1, (2, self.heads, self.head_dim))
         for i, stream in enumerate(streams):
             batch, _, length, _ = stream.shape
-            # kv is the keys' source for every stack, so it stays as it is unless there is one
-            turn = context.rotate if len(streams) == 1 else rotate
-            key = turn(kv[:, :, 0], context.keys[i][..., None, :, :])
+            key = kv[:, :, 0]
+            if context.in_place and len(streams) > 1:
+                key = key.clone()  # kv is the keys' source for every stack
+            key = context.rotate(key, context.keys[i])
             value, own = kv[:, :, 1], tables[i]
 
-            def attend(view: Tensor, start: int, key=key, value=value, own=own) -> Tensor:
-                q = F.linear(self.norm3(view), *resolved["W_q"])
-                q = q.unflatten(-1, (self.heads, self.head_dim))
-                table = own.query(start, start + view.shape[1])[..., None, :, :]
-                q = context.rotate(q, table)
-                return _attention(q.flatten(1, 2), key, value, context.mask).view(view.shape)
+            def attend(
+                normed: Callable[[], Tensor],
+                view: Tensor,
+                start: int,
+                key=key,
+                value=value,
+                own=own,
+            ) -> Tensor:
+                q = linear(normed(), *resolved["W_q"])
+                items, count, positions, _ = view.shape
+                q = q.reshape(-1, positions, self.heads, self.head_dim)
+                q = context.rotate(q, own.query(start, count, items))
+                q = q.view(items, -1, self.heads, self.head_dim)
+                return _attention(q, key, value, context.mask).view(view.shape)
 
-            streams[i] = _residual(stream, attend, resolved["W_o"], batch * length, context, True)
+            streams[i] = _residual(
+                stream, self.norm3, attend, resolved["W_o"], batch * length, context
+            )
         return streams
 
     def mlp(self, streams: list[Tensor], context: Context) -> list[Tensor]:
         """The feed-forward, over chunks of rows."""
         resolved = _resolved(self.feed_forward, streams[0])
 
-        def hidden(view: Tensor) -> Tensor:
-            h = F.linear(self.norm4(view), *resolved["fc1"])
+        def hidden(normed: Callable[[], Tensor], view: Tensor, start: int) -> Tensor:
+            h = linear(normed(), *resolved["fc1"])
             return F.silu(h, inplace=context.in_place)
 
         for i, stream in enumerate(streams):
-            if context.in_place:
-                _residual(
-                    stream.view(1, -1, 1, stream.shape[-1]), hidden, resolved["fc2"], 1, context
-                )
-            else:
-                streams[i] = _residual(stream, hidden, resolved["fc2"], 1, context)
+            rows = stream.view(1, -1, 1, stream.shape[-1]) if context.in_place else stream
+            result = _residual(rows, self.norm4, hidden, resolved["fc2"], 1, context)
+            streams[i] = result.view(stream.shape)
         return streams
+
+
+class Transformer(nn.Module):
+    """The body: token embeddings of every stack, shared blocks, shared output projections."""
+
+    def __init__(self, config: GeneratorConfig, operations: Any) -> None:
+        super().__init__()
+        dim, packed = config.d_model, config.d_model // config.dim_accumulation
+        rank, grids = config.layout.rank, config.grids
+        self.norm_input = RMSNorm(dim)
+        self.norm_tokens = RMSNorm(dim)
+        self.norm_final = RMSNorm(dim)
+        tokens = [nn.Embedding(grid.num_tokens * rank, packed) for grid in grids]
+        layers = [nn.Embedding(grid.num_layers, packed) for grid in grids]
+        single = len(grids) == 1
+        self.hw_pos = tokens[0] if single else nn.ModuleList(tokens)
+        self.layer_pos = layers[0] if single else nn.ModuleList(layers)
+        self.blocks = nn.ModuleList(Block(config, operations) for _ in range(config.num_blocks))
+        self.proj_out_A = operations.Linear(packed, config.token_dim)
+        self.proj_out_B = operations.Linear(packed, config.token_dim)
+
+    def embeddings(self, stack: int) -> tuple[Tensor, Tensor]:
+        """Token and layer embeddings ``[tokens * rank, d/acc]``, ``[layers, d/acc]`` of a stack."""
+        if isinstance(self.hw_pos, nn.Embedding):
+            return self.hw_pos.weight, self.layer_pos.weight
+        return self.hw_pos[stack].weight, self.layer_pos[stack].weight
 
 
 _Resolved = dict[str, tuple[Tensor, "Tensor | None"]]
@@ -220,25 +272,74 @@ def even_step(length: int, most: int) -> int:
     return -(-length // chunks)
 
 
-def _residual(x, branch, out, rows_each: int, context: Context, with_start: bool = False) -> Tensor:
-    """``x + linear(branch(x))`` over ``x [B, M, L, d]``, in chunks along M when in place.
+def _residual(
+    x: Tensor,
+    norm: RMSNorm,
+    branch: Callable[[Callable[[], Tensor], Tensor, int], Tensor],
+    out: tuple[Any, Tensor | None],
+    rows_each: int,
+    context: Context,
+) -> Tensor:
+    """``x + linear(branch(norm(x)))`` over ``x [B, M, L, d]``, in chunks along M when in place.
 
-    rows_each: rows of d values that one index of M holds. with_start: branch takes the chunk's start.
+    branch: takes the norm as a function (so that its result lives no longer than it must), the chunk
+    and the chunk's start. rows_each: rows of d values that one index of M holds.
     """
     if not context.in_place:
-        hidden = branch(x, 0) if with_start else branch(x)
-        return x + F.linear(hidden, *out)
+        return x + linear(branch(lambda: norm(x), x, 0), *out)
     weight, bias = out
     step = even_step(x.shape[1], context.chunk_rows // rows_each)
     for start in range(0, x.shape[1], step):
         view = x[:, start : start + step]
-        hidden = branch(view, start) if with_start else branch(view)
-        if view.is_contiguous():
+        adds = view.is_contiguous() and isinstance(weight, Tensor)
+        hidden = branch(_normed(norm, view, bias if adds else None, context), view, start)
+        if adds:
             rows = view.view(-1, view.shape[-1])
-            if bias is not None:
+            if bias is not None and context.kernels is None:
                 rows.add_(bias)
             rows.addmm_(hidden.view(-1, hidden.shape[-1]), weight.t())
         else:
-            view.add_(F.linear(hidden, weight, bias))
+            view.add_(linear(hidden, weight, bias))
         del hidden  # else it lives on while the next chunk's is made
     return x
+
+
+def _normed(
+    norm: RMSNorm, view: Tensor, bias: Tensor | None, context: Context
+) -> Callable[[], Tensor]:
+    """The chunk's norm, to be called once; with kernels it adds `bias` to the chunk on its way."""
+    kernels = context.kernels
+    if kernels is None:
+        return lambda: norm(view)
+    return lambda: kernels.rms_norm(view, norm.weight, EPS, bias)
+
+
+# -- Triton where there is Triton ------------------------------------------------------------------
+
+
+@functools.cache
+def fused_kernels(device: torch.device) -> ModuleType | None:
+    """The Triton kernels for a device, or None: no CUDA, no Triton, or none that can be built.
+
+    Triton builds a kernel at its first call; that is tried once, on a few values, so that a machine
+    without a C compiler falls back to torch with one line in the log.
+    """
+    if device.type != "cuda":
+        return None
+    try:
+        from . import kernels
+
+        x = torch.ones(1, 1, 1, 16, device=device, dtype=torch.bfloat16)
+        table = torch.ones(1, 1, 4, 2, device=device)
+        kernels.rms_norm(x, x[0, 0, 0], EPS, x[0, 0, 0])
+        kernels.rotate_(x, table, table)
+        if torch.cuda.get_device_capability(device) >= (8, 9):
+            kernels.quantize_rows(x.view(1, 16))
+    except ImportError:
+        return None
+    except (
+        Exception
+    ) as error:  # Triton, its compiler and the driver each raise classes of their own
+        log.warning("Triton kernels can't be built here, torch is used: %s", error)
+        return None
+    return kernels

@@ -7,8 +7,11 @@ and everything works for any batch size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +22,10 @@ from ..condition import Condition, clear_masked
 from ..errors import HYWUError
 from ..lora import GeneratedLoRA
 from .config import GeneratorConfig
-from .layers import Block, Context, RMSNorm, even_step, weights
+from .layers import Context, RMSNorm, Transformer, even_step, fused_kernels, linear, weights
+from .memory import BlockStreamer, MemoryPlan, Sizes, plan_memory, tensor_bytes
 from .rope import StackTables
+from .sharing import Shared
 
 #: Bytes of one chunk's widest intermediate: large enough for full matrix products on the device,
 #: small enough to stay in the caches of a CPU and far below the weights of a GPU.
@@ -29,31 +34,8 @@ CHUNK_BYTES = {"cpu": 12 << 20, "cuda": 512 << 20}
 #: The constant prefix is kept when it is no larger than this.
 PREFIX_CACHE_BYTES = 256 << 20
 
-
-class Transformer(nn.Module):
-    """The body: token embeddings of every stack, shared blocks, shared output projections."""
-
-    def __init__(self, config: GeneratorConfig, operations: Any) -> None:
-        super().__init__()
-        dim, packed = config.d_model, config.d_model // config.dim_accumulation
-        rank, grids = config.layout.rank, config.grids
-        self.norm_input = RMSNorm(dim)
-        self.norm_tokens = RMSNorm(dim)
-        self.norm_final = RMSNorm(dim)
-        tokens = [nn.Embedding(grid.num_tokens * rank, packed) for grid in grids]
-        layers = [nn.Embedding(grid.num_layers, packed) for grid in grids]
-        single = len(grids) == 1
-        self.hw_pos = tokens[0] if single else nn.ModuleList(tokens)
-        self.layer_pos = layers[0] if single else nn.ModuleList(layers)
-        self.blocks = nn.ModuleList(Block(config, operations) for _ in range(config.num_blocks))
-        self.proj_out_A = operations.Linear(packed, config.token_dim)
-        self.proj_out_B = operations.Linear(packed, config.token_dim)
-
-    def embeddings(self, stack: int) -> tuple[Tensor, Tensor]:
-        """Token and layer embeddings ``[tokens * rank, d/acc]``, ``[layers, d/acc]`` of a stack."""
-        if isinstance(self.hw_pos, nn.Embedding):
-            return self.hw_pos.weight, self.layer_pos.weight
-        return self.hw_pos[stack].weight, self.layer_pos[stack].weight
+#: Held while a generator starts to stream, which moves its weights.
+_LOCK = threading.Lock()
 
 
 class ParameterGenerator(nn.Module):
@@ -62,6 +44,11 @@ class ParameterGenerator(nn.Module):
     operations: a namespace with ``Linear`` (default torch.nn), so that a host can bring layers that
     it moves and casts itself. checkpointing: recompute each block in the backward pass.
     chunk_bytes: size of the widest intermediate in inference, None for the device's default.
+    memory_budget: bytes that weights and intermediates may take on the generator's device in
+    inference, None for no limit; chunk sizes and which blocks are streamed from host memory follow
+    from it at each call. kernels: the fast path's Triton kernels, "auto" where the device has them.
+    Threads may generate from one generator at the same time; where blocks are streamed they take
+    turns.
     """
 
     def __init__(self, config: GeneratorConfig, operations: Any = nn) -> None:
@@ -69,14 +56,18 @@ class ParameterGenerator(nn.Module):
         self.config = config
         self.checkpointing = False
         self.chunk_bytes: int | None = None
+        self.memory_budget: int | None = None
+        self.kernels: ModuleType | Literal["auto"] | None = "auto"
         self.prefix_cache_bytes = PREFIX_CACHE_BYTES
         dim = config.d_model
         parts = {name: operations.Linear(width, dim) for name, width in config.condition.items()}
         single = len(parts) == 1
         self.hidden_in = next(iter(parts.values())) if single else nn.ModuleDict(parts)
         self.model = Transformer(config, operations)
-        self._tables: dict[tuple[str, torch.device], list[StackTables]] = {}
-        self._prefix: tuple[tuple, list[Tensor]] | None = None
+        self._tables: dict[tuple[str, torch.device], tuple[list[StackTables], Shared]] = {}
+        self._prefix: tuple[tuple, list[Tensor], Shared] | None = None
+        self._streamer: BlockStreamer | None = None
+        self._epoch = 0
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -121,7 +112,10 @@ class ParameterGenerator(nn.Module):
         Raises HYWUError when the condition's parts or widths are not the checkpoint's.
         """
         condition = Condition.of(condition, next(iter(self.config.condition)))
-        grids = self.generate_grids(condition, on_block)
+        return self.lora(condition, self.generate_grids(condition, on_block))
+
+    def lora(self, condition: Condition, grids: list[Tensor]) -> GeneratedLoRA:
+        """The LoRA of token grids that were generated from `condition`."""
         provenance = {
             **condition.origin,
             "condition_fingerprint": condition.fingerprint,
@@ -136,22 +130,81 @@ class ParameterGenerator(nn.Module):
         """Token grids ``[B, layers, tokens, rank, token_dim]``, one a stack: the LoRA's only buffers."""
         tokens, mask = self._project(condition)
         in_place = not (torch.is_grad_enabled() and self._needs_grad(tokens))
+        plan = self.memory_plan(*tokens.shape[:2], in_place)
         tables = self._tables_on(tokens.device)
-        context = self._context(tokens, mask, tables, in_place)
-        streams = self._constant_prefix(tables, context)
-        batch = tokens.shape[0]
-        streams = [s.expand(batch, *s.shape[1:]) for s in streams]
-        if in_place:
-            streams = [s.clone() if s.shape[0] > 1 or self._prefix else s for s in streams]
-        blocks = self.model.blocks
-        for i, block in enumerate(blocks):
-            if self.checkpointing and not in_place:
-                streams = checkpoint(block, streams, tables, context, i == 0, use_reentrant=False)
-            else:
-                streams = block(streams, tables, context, i == 0)
-            if on_block is not None:
-                on_block(i + 1, len(blocks))
+        context = self._context(tokens, mask, tables, in_place, plan)
+        total = len(self.model.blocks)
+        with contextlib.closing(self._blocks(plan, tokens.device)) as blocks:
+            for i, block in enumerate(blocks):
+                if i == 0:
+                    streams = self._initial_streams(block, tables, context, plan)
+                if self.checkpointing and not in_place:
+                    streams = checkpoint(
+                        block, streams, tables, context, i == 0, use_reentrant=False
+                    )
+                else:
+                    streams = block(streams, tables, context, i == 0)
+                if on_block is not None:
+                    on_block(i + 1, total)
         return [self._to_grid(s, streams, context) for s in range(len(streams))]
+
+    # -- memory ----------------------------------------------------------------------------------
+
+    def memory_plan(
+        self, batch_size: int, condition_tokens: int, inference: bool = True
+    ) -> MemoryPlan | None:
+        """How a call of this size keeps to `memory_budget`; None without one.
+
+        Raises HYWUError when it can't, or when blocks are streamed and inference is False.
+        """
+        if not inference and self.streaming:
+            raise HYWUError(
+                "this generator's blocks are streamed from host memory, which works in inference "
+                "only; load it without memory_budget to train it."
+            )
+        if self.memory_budget is None or not inference:
+            return None
+        blocks, like = self.model.blocks, self.model.norm_input.weight
+        block_bytes = tensor_bytes(blocks[0])
+        sizes = Sizes(
+            self.config,
+            tensor_bytes(self) - len(blocks) * block_bytes,
+            block_bytes,
+            like.element_size(),
+            batch_size,
+            condition_tokens,
+            self.chunk_bytes or _default_chunk_bytes(like.device),
+            self.prefix_cache_bytes,
+        )
+        return plan_memory(sizes, self.memory_budget)
+
+    @property
+    def streaming(self) -> bool:
+        """Whether the blocks' weights rest in host memory."""
+        return self._streamer is not None
+
+    def forget(self) -> None:
+        """Drop what was derived from the weights: the constant prefix and the streamed copies."""
+        self._prefix = self._streamer = None
+        self._epoch += 1
+
+    def weights_key(self) -> tuple:
+        """Changes when anything that was derived from the weights is no longer true."""
+        return (self._epoch, self._prefix_key(self.model.norm_input.weight))
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> ParameterGenerator:
+        self.forget()  # .to() and the like make other tensors of the weights
+        return super()._apply(fn, recurse)
+
+    def _blocks(self, plan: MemoryPlan | None, device: torch.device) -> Iterator[nn.Module]:
+        if self._streamer is None:
+            if plan is None or not plan.streamed:
+                yield from self.model.blocks
+                return
+            with _LOCK:
+                self._streamer = self._streamer or BlockStreamer(self.model.blocks, device)
+        resident = len(self.model.blocks) if plan is None else plan.resident_blocks
+        yield from self._streamer.run(resident)
 
     def _project(self, condition: Condition) -> tuple[Tensor, Tensor | None]:
         """Condition tokens ``[B, L, d]`` after input projection and norm, and their mask ``[B, L]``."""
@@ -170,7 +223,7 @@ class ParameterGenerator(nn.Module):
                 mask = mask.to(like.device)
             tokens = clear_masked(tokens.to(device=like.device, dtype=like.dtype), mask)
             layer = self.hidden_in if len(self.config.condition) == 1 else self.hidden_in[name]
-            projected.append(F.linear(tokens, *weights(layer, tokens)))
+            projected.append(linear(tokens, *weights(layer, tokens)))
             masks.append(mask)
         tokens = self.model.norm_input(torch.cat(projected, dim=1))
         if all(mask is None for mask in masks):
@@ -186,48 +239,97 @@ class ParameterGenerator(nn.Module):
 
     def _tables_on(self, device: torch.device) -> list[StackTables]:
         key = (self.config.rope_precision, device)
-        if key not in self._tables:
-            stacks = range(len(self.config.layout.stacks))
-            self._tables[key] = [StackTables(self.config, s, device) for s in stacks]
-        return self._tables[key]
+        found = self._tables.get(key)
+        if found is None:
+            made = [StackTables(self.config, s, device) for s in range(len(self.config.grids))]
+            found = made, Shared(t for table in made for t in table.tensors())
+            self._tables[key] = found
+        tables, shared = found
+        shared.take()
+        return tables
 
     def _context(
-        self, tokens: Tensor, mask: Tensor | None, tables: list[StackTables], in_place: bool
+        self,
+        tokens: Tensor,
+        mask: Tensor | None,
+        tables: list[StackTables],
+        in_place: bool,
+        plan: MemoryPlan | None,
     ) -> Context:
-        default = CHUNK_BYTES.get(tokens.device.type, CHUNK_BYTES["cuda"])
-        chunk_bytes = self.chunk_bytes or default
+        chunk_bytes = self.chunk_bytes or _default_chunk_bytes(tokens.device)
+        if plan is not None:
+            chunk_bytes = plan.chunk_bytes
         rows = chunk_bytes // (4 * self.config.d_model * tokens.element_size())
         positions = None if mask is None else (mask.cumsum(1) - 1).clamp_(min=0)
         attend = None if mask is None else mask[:, None, None]
         keys = [table.key(tokens.shape[1], positions) for table in tables]
-        return Context(tokens, attend, keys, in_place, max(1, rows))
+        kernels = self._kernels_for(tokens) if in_place else None
+        return Context(tokens, attend, keys, in_place, max(1, rows), kernels)
+
+    def _kernels_for(self, tokens: Tensor) -> ModuleType | None:
+        if torch.compiler.is_compiling() or tokens.dtype == torch.float64:
+            return None
+        return fused_kernels(tokens.device) if self.kernels == "auto" else self.kernels
 
     # -- the constant prefix ---------------------------------------------------------------------
 
-    def _constant_prefix(self, tables: list[StackTables], context: Context) -> list[Tensor]:
-        """Streams ``[1, N, S, d]`` up to the first attention to the condition, which is constant."""
+    def _initial_streams(
+        self,
+        block: nn.Module,
+        tables: list[StackTables],
+        context: Context,
+        plan: MemoryPlan | None,
+    ) -> list[Tensor]:
+        """Streams ``[B, N, S, d]`` up to the first attention to the condition; the caller's own.
+
+        They are constant, so they are kept where they are small. block: the first one.
+        """
+        batch = context.condition.shape[0]
+        streams, kept = self._constant_prefix(block, tables, context, plan)
+        copies = context.in_place and (kept or batch > 1)
+        streams = [s.expand(batch, *s.shape[1:]) for s in streams]
+        return [s.clone() for s in streams] if copies else streams
+
+    def _constant_prefix(
+        self,
+        block: nn.Module,
+        tables: list[StackTables],
+        context: Context,
+        plan: MemoryPlan | None,
+    ) -> tuple[list[Tensor], bool]:
+        """The prefix of one batch item, and whether it is kept (so that nobody may write to it)."""
         if not context.in_place or torch.compiler.is_compiling():
-            return self._compute_prefix(tables, context)
+            return self._compute_prefix(block, tables, context), False
         key = self._prefix_key(context.condition)
-        if self._prefix is not None and self._prefix[0] == key:
-            return self._prefix[1]
-        self._prefix = None
-        streams = self._compute_prefix(tables, context)
-        if sum(s.numel() * s.element_size() for s in streams) <= self.prefix_cache_bytes:
-            self._prefix = (key, streams)
-        return streams
+        found = self._prefix  # read once: another thread may replace it
+        if found is not None and found[0] == key and (plan is None or plan.keep_prefix):
+            found[2].take()
+            return found[1], True
+        self._prefix = found = None
+        streams = self._compute_prefix(block, tables, context)
+        size = sum(s.nbytes for s in streams)
+        if plan.keep_prefix if plan is not None else size <= self.prefix_cache_bytes:
+            self._prefix = (key, streams, Shared(streams))
+            return streams, True
+        return streams, False
 
-    def _compute_prefix(self, tables: list[StackTables], context: Context) -> list[Tensor]:
-        streams = [self._initial_tokens(s) for s in range(len(tables))]
-        return self.model.blocks[0].prefix(streams, tables, context)
+    def _compute_prefix(
+        self, block: nn.Module, tables: list[StackTables], context: Context
+    ) -> list[Tensor]:
+        streams = [self._initial_tokens(s, context) for s in range(len(tables))]
+        return block.prefix(streams, tables, context)
 
-    def _initial_tokens(self, stack: int) -> Tensor:
+    def _initial_tokens(self, stack: int, context: Context) -> Tensor:
         """Packed and normed token embeddings ``[1, N, S, d]`` of a stack."""
         tokens, layers = self.model.embeddings(stack)
         grid, rows = self.config.grids[stack], self.config.rows_per_token
         x = tokens[None] + layers[:, None]
         x = x.view(1, grid.num_layers, grid.num_tokens * rows, self.config.d_model)
-        return self.model.norm_tokens(x)
+        if not context.in_place:
+            return self.model.norm_tokens(x)
+        for layer in range(grid.num_layers):  # one by one: x and its norm never exist both
+            x[:, layer] = self.model.norm_tokens(x[:, layer])
+        return x
 
     def _prefix_key(self, tokens: Tensor) -> tuple:
         """What the prefix depends on: device, dtype, precision, and whether a weight was written."""
@@ -265,7 +367,7 @@ class ParameterGenerator(nn.Module):
         out = (
             x
             if reuse
-            else x.new_empty(batch, grid.num_layers, x.shape[2], values_per_position(config))
+            else x.new_empty(batch, grid.num_layers, x.shape[2], config.values_per_position)
         )
         step = even_step(grid.num_layers, 4 * context.chunk_rows // (batch * x.shape[2]))
         for at, projection, factor in sides:
@@ -273,7 +375,7 @@ class ParameterGenerator(nn.Module):
                 view = x[:, n : n + step, at]
                 values = self._project_out(view, projection, factor)
                 out[:, n : n + step, at] = values.flatten(2).view(
-                    *view.shape[:3], values_per_position(config)
+                    *view.shape[:3], config.values_per_position
                 )
         return out.view(shape)
 
@@ -289,9 +391,8 @@ class ParameterGenerator(nn.Module):
         return F.linear(rows, weight, bias)
 
 
-def values_per_position(config: GeneratorConfig) -> int:
-    """LoRA values that one position of the sequence becomes."""
-    return config.dim_accumulation * config.token_dim
+def _default_chunk_bytes(device: torch.device) -> int:
+    return CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"])
 
 
 def _widths(parts: Any) -> str:

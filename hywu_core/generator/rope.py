@@ -7,6 +7,8 @@ attention across layers, whose pairs all turn by the layer.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -32,13 +34,34 @@ def axis_table(
     return torch.stack([angles.cos(), angles.sin()], dim=-1).float()
 
 
+class Axes(NamedTuple):
+    """A table for ``x [M, L, H, hd]`` as its two halves of pairs, each broadcastable along M and L.
+
+    first, second: ``[M or 1, L or 1, hd/4, 2]``. Kernels read the halves where they are.
+    """
+
+    first: Tensor
+    second: Tensor
+
+    def whole(self) -> Tensor:
+        """Both halves in one tensor ``[M or 1, L or 1, hd/2, 2]``."""
+        return _two_axes(self.first, self.second)
+
+    @classmethod
+    def of(cls, table: Tensor) -> Axes:
+        """From a whole table ``[(M,) L, hd/2, 2]``."""
+        table = table if table.ndim == 4 else table[None]
+        half = table.shape[2] // 2
+        return cls(table[:, :, :half], table[:, :, half:])
+
+
 class StackTables:
     """The position tables of one stack on one device.
 
-    layers ``[N, hd/2, 2]``: attention across layers. within ``[S, hd/2, 2]``: token index and row
-    group. The query of the cross attention has one half a layer, one half a position; both halves
-    are kept apart (`query_layer` ``[N, hd/4, 2]``, `query_position` ``[S, hd/4, 2]``), since the
-    whole table would have a row for every position of every layer.
+    layers ``[1, N, hd/4, 2]`` twice: attention across layers. within ``[1, S, hd/4, 2]`` twice: token
+    index and row group. The query of the cross attention has one half a layer, one half a position
+    (`query_layer` ``[N, hd/4, 2]``, `query_position` ``[S, hd/4, 2]``): the whole table would have a
+    row for every position of every layer.
     """
 
     def __init__(self, config: GeneratorConfig, stack: int, device: torch.device) -> None:
@@ -46,28 +69,34 @@ class StackTables:
         head, half, precision = config.head_dim, config.head_dim // 2, config.rope_precision
         tokens, layers, length = grid.num_tokens, grid.num_layers, grid.num_tokens * rows
         self._half, self._precision = half, precision
-        self.layers = axis_table(layers, head, precision, device)
-        self.within = _two_axes(
+        self.layers = Axes.of(axis_table(layers, head, precision, device))
+        within = _two_axes(
             axis_table(tokens, half, precision, device)[:, None],
             axis_table(rows, half, precision, device)[None],
-        ).flatten(0, 1)
+        )
+        self.within = Axes.of(within.flatten(0, 1))
         self.query_layer = axis_table(layers, half, precision, device)
         self.query_position = axis_table(length, half, precision, device)
         self.key_offset = max(tokens, rows)
 
-    def query(self, start: int, stop: int) -> Tensor:
-        """Query table of layers [start, stop): ``[stop - start, S, hd/2, 2]``."""
-        return _two_axes(self.query_layer[start:stop, None], self.query_position[None])
+    def query(self, start: int, count: int, batch: int) -> Axes:
+        """Query tables of layers [start, start + count), for ``x [batch * count, S, H, hd]``."""
+        layers = self.query_layer[start : start + count].repeat(batch, 1, 1)
+        return Axes(layers[:, None], self.query_position[None])
 
-    def key(self, length: int, positions: Tensor | None) -> Tensor:
-        """Key table ``[length, hd/2, 2]``, or ``[B, length, hd/2, 2]`` where `positions` is given.
+    def key(self, length: int, positions: Tensor | None) -> Axes:
+        """Key tables for ``x [B, length, H, hd]``.
 
-        positions ``[B, length]``: the index of each token among those that count.
+        positions ``[B, length]``: the index of each token among those that count, None for all.
         """
-        device = self.layers.device
+        device = self.query_layer.device
         half = axis_table(length, self._half, self._precision, device, self.key_offset)
-        table = torch.cat([half, half], dim=-2)
-        return table if positions is None else table[positions]
+        half = half[None] if positions is None else half[positions]
+        return Axes(half, half)
+
+    def tensors(self) -> list[Tensor]:
+        """All tables, to share them between streams."""
+        return [*self.layers, *self.within, self.query_layer, self.query_position]
 
 
 def _two_axes(first: Tensor, second: Tensor) -> Tensor:

@@ -1,0 +1,230 @@
+"""A generator within a memory budget: the plan, streamed blocks, threads, runs that repeat."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from bench.generator import make
+from bench.measure import peak_memory
+from hywu_core import Condition, GeneratorConfig, HYWUError, LoRALayout, load_generator
+from hywu_core.generator.checkpoints import save_generator
+from hywu_core.generator.memory import SLOTS, Sizes, plan_memory
+from hywu_core.layout import Module, Stack
+
+
+def config(**changes) -> GeneratorConfig:
+    """Two stacks, two condition parts, five blocks; blocks outweigh everything else."""
+    stacks = (
+        Stack(("double.0", "double.1"), (Module("qkv", 24, 72), Module("proj", 24, 24))),
+        Stack(("single.0", "single.1", "single.2"), (Module("linear1", 24, 100),)),
+    )
+    values = {
+        "layout": LoRALayout(stacks, 4, 8.0),
+        "condition": {"vision": 12, "text": 20},
+        "token_dim": 16,
+        "dim_accumulation": 2,
+        "d_model": 64,
+        "head_dim": 16,
+        "num_blocks": 5,
+        **changes,
+    }
+    return GeneratorConfig(**values)
+
+
+def condition(batch: int = 1, seed: int = 1) -> Condition:
+    rng = torch.Generator().manual_seed(seed)
+    widths = {"vision": 12, "text": 20}
+    return Condition({n: torch.randn(batch, 7, w, generator=rng) for n, w in widths.items()})
+
+
+def grids(generator, given: Condition) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return generator.generate_grids(given)
+
+
+def same(one, two) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def with_resident(generator, count: int, batch: int = 1) -> int:
+    """The budget under which `count` blocks stay resident."""
+    generator.memory_budget = 1 << 40
+    plan = generator.memory_plan(batch, 14)
+    held = count + min(SLOTS, plan.num_blocks - count)
+    kept = plan.working_bytes - (generator_prefix(generator) if plan.keep_prefix else 0)
+    return plan.fixed_bytes + held * plan.block_bytes + kept
+
+
+def generator_prefix(generator) -> int:
+    size = generator.model.norm_input.weight.element_size()
+    return generator.config.num_positions * generator.config.d_model * size
+
+
+@pytest.mark.parametrize("resident", [0, 1, 2, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_streamed_blocks_give_the_same_bits(resident, dtype):
+    generator = make(config(), dtype=dtype)
+    expected = {batch: grids(generator, condition(batch)) for batch in (1, 3)}
+    for batch in (3, 1, 1):
+        generator.memory_budget = with_resident(generator, resident, batch)
+        plan = generator.memory_plan(batch, 14)
+        assert (plan.resident_blocks, plan.streamed) == (resident, resident < 5)
+        assert plan.total_bytes <= generator.memory_budget
+        assert same(grids(generator, condition(batch)), expected[batch])
+        assert generator.streaming == (resident < 5)
+    generator.memory_budget = None
+    assert same(grids(generator, condition()), expected[1])
+
+
+def test_only_two_slots_hold_what_is_streamed():
+    generator = make(config())
+    generator.memory_budget = with_resident(generator, 1)
+    grids(generator, condition())
+    streamer = generator._streamer
+    assert len(streamer._slots) == SLOTS
+    assert set(streamer._resident) == {0}
+    seen = []
+    for block in streamer.run(1):
+        seen.append(block.feed_forward.fc1.weight.data_ptr())
+    assert len(set(seen)) == 3
+    assert len(set(seen[1:])) == 2
+    hosts = [block.feed_forward.fc1.weight.data_ptr() for block in generator.model.blocks]
+    assert not set(seen) & set(hosts)
+
+
+def test_weights_changed_or_moved_between_calls_are_the_ones_used():
+    generator = make(config())
+    generator.memory_budget = with_resident(generator, 0)
+    before = grids(generator, condition())
+    generator.model.blocks[3].feed_forward.fc2.weight.mul_(2)
+    changed = grids(generator, condition())
+    assert not same(before, changed)
+    generator.memory_budget = None
+    generator.to(torch.float64).to(torch.float32)
+    assert not generator.streaming
+    assert same(grids(generator, condition()), changed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("batch", "tokens", "chunk", "changes"),
+    [
+        (1, 40, 1 << 30, {}),
+        (1, 40, 1 << 14, {}),
+        (3, 500, 1 << 16, {}),
+        (2, 9, 1 << 16, {"token_dim": 128}),
+        (1, 9, 1 << 16, {"token_dim": 32}),
+    ],
+)
+def test_the_reckoned_memory_covers_the_measured_peak(dtype, batch, tokens, chunk, changes):
+    stack = Stack(tuple(f"b.{i}" for i in range(6)), (Module("a", 512, 700), Module("b", 700, 512)))
+    layout = LoRALayout((stack,), 8, 8.0)
+    generator = make(
+        config(
+            layout=layout, condition={"hidden_states": 48}, num_blocks=2, head_dim=32, **changes
+        ),
+        dtype=dtype,
+    )
+    given = Condition.of(torch.randn(batch, tokens, 48, dtype=dtype))
+    generator.chunk_bytes = chunk
+    generator.prefix_cache_bytes = 0
+    generator.memory_budget = 1 << 40
+    reckoned = generator.memory_plan(batch, tokens).working_bytes
+    with torch.no_grad():
+        generator.generate_grids(given)  # tables are made
+        measured = peak_memory(lambda: generator.generate_grids(given))
+    assert measured <= reckoned <= 4 * measured
+
+
+def test_tighter_budgets_stream_first_and_then_take_smaller_chunks():
+    mega = 1 << 20
+    sizes = Sizes(config(), 10 * mega, 20 * mega, 4, 1, 14, 64 * mega, 0)
+    full = 10 * mega + 5 * 20 * mega + sizes.working_bytes(64 * mega)
+    seen = [plan_memory(sizes, full - step * 20 * mega) for step in range(4)]
+    assert [plan.resident_blocks for plan in seen] == [5, 2, 1, 0]
+    assert {plan.chunk_bytes for plan in seen} == {64 * mega}
+    tight = plan_memory(sizes, full - 5 * 20 * mega)
+    assert tight.chunk_bytes < 64 * mega
+    assert tight.total_bytes <= full - 5 * 20 * mega
+    with pytest.raises(HYWUError, match="needs at least") as error:
+        plan_memory(sizes, 40 * mega)
+    least = int(str(error.value).split("needs at least ")[1].split(" ")[0].replace(",", ""))
+    assert plan_memory(sizes, least).total_bytes <= least
+    with pytest.raises(HYWUError):
+        plan_memory(sizes, least - 1)
+
+
+def test_a_checkpoint_loads_within_a_budget(tmp_path):
+    original = make(config())
+    path = save_generator(original, tmp_path / "g.safetensors")
+    expected = grids(original, condition())
+    for resident in (5, 2, 0):
+        budget = with_resident(make(config()), resident)
+        loaded = load_generator(path, memory_budget=budget)
+        assert same(grids(loaded, condition()), expected)
+        again = save_generator(loaded, tmp_path / f"{resident}.safetensors")
+        assert same(grids(load_generator(again), condition()), expected)
+
+
+def test_streaming_is_for_inference():
+    generator = make(config())
+    generator.memory_budget = with_resident(generator, 0)
+    grids(generator, condition())
+    generator.requires_grad_(True)
+    with pytest.raises(HYWUError, match="in inference only"):
+        generator(condition())
+
+
+@pytest.mark.parametrize("resident", [None, 1])
+def test_an_interrupted_call_leaves_the_next_one_whole(resident):
+    generator = make(config())
+    expected = grids(generator, condition())
+    if resident is not None:
+        generator.memory_budget = with_resident(generator, resident)
+
+    def stop(done: int, total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    for _ in range(2):
+        with torch.no_grad(), pytest.raises(KeyboardInterrupt) as kept:
+            generator.generate_grids(condition(), stop)
+        assert kept.tb is not None  # frames of the interrupted call live on, its turn doesn't
+        assert same(grids(generator, condition()), expected)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_modes_mix(mode):
+    generator = make(config())
+    generator.memory_budget = with_resident(generator, 1)
+    with mode():
+        first = generator.generate_grids(condition())
+    assert same(first, grids(generator, condition()))
+
+
+@pytest.mark.parametrize("resident", [None, 1])
+def test_threads_share_one_generator(resident):
+    generator = make(config())
+    given = [condition(batch, seed) for seed, batch in enumerate((1, 2, 1, 3))]
+    expected = [grids(make(config()), one) for one in given]
+    if resident is not None:
+        generator.memory_budget = with_resident(generator, resident, 3)
+    results: list[list] = [[] for _ in given]
+    start = threading.Barrier(len(given))
+
+    def work(i: int) -> None:
+        start.wait()
+        for _ in range(4):
+            results[i].append(grids(generator, given[i]))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(given))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for runs, right in zip(results, expected, strict=True):
+        assert len(runs) == 4
+        assert all(same(run, right) for run in runs)
