@@ -24,7 +24,7 @@ comfy.options.enable_args_parsing()
 import comfy.lora  # noqa: E402
 import folder_paths  # noqa: E402
 import torch  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 import nodes as stock  # noqa: E402
 
@@ -37,6 +37,8 @@ def load_as(name: str, path: str, folders: list[str] | None = None):
     return module
 
 
+for kind in ("diffusion_models", "loras"):
+    folder_paths.add_model_folder_path(kind, folder, is_default=True)
 NODES = load_as("hywu_nodes", f"{extension}/__init__.py", [extension]).NODE_CLASS_MAPPINGS
 GeneratedLoRA = sys.modules["hywu_nodes.hywu_core.lora"].GeneratedLoRA
 LoRALayout = sys.modules["hywu_nodes.hywu_core.layout"].LoRALayout
@@ -45,8 +47,6 @@ FP8 = "fp8_e4m3fn"
 #: Strength at which most of the LoRA is below half a step of fp8.
 FAINT = 0.05
 
-for kind in ("diffusion_models", "loras"):
-    folder_paths.add_model_folder_path(kind, folder, is_default=True)
 torch.set_grad_enabled(False)
 
 
@@ -129,6 +129,28 @@ def layout_node(model, layout) -> dict:
     }
 
 
+def foreign(model, lora) -> dict:
+    """The LoRA under names that have lost their dots, read with the model's help and without."""
+    tensors = {}
+    for key, value in load_file(f"{folder}/lora.safetensors").items():
+        path, _, end = key.removeprefix("diffusion_model.").partition(".lora_")
+        path, end = (path, f".lora_{end}") if end else (path.removesuffix(".alpha"), ".alpha")
+        tensors[f"lora_unet_{path.replace('.', '_')}{end}"] = value
+    save_file(tensors, f"{folder}/flat.safetensors")
+    node = NODES["HYWULoadLoRA"]()
+    loaded = node.load("flat.safetensors", model)["result"][0]
+    try:
+        node.load("flat.safetensors")
+        said = ""
+    except ValueError as problem:
+        said = str(problem)
+    return {
+        "same": set(loaded) == set(lora)
+        and all(torch.equal(x, y) for p in lora for x, y in zip(loaded[p], lora[p], strict=True)),
+        "without_model": said,
+    }
+
+
 def figures(name: str) -> dict:
     weights = a.random_weights(a.build(name), torch.float32)
     file = checkpoint("base", weights)
@@ -146,6 +168,7 @@ def figures(name: str) -> dict:
     lora = both.select(0)
     lora.save(f"{folder}/lora.safetensors", format="comfyui", overwrite=True)
     folder_paths.filename_list_cache.clear()
+    result["foreign"] = foreign(model, lora)
     sample = a.sampler(name, stock.common_ksampler)
     plain = sample(model)
     unmerged = sample(apply(model, lora))

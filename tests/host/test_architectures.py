@@ -24,7 +24,7 @@ EXPECTED = {
     "Z-Image": ("Lumina2", 2, False),
 }
 #: Largest difference of two latents that count as equal, as a share of the largest value.
-EQUAL = 1e-4
+EQUAL = 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,8 @@ def test_a_generated_lora_acts_like_the_same_lora_from_a_file(run, name):
     assert 1e6 < node["parameters"] < 1e7
     assert node["seconds"] > 0
     assert node["lines"] > len(found["stacks"])
+    assert found["foreign"]["same"]
+    assert "connect the MODEL" in found["foreign"]["without_model"]
     # pictures
     assert found["merge"] < EQUAL
     assert found["unmerged"] < EQUAL
