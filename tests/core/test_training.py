@@ -243,7 +243,9 @@ def test_standardized_conditions_are_folded_into_the_checkpoint(tmp_path):
     with torch.no_grad():
         expected = strategy.generate(condition)
         strategy.export(tmp_path / "generator.safetensors", {})
-        exported = load_generator(tmp_path / "generator.safetensors", dtype=torch.float32)(condition)
+        exported = load_generator(tmp_path / "generator.safetensors", dtype=torch.float32)(
+            condition
+        )
     path = next(iter(expected))
     assert not torch.allclose(before[path].A, expected[path].A, atol=1e-2)
     for key in expected:
