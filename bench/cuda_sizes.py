@@ -1,0 +1,144 @@
+"""The sizes of bench/cuda.py: official, official without experts, Flux-size, bundled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from hywu_core import Condition, GeneratorConfig, LoRALayout
+from hywu_core.layout import Module, Stack
+
+from .generator import official_config
+
+
+@dataclass(frozen=True)
+class Size:
+    """One size: how it is made, the condition's length in all, and how much time it may take.
+
+    share: part of the time left that it may use. least_s: with less left a variant isn't begun.
+    """
+
+    words: str
+    config: Callable[[], GeneratorConfig]
+    condition_tokens: int
+    target: str
+    share: float
+    least_s: float
+
+    def tiny(self) -> Size:
+        """The same stacks, modules and condition parts, almost no width, layers or blocks."""
+        return replace(self, config=lambda: shrunk(self.config()), condition_tokens=10, least_s=0.1)
+
+
+def shrunk(config: GeneratorConfig) -> GeneratorConfig:
+    stacks = []
+    for stack in config.layout.stacks:
+        modules = tuple(
+            Module(m.name, 32, 48, min(2, m.num_experts), m.conv) for m in stack.modules
+        )
+        stacks.append(Stack(stack.layers[:2], modules))
+    rank = config.layout.rank
+    layout = LoRALayout(tuple(stacks), rank, config.layout.alpha)
+    acc = config.dim_accumulation
+    return config.with_(
+        layout=layout,
+        condition=dict.fromkeys(config.condition, 24),
+        token_dim=16,
+        d_model=64 if 64 % acc == 0 else 64 * acc,
+        head_dim=16,
+        num_blocks=2,
+    )
+
+
+def reduced() -> GeneratorConfig:
+    """Small enough for float64, large enough that rounding adds up as at full size."""
+    modules = (Module("qkv", 512, 768), Module("proj", 512, 512), Module("experts.w1", 256, 512, 4))
+    layout = LoRALayout((Stack(tuple(f"model.layers.{i}" for i in range(4)), modules),), 16, 64.0)
+    return GeneratorConfig(layout, {"hidden_states": 128}, 128, 4, 256, 64, 8, "bfloat16")
+
+
+def dense_config() -> GeneratorConfig:
+    """The official generator with the experts left out of its targets: 4,480 positions."""
+    config = official_config()
+    (stack,) = config.layout.stacks
+    dense = Stack(stack.layers, tuple(m for m in stack.modules if not m.num_experts))
+    return config.with_(layout=LoRALayout((dense,), 16, 64.0))
+
+
+def flux_config() -> GeneratorConfig:
+    """19 double and 38 single blocks of Flux at full width, a generator of 12 blocks, d_model 1024."""
+    width, hidden = 3072, 12288
+    double = tuple(
+        module
+        for side in ("img", "txt")
+        for module in (
+            Module(f"{side}_attn.qkv", width, 3 * width),
+            Module(f"{side}_attn.proj", width, width),
+            Module(f"{side}_mlp.0", width, hidden),
+            Module(f"{side}_mlp.2", hidden, width),
+        )
+    )
+    single = (
+        Module("linear1", width, 3 * width + hidden),
+        Module("linear2", width + hidden, width),
+    )
+    stacks = (
+        Stack(tuple(f"double_blocks.{i}" for i in range(19)), double),
+        Stack(tuple(f"single_blocks.{i}" for i in range(38)), single),
+    )
+    layout = LoRALayout(stacks, 16, 16.0)
+    return GeneratorConfig(layout, {"hidden_states": 4096}, 1024, 4, 1024, 128, 12)
+
+
+def bundled_config() -> GeneratorConfig:
+    """The bundled generator's, from its checkpoint; without one, what the experiment trains."""
+    from hywu_core.editor.checkpoint import weights_folder
+    from hywu_core.editor.model import Editor
+    from hywu_core.generator.checkpoints import open_checkpoint
+    from hywu_core.training.conflict.plan import ConflictPlan
+    from hywu_core.training.conflict.runs import Runs
+    from hywu_core.training.editor_base import EditorBase
+
+    path = weights_folder() / "generator.safetensors"
+    if path.is_file():
+        return open_checkpoint(path).config
+    base, plan = EditorBase(Editor()), ConflictPlan()
+    runs = Runs(base, None, base.module.config.train_size, plan, path.parent)
+    return runs.generator_config(plan.main_rank)
+
+
+SIZES = {
+    "bundled": Size(
+        "the bundled editor's generator", bundled_config, 160, "<= 3 ms (graph)", 0.1, 5
+    ),
+    "flux": Size(
+        "19 double and 38 single blocks, d_model 1024, 12 blocks, condition 1,000",
+        flux_config, 1000, "<= 25 ms", 0.15, 10,
+    ),
+    "official_dense": Size(
+        "official, experts left out, condition 4,000", dense_config, 4000, "<= 200 ms", 0.3, 25
+    ),
+    "official": Size(
+        "8.1 B parameters, 176,512 positions, condition 4,000", official_config, 4000,
+        ">= 70 % of matmul and 1.15x eager in bf16, 1.4x in fp8, peak <= 4 GB over the weights",
+        0.85, 45,
+    ),
+}  # fmt: skip
+
+
+def random_condition(
+    config: GeneratorConfig, tokens: int, device: torch.device, dtype: torch.dtype
+) -> Condition:
+    """`tokens` random tokens, spread evenly over the config's parts."""
+    rng = torch.Generator(device).manual_seed(1)
+    names, parts, left = list(config.condition), {}, tokens
+    for i, name in enumerate(names):
+        count = left // (len(names) - i)
+        left -= count
+        shape = (1, count, config.condition[name])
+        parts[name] = torch.randn(
+            shape, generator=rng, device=device, dtype=torch.float32
+        ).to(dtype)  # fmt: skip
+    return Condition(parts)

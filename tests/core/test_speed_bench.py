@@ -1,0 +1,110 @@
+"""bench/cuda.py: its whole course on a CPU at tiny sizes, its sizes, its helpers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from bench import cuda, cuda_sizes, device
+from bench.cuda_sizes import SIZES
+from bench.cuda_variants import VARIANTS, reference, relative_difference
+from bench.generator import make
+
+CPU = torch.device("cpu")
+
+
+def test_the_whole_course_runs_on_a_cpu(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "figures.json"
+    monkeypatch.setattr(cuda, "CALLS", 2)
+    names = [name for name in VARIANTS if name != "compiled"]  # slow; test_speed_fast.py runs it
+    arguments = ["cuda", "--device", "cpu", "--tiny", "--json", str(path), "--variants", *names]
+    monkeypatch.setattr("sys.argv", arguments)
+    cuda.main()
+    figures = json.loads(path.read_text())
+    assert figures["rates"]["matmul_tflops"] > 0
+    errors = figures["relative_error_at_reduced_size"]
+    assert set(errors) == {"float32 eager", *names}
+    for name in ("float32 eager", "eager", "ours", "streamed"):
+        assert errors[name] < 1e-5
+    assert 0.005 < errors["fp8"] < 0.08
+    assert set(figures["sizes"]) == set(SIZES)
+    printed = capsys.readouterr().out
+    for name, size in figures["sizes"].items():
+        assert f"{name}: " in printed
+        assert set(size["variants"]) == set(names)
+        assert size["variants"]["graph"]["skipped"] == "graphs are for small generators on CUDA"
+        for variant, result in size["variants"].items():
+            if "skipped" in result:
+                assert variant in ("graph", "streamed"), (name, variant, result)
+                continue
+            assert 0 < result["min_s"] <= result["median_s"] <= result["max_s"]
+            assert result["peak_over_weights_bytes"] > 0
+            if variant != "eager":
+                limit = 0.1 if variant == "fp8" else 1e-5
+                assert result["difference_from_eager"] < limit, (name, variant)
+        assert size["variants"]["eager"]["profile"]["seconds_by_kind"]["matmul"] > 0
+
+
+def test_the_sizes_are_those_they_claim():
+    official, dense = SIZES["official"].config(), SIZES["official_dense"].config()
+    assert official.num_positions == 176_512
+    assert official.flops(4000) == pytest.approx(3.229e15, rel=2e-3)
+    assert dense.num_positions == 4_480
+    assert dense.flops(4000) == pytest.approx(0.079e15, rel=0.05)
+    flux = SIZES["flux"].config()
+    assert flux.num_positions == pytest.approx(13_700, rel=0.02)
+    assert flux.flops(1000) == pytest.approx(7.5e12, rel=0.05)
+    assert [len(stack.layers) for stack in flux.layout.stacks] == [19, 38]
+
+
+def test_nothing_starts_when_the_time_is_over(monkeypatch, tmp_path):
+    path = tmp_path / "figures.json"
+    arguments = "cuda --device cpu --tiny --seconds 0 --sizes flux --variants ours fp8 --json"
+    monkeypatch.setattr("sys.argv", [*arguments.split(), str(path)])
+    cuda.main()
+    variants = json.loads(path.read_text())["sizes"]["flux"]["variants"]
+    assert all("were left" in variants[name]["skipped"] for name in ("ours", "fp8"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the error is about a machine without CUDA")
+def test_a_machine_without_cuda_is_told_what_to_do(capsys):
+    for arguments in ([], ["--device", "cpu"]):
+        with pytest.raises(SystemExit):
+            cuda.parse(arguments)
+        assert "--tiny" in capsys.readouterr().err
+
+
+def test_the_comparison_sees_a_wrong_layer():
+    config = cuda_sizes.reduced().with_(num_blocks=1)
+    condition = cuda_sizes.random_condition(config, 5, CPU, torch.float32)
+    with torch.no_grad():
+        grids = reference(make(config), condition)()
+        other = [grid.clone() for grid in grids]
+        assert relative_difference(other, grids) == 0
+        other[0][:, 2] *= 1.1
+        assert 0.03 < relative_difference(other, grids) < 0.08  # 0.1 / sqrt(4 layers)
+
+
+def test_timing_keeps_to_its_budget():
+    calls = []
+    figures = device.timed(lambda: calls.append(1), CPU, 10, 4)
+    assert (figures["calls"], len(calls)) == (4, 5)
+    figures = device.timed(lambda: calls.append(1), CPU, 0, 4)
+    assert figures["calls"] == 1
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("sm90_xmma_gemm_bf16bf16_bf16f32", "matmul"),
+        ("nvjet_tst_256x128_64x4_2x1_v_bz_coopA_TNT", "matmul"),
+        ("void pytorch_flash::flash_fwd_kernel<...>", "attention"),
+        ("void at::native::vectorized_elementwise_kernel<4, ...>", "elementwise"),
+        ("Memcpy HtoD (Pinned -> Device)", "copy"),
+        ("aten::addmm", "matmul"),
+    ],
+)
+def test_kernels_are_told_apart(kernel, kind):
+    assert device.kind_of(kernel) == kind
