@@ -8,6 +8,8 @@ shared by all blocks with a learned offset each (PixArt's adaLN-single).
 from __future__ import annotations
 
 import math
+import re
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -19,12 +21,16 @@ from torch import Tensor, nn
 from ..errors import HYWUError
 
 
+#: Most pieces of one word that are looked at.
+PIECES = 48
+
+
 @dataclass(frozen=True)
 class EditorConfig:
     """Hyperparameters. width must be divisible by heads, and a head by 4 (two rotary axes of pairs).
 
-    patch: side of a patch in pixels. text_bytes: longest instruction, in UTF-8 bytes.
-    train_size: side of the training crops; larger images are edited in tiles of that size.
+    patch: side of a patch in pixels. text_words: longest instruction, in words. buckets: embeddings
+    that the words' pieces are hashed to. train_size: side of the training crops; larger images are edited in tiles of that size.
     pool: the condition has at most ``pool x pool`` image tokens.
     """
 
@@ -33,7 +39,8 @@ class EditorConfig:
     heads: int = 6
     text_depth: int = 2
     patch: int = 8
-    text_bytes: int = 96
+    text_words: int = 24
+    buckets: int = 4096
     train_size: int = 64
     pool: int = 8
 
@@ -116,23 +123,42 @@ class TextBlock(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Bytes of the instruction -> tokens. Position 0 is a start token, so that "" has one token."""
+    """Words of the instruction -> tokens, each the mean of its byte n-grams' embeddings (fastText,
+    Bojanowski et al. 2017): words never seen share pieces with their relatives ("blurrier", "blur").
+
+    Position 0 is a start token, so that "" has one token.
+    """
 
     def __init__(self, config: EditorConfig, operations: Any) -> None:
         super().__init__()
-        self.embed = operations.Embedding(257, config.width)
-        self.position = nn.Parameter(torch.randn(config.text_bytes + 1, config.width) * 0.02)
+        self.embed = operations.Embedding(config.buckets, config.width)
+        self.position = nn.Parameter(torch.randn(config.text_words + 1, config.width) * 0.02)
         self.layers = nn.ModuleList(
             TextBlock(config.width, config.heads, operations) for _ in range(config.text_depth)
         )
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """ids int64 ``[B, T]``, mask bool ``[B, T]`` -> ``[B, T, C]``."""
-        x = self.embed(ids)
+        """ids int64 ``[B, T, G]`` of the words' pieces, 0 for none; mask bool ``[B, T]`` -> ``[B, T, C]``."""
+        there = (ids > 0).unsqueeze(-1)
+        pieces = self.embed(ids)
+        # divided by the root of their number: pieces are nearly orthogonal
+        x = (pieces * there).sum(2) * there.sum(2).clamp_min(1).to(pieces) ** -0.5
         x = x + self.position[: ids.shape[1]].to(x)
         for layer in self.layers:
             x = layer(x, mask[:, None, None])
         return norm(x)
+
+
+def split_words(text: str) -> list[str]:
+    """Lower-case words and single signs, in order."""
+    return re.findall(r"[^\W_]+|[^\w\s]|_", text.lower())
+
+
+def word_pieces(word: str, buckets: int) -> list[int]:
+    """Hashes in 2..buckets - 1 of a word and its n-grams of 2 to 4 UTF-8 bytes, ends marked."""
+    data = b"<" + word.encode("utf-8", "replace") + b">"
+    grams = {data} | {data[i : i + n] for n in (2, 3, 4) for i in range(len(data) - n + 1)}
+    return sorted({2 + zlib.crc32(gram) % (buckets - 2) for gram in grams})[:PIECES]
 
 
 class Editor(nn.Module):
@@ -169,17 +195,23 @@ class Editor(nn.Module):
     def encode_text(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Instructions -> tokens ``[B, T, C]`` and mask bool ``[B, T]``, True where a token counts.
 
-        A text longer than `text_bytes` UTF-8 bytes is cut there.
+        A text of more than `text_words` words is cut there.
         """
-        limit = self.config.text_bytes
+        config, device = self.config, self.text.position.device
         rows = [
-            [0, *(b + 1 for b in text.strip().lower().encode()[:limit])] for text in instructions
+            [[1], *(word_pieces(word, config.buckets) for word in split_words(text))]
+            for text in instructions
         ]
+        rows = [row[: config.text_words + 1] for row in rows]
         longest = max(map(len, rows))
-        device = self.text.position.device
-        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
-        lengths = torch.tensor([len(row) for row in rows], device=device)
-        mask = torch.arange(longest, device=device) < lengths[:, None]
+        most = max(len(pieces) for row in rows for pieces in row)
+        ids = torch.zeros(len(rows), longest, most, dtype=torch.int64)
+        for row, words in zip(ids, rows, strict=True):
+            for place, pieces in zip(row, words, strict=False):
+                place[: len(pieces)] = torch.tensor(pieces)
+        lengths = torch.tensor([len(row) for row in rows])
+        mask = (torch.arange(longest) < lengths[:, None]).to(device)
+        ids = ids.to(device)
         return self.text(ids, mask), mask
 
     def forward(self, x: Tensor, t: Tensor, source: Tensor, text: Tensor, mask: Tensor) -> Tensor:

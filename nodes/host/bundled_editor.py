@@ -113,7 +113,7 @@ class EditorModel(comfy.model_base.BaseModel):
     def memory_required(self, input_shape: Any, cond_shapes: Any = None) -> float:
         """Bytes: activations of the tiles that run at once, and some copies of the image."""
         config, items = self.diffusion_model.config, input_shape[0]
-        tokens = (config.train_size // config.patch) ** 2 + config.text_bytes + 1
+        tokens = (config.train_size // config.patch) ** 2 + config.text_words + 1
         activations = max(TILES, items) * tokens * config.width * 24
         return 4.0 * (activations + 8 * 6 * items * math.prod(input_shape[2:]))
 
@@ -138,8 +138,8 @@ def _source(noise: Tensor, kwargs: dict[str, Any]) -> Tensor:
     return source.repeat(noise.shape[0] // source.shape[0], 1, 1, 1)
 
 
-class ByteTokenizer:
-    """Splits a text into its lines: one for every image, or one for all. The encoder reads bytes."""
+class LineTokenizer:
+    """Splits a text into its lines: one for every image, or one for all. The encoder splits them into words."""
 
     def __init__(self, embedding_directory: Any = None, tokenizer_data: Any = None) -> None:
         pass
@@ -151,7 +151,7 @@ class ByteTokenizer:
         return {}
 
 
-class ByteText(nn.Module):
+class WordText(nn.Module):
     """The editor's text encoder under ComfyUI's CLIP."""
 
     dtypes = {torch.float32}
@@ -226,11 +226,11 @@ def load_clip() -> comfy.sd.CLIP:
 
     class Target:
         params: dict = {}
-        tokenizer = ByteTokenizer
+        tokenizer = LineTokenizer
 
         @staticmethod
-        def clip(**_: Any) -> ByteText:
-            return ByteText(editor)
+        def clip(**_: Any) -> WordText:
+            return WordText(editor)
 
     size = sum(p.numel() for p in editor.text.parameters())
     return comfy.sd.CLIP(Target, parameters=size)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...hywu_core.condition import Condition
 from ...hywu_core.conditioning.editor import EditorEncoder
+from ...hywu_core.editor.model import split_words
 from ...hywu_core.editor.vocabulary import unknown_instruction
 from ...hywu_core.errors import HYWUError
 from ..instructions import for_images
@@ -69,12 +70,12 @@ def encode(
 def _warnings(generator: HostGenerator, texts: Sequence[str]) -> list[str]:
     """What is not an error but will not do what the user hopes."""
     found = []
-    limit = _bundled().model.config.text_bytes if _is_bundled(generator) else None
+    limit = _bundled().model.config.text_words if _is_bundled(generator) else None
     phrasings = generator.config.provenance.get("phrasings") or {}
     known = [(task, text) for task, texts in phrasings.items() for text in texts]
     for text in dict.fromkeys(texts):
-        if limit and len(text.lower().encode()) > limit:
-            found.append(f"Only the first {limit} bytes of '{text[:40]}…' are read.")
+        if limit and len(split_words(text)) > limit:
+            found.append(f"Only the first {limit} words of '{text[:40]}…' are read.")
         if known and (warning := unknown_instruction(text[:300], known)):
             found.append(warning)
     return found
@@ -151,7 +152,7 @@ def _check_editor(what: str, identity: str, wanted: str | None) -> None:
 def _memory(editor: HostEditor, pixels: Tensor) -> int:
     """Bytes of activations for the images that run at once, and of the pixels."""
     config = editor.config
-    tokens = (config.train_size // config.patch) ** 2 + config.text_bytes + 1
+    tokens = (config.train_size // config.patch) ** 2 + config.text_words + 1
     return 4 * (min(ROWS, pixels.shape[0]) * tokens * config.width * 24 + 2 * pixels.numel())
 
 
