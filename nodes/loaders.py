@@ -67,8 +67,8 @@ class HYWULoadBundledEditor:
     RETURN_NAMES = ("model", "clip", "vae")
     OUTPUT_TOOLTIPS = (
         "The editor. Put Apply Generated LoRA between it and the sampler.",
-        "The editor's text encoder of word pieces, for CLIPTextEncode. Any language's letters work; with a "
-        "batch of images, write one line for each or one for all.",
+        "The editor's text encoder of word pieces, for CLIPTextEncode. Any language's letters work; "
+        "with a batch of images, write one line for each or one for all.",
         "The pixel-space VAE: pixels in, pixels out.",
     )
     FUNCTION = "load"

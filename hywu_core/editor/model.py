@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from ..errors import HYWUError
 
-
 #: Most pieces of one word that are looked at.
 PIECES = 48
 

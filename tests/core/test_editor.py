@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from hywu_core.editor.checkpoint import load_editor, save_editor
-from hywu_core.editor.model import Editor, EditorConfig, patchify, unpatchify
+from hywu_core.editor.model import (
+    Editor,
+    EditorConfig,
+    patchify,
+    split_words,
+    unpatchify,
+    word_pieces,
+)
 from hywu_core.editor.sampling import edit, tiled_velocity
 from hywu_core.errors import HYWUError
 from hywu_core.files import read_tensors, save_tensors
@@ -111,3 +118,29 @@ def test_a_damaged_file_is_explained(editor, tmp_path):
 def test_a_misfit_is_explained(editor):
     with pytest.raises(HYWUError, match="one instruction an image"):
         edit(editor, torch.rand(2, 3, 8, 8), ["one"])
+
+
+def test_words_share_pieces_with_their_relatives():
+    blur, blurrier, dark = (set(word_pieces(w, 4096)) for w in ("blur", "blurrier", "darken"))
+    assert len(blur & blurrier) >= 4
+    assert len(blur & dark) <= 1
+    assert min(blur | blurrier | dark) >= 2, "0 is padding, 1 the start"
+    assert split_words("Don't BLUR it, 明るく!") == [
+        "don",
+        "'",
+        "t",
+        "blur",
+        "it",
+        ",",
+        "明るく",
+        "!",
+    ]
+
+
+def test_long_and_empty_instructions():
+    editor = Editor(SMALL)
+    words, mask = editor.encode_text(["", "dark " * 100, "x" * 5000])
+    assert mask.sum(1).tolist() == [1, SMALL.text_words + 1, 2]
+    assert torch.isfinite(words).all()
+    alone, _ = editor.encode_text([""])
+    assert torch.allclose(words[0, :1], alone[0], atol=1e-5)
