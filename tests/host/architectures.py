@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import comfy.ops
@@ -44,7 +44,7 @@ def _unet(**options: Any) -> dict[str, Any]:
 _FLUX = {
     "in_channels": 16, "out_channels": 16, "hidden_size": 3072, "mlp_ratio": 4.0, "num_heads": 24,
     "depth": 1, "depth_single_blocks": 1, "axes_dim": [16, 56, 56], "theta": 10000, "patch_size": 2,
-    "qkv_bias": True,
+    "qkv_bias": True, "txt_ids_dims": [],
 }  # fmt: skip
 _LUMINA = {"in_channels": 16, "cap_feat_dim": 32, "n_layers": 1, "n_refiner_layers": 2, "qk_norm": True,
            "patch_size": 2}  # fmt: skip
@@ -89,7 +89,7 @@ ARCHITECTURES = {
         "chroma.model.Chroma",
         {
             **_FLUX, "context_in_dim": 64, "in_channels": 64, "out_channels": 64, "in_dim": 64,
-            "out_dim": 3072, "hidden_dim": 5120, "n_layers": 5,
+            "out_dim": 3072, "hidden_dim": 5120, "n_layers": 5, "vec_in_dim": None,
         },
         (16, 4, 4), 64, small=False,
     ),
@@ -111,7 +111,7 @@ ARCHITECTURES = {
             "mlp_ratio": 4.0, "num_heads": 2, "depth": 1, "depth_single_blocks": 2,
             "axes_dim": [64, 64], "theta": 256, "qkv_bias": True, "vec_in_dim": None,
             "context_in_dim": 64, "guidance_embed": False, "meanflow": False, "byt5": False,
-            "use_cond_type_embedding": False, "vision_in_dim": None,
+            "use_cond_type_embedding": False, "vision_in_dim": None, "meanflow_sum": False,
         },
         (64, 8, 8), 64,
     ),
@@ -139,10 +139,16 @@ def build(name: str) -> torch.nn.Module:
     """The architecture without storage (on the meta device)."""
     architecture = ARCHITECTURES[name]
     module, _, kind = architecture.kind.rpartition(".")
-    cls = getattr(importlib.import_module(f"comfy.ldm.{module}"), kind)
+    namespace = importlib.import_module(f"comfy.ldm.{module}")
+    cls = getattr(namespace, kind)
+    options = architecture.options
+    if params := getattr(namespace, f"{kind}Params", None):
+        # a dataclass of options; versions of ComfyUI differ in some
+        known = {option.name for option in fields(params)}
+        options = {name: value for name, value in options.items() if name in known}
     with torch.device("meta"):
         return cls(
-            **architecture.options,
+            **options,
             dtype=torch.float32,
             device="meta",
             operations=comfy.ops.disable_weight_init,
