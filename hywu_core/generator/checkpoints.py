@@ -26,9 +26,6 @@ from .model import ParameterGenerator
 FORMAT = "hywu-generator-1"
 INDEX = "model.safetensors.index.json"
 
-#: Condition tokens that loading with a memory budget reckons with; each call plans anew.
-TYPICAL_CONDITION = 4096
-
 #: fused projection -> the official ones it holds, in order
 FUSED = {"W_qkv": ("W_q", "W_k", "W_v"), "W_kv": ("W_k", "W_v")}
 
@@ -83,8 +80,10 @@ def load_generator(
         setattr(generator.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
     if memory_budget is not None:
         generator.memory_budget = memory_budget
-        plan = generator.memory_plan(1, TYPICAL_CONDITION)
-        if plan is not None and not plan.streamed:
+        # reckoned with the shortest condition; each call plans anew, and may stream more
+        if generator.memory_plan(1, 1).streamed:
+            generator.offload()
+        else:
             generator.to(device)
     return generator.eval()
 

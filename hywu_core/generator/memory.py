@@ -28,6 +28,9 @@ LEAST_ROWS = 64
 #: Start of every tensor in a flat buffer, in bytes: what vectorized loads want.
 ALIGNMENT = 256
 
+#: Held while a generator starts to stream, which moves its weights.
+STARTING = threading.Lock()
+
 
 @dataclass(frozen=True)
 class MemoryPlan:

@@ -8,7 +8,6 @@ and everything works for any batch size.
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, Literal
@@ -23,7 +22,7 @@ from ..errors import HYWUError
 from ..lora import GeneratedLoRA
 from .config import GeneratorConfig
 from .layers import Context, RMSNorm, Transformer, even_step, fused_kernels, linear, weights
-from .memory import BlockStreamer, MemoryPlan, Sizes, plan_memory, tensor_bytes
+from .memory import STARTING, BlockStreamer, MemoryPlan, Sizes, plan_memory, tensor_bytes
 from .rope import StackTables
 from .sharing import Shared
 
@@ -33,9 +32,6 @@ CHUNK_BYTES = {"cpu": 12 << 20, "cuda": 512 << 20}
 
 #: The constant prefix is kept when it is no larger than this.
 PREFIX_CACHE_BYTES = 256 << 20
-
-#: Held while a generator starts to stream, which moves its weights.
-_LOCK = threading.Lock()
 
 
 class ParameterGenerator(nn.Module):
@@ -134,7 +130,7 @@ class ParameterGenerator(nn.Module):
         tables = self._tables_on(tokens.device)
         context = self._context(tokens, mask, tables, in_place, plan)
         total = len(self.model.blocks)
-        with contextlib.closing(self._blocks(plan, tokens.device)) as blocks:
+        with contextlib.closing(self._blocks(plan)) as blocks:
             for i, block in enumerate(blocks):
                 if i == 0:
                     streams = self._initial_streams(block, tables, context, plan)
@@ -196,13 +192,18 @@ class ParameterGenerator(nn.Module):
         self.forget()  # .to() and the like make other tensors of the weights
         return super()._apply(fn, recurse)
 
-    def _blocks(self, plan: MemoryPlan | None, device: torch.device) -> Iterator[nn.Module]:
+    def offload(self) -> None:
+        """Move the blocks' weights to host memory; from there they are streamed, or kept besides."""
+        with STARTING:
+            device = self.model.norm_input.weight.device
+            self._streamer = self._streamer or BlockStreamer(self.model.blocks, device)
+
+    def _blocks(self, plan: MemoryPlan | None) -> Iterator[nn.Module]:
         if self._streamer is None:
             if plan is None or not plan.streamed:
                 yield from self.model.blocks
                 return
-            with _LOCK:
-                self._streamer = self._streamer or BlockStreamer(self.model.blocks, device)
+            self.offload()
         resident = len(self.model.blocks) if plan is None else plan.resident_blocks
         yield from self._streamer.run(resident)
 

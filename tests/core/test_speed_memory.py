@@ -7,11 +7,19 @@ import threading
 import pytest
 import torch
 
-from bench.generator import make
+from bench.generator import make, official_config
 from bench.measure import peak_memory
-from hywu_core import Condition, GeneratorConfig, HYWUError, LoRALayout, load_generator
+from hywu_core import (
+    Condition,
+    GeneratorConfig,
+    HYWUError,
+    LoRALayout,
+    ParameterGenerator,
+    load_generator,
+)
 from hywu_core.generator.checkpoints import save_generator
 from hywu_core.generator.memory import SLOTS, Sizes, plan_memory
+from hywu_core.generator.model import CHUNK_BYTES
 from hywu_core.layout import Module, Stack
 
 
@@ -140,21 +148,37 @@ def test_the_reckoned_memory_covers_the_measured_peak(dtype, batch, tokens, chun
 
 
 def test_tighter_budgets_stream_first_and_then_take_smaller_chunks():
-    mega = 1 << 20
-    sizes = Sizes(config(), 10 * mega, 20 * mega, 4, 1, 14, 64 * mega, 0)
-    full = 10 * mega + 5 * 20 * mega + sizes.working_bytes(64 * mega)
-    seen = [plan_memory(sizes, full - step * 20 * mega) for step in range(4)]
-    assert [plan.resident_blocks for plan in seen] == [5, 2, 1, 0]
-    assert {plan.chunk_bytes for plan in seen} == {64 * mega}
-    tight = plan_memory(sizes, full - 5 * 20 * mega)
-    assert tight.chunk_bytes < 64 * mega
-    assert tight.total_bytes <= full - 5 * 20 * mega
+    config = official_config()
+    block, fixed, chunk = 671_000_000, 160_000_000, CHUNK_BYTES["cuda"]
+    sizes = Sizes(config, fixed, block, 2, 1, 4000, chunk, 0)
+    full = fixed + 24 * block + sizes.working_bytes(chunk)
+    seen = [plan_memory(sizes, full - step * block) for step in (0, 1, 12, 22)]
+    assert [plan.resident_blocks for plan in seen] == [24, 21, 10, 0]
+    assert {plan.chunk_bytes for plan in seen} == {chunk}
+    tight = plan_memory(sizes, full - 23 * block)
+    assert tight.chunk_bytes < chunk
+    assert tight.total_bytes <= full - 23 * block
     with pytest.raises(HYWUError, match="needs at least") as error:
-        plan_memory(sizes, 40 * mega)
+        plan_memory(sizes, 2_000_000_000)
     least = int(str(error.value).split("needs at least ")[1].split(" ")[0].replace(",", ""))
     assert plan_memory(sizes, least).total_bytes <= least
     with pytest.raises(HYWUError):
         plan_memory(sizes, least - 1)
+
+
+def test_the_official_size_is_reckoned_to_keep_what_is_asked():
+    """4 GB over the weights, and 12 GB in all with blocks streamed."""
+    with torch.device("meta"):
+        generator = ParameterGenerator(official_config()).to(torch.bfloat16)
+    generator.chunk_bytes = CHUNK_BYTES["cuda"]
+    generator.memory_budget = 1 << 50
+    plan = generator.memory_plan(1, 4000)
+    assert not plan.streamed
+    assert plan.working_bytes <= 4e9
+    generator.memory_budget = 12_000_000_000
+    plan = generator.memory_plan(1, 4000)
+    assert plan.total_bytes <= 12e9
+    assert plan.resident_blocks >= 8
 
 
 def test_a_checkpoint_loads_within_a_budget(tmp_path):

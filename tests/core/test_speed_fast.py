@@ -1,0 +1,209 @@
+"""The fast path's parts: fp8 layers, compiled blocks, graphs, no waiting for the device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from bench.cuda_sizes import random_condition, reduced
+from bench.cuda_variants import relative_difference, variant
+from bench.generator import make
+from hywu_core import Condition, GeneratorConfig, HYWUError, LoRALayout, inject
+from hywu_core.generator.checkpoints import save_generator
+from hywu_core.generator.fp8 import Fp8Linear, quantize_rows, to_fp8
+from hywu_core.generator.graphs import GRAPHS, GraphedGenerator
+from hywu_core.layout import Module, Stack
+
+CPU = torch.device("cpu")
+
+
+def small(num_blocks: int = 2) -> GeneratorConfig:
+    stacks = (
+        Stack(("d.0", "d.1"), (Module("qkv", 24, 72), Module("proj", 24, 24))),
+        Stack(("s.0", "s.1", "s.2"), (Module("linear1", 24, 100),)),
+    )
+    layout = LoRALayout(stacks, 4, 8.0)
+    return GeneratorConfig(layout, {"a": 12, "b": 20}, 16, 2, 32, 8, num_blocks)
+
+
+def grids(generator, condition) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return generator.generate_grids(condition)
+
+
+# -- fp8 ------------------------------------------------------------------------------------------
+
+
+def test_rows_are_rounded_within_half_a_step_of_e4m3():
+    x = torch.randn(50, 300) * torch.logspace(-6, 6, 50)[:, None]
+    x[7] = 0
+    values, scale = quantize_rows(x)
+    assert values.dtype == torch.float8_e4m3fn
+    error = (values.float() * scale - x).abs()
+    # three bits of mantissa: half a step is 1/16 of a value, or of the smallest normal number
+    assert (error <= torch.maximum(x.abs() / 16, scale * 2**-10) * 1.001).all()
+    assert not error[7].any()
+
+
+def test_an_fp8_layer_multiplies_the_rounded_values():
+    linear = nn.Linear(40, 24)
+    x = torch.randn(2, 5, 40)
+    weight, weight_scale = quantize_rows(linear.weight.detach())
+    rows, row_scale = quantize_rows(x.view(10, 40))
+    expected = (rows.double() * row_scale) @ (weight.double() * weight_scale).t() + linear.bias
+    value = Fp8Linear(linear)(x)
+    torch.testing.assert_close(value.view(10, 24).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_fp8_stays_within_its_stated_error():
+    config = reduced()
+    condition = random_condition(config, 50, CPU, torch.float32)
+    expected = grids(make(config), condition)
+    rounded = to_fp8(make(config))
+    error = relative_difference(grids(rounded, condition), expected)
+    assert 0.005 < error < 0.08
+    layers = [m for m in rounded.modules() if isinstance(m, Fp8Linear)]
+    assert len(layers) == 8 * config.num_blocks  # all but the condition's keys and values
+
+
+def test_fp8_generators_stream_but_are_not_saved(tmp_path):
+    config = small(num_blocks=5)
+    condition = random_condition(config, 9, CPU, torch.float32)
+    generator = to_fp8(make(config))
+    expected = grids(generator, condition)
+    generator.memory_budget = 1 << 40
+    plan = generator.memory_plan(1, 9)
+    generator.memory_budget = plan.total_bytes - plan.block_bytes
+    streamed = grids(generator, condition)
+    assert generator.streaming
+    assert all(torch.equal(a, b) for a, b in zip(streamed, expected, strict=True))
+    with pytest.raises(HYWUError, match="rounded to fp8"):
+        save_generator(generator, tmp_path / "g.safetensors")
+
+
+def test_fp8_names_what_it_cannot_round():
+    class Casting(nn.Linear):
+        def resolve(self, like):
+            return self.weight, self.bias
+
+    host = type("operations", (), {"Linear": Casting})
+    from hywu_core import ParameterGenerator
+
+    with pytest.raises(HYWUError, match="belong to a host"):
+        to_fp8(ParameterGenerator(small(), host))
+
+
+# -- compiled blocks and graphs -------------------------------------------------------------------
+
+
+def test_compiled_blocks_compute_the_same():
+    generator = make(small())
+    condition = random_condition(small(), 9, CPU, torch.float32)
+    expected = grids(generator, condition)
+    with variant("compiled", generator, condition) as run, torch.no_grad():  # as the bench runs it
+        for _ in range(2):
+            for value, right in zip(run(), expected, strict=True):
+                torch.testing.assert_close(value, right, rtol=1e-4, atol=1e-5)
+
+
+class Replayed(GraphedGenerator):
+    """Its graphs are recorded runs that are run again: everything around a graph, without one."""
+
+    recorded = 0
+
+    def suits(self, condition):
+        return True
+
+    def _record(self, run):
+        self.recorded += 1
+        outputs = run()
+
+        def replay():
+            for output, value in zip(outputs, run(), strict=True):
+                output.copy_(value)
+
+        return outputs, replay
+
+
+@torch.no_grad()
+def test_graphs_are_kept_by_shape_and_results_are_their_own():
+    generator = make(small())
+    replayed = Replayed(generator)
+    conditions = [random_condition(small(), n, CPU, torch.float32) for n in (9, 9, 6)]
+    conditions[1] = Condition({n: t * 2 for n, t in conditions[1].parts.items()}, fingerprint="x")
+    results = [replayed(condition) for condition in conditions]
+    assert replayed.recorded == 2
+    for condition, lora in zip(conditions, results, strict=True):
+        expected = generator(condition)
+        assert lora.provenance == expected.provenance
+        for key, value in expected.factors.items():
+            assert torch.equal(lora.factors[key], value)
+    generator.model.hw_pos[0].weight.mul_(1.5)  # the prefix is another one
+    assert torch.equal(replayed(conditions[0])["d.0.qkv"].A, generator(conditions[0])["d.0.qkv"].A)
+    assert replayed.recorded == 3
+    for n in range(10, 10 + GRAPHS):
+        replayed(random_condition(small(), n, CPU, torch.float32))
+    assert len(replayed._graphs) == GRAPHS
+    assert replayed.recorded == 3 + GRAPHS
+
+
+def test_without_cuda_the_generator_is_called_as_it_is():
+    generator = make(small())
+    graphed = GraphedGenerator(generator)
+    condition = random_condition(small(), 9, CPU, torch.float32)
+    assert not graphed.suits(condition)
+    with torch.no_grad():
+        assert torch.equal(
+            graphed(condition)["s.1.linear1"].B, generator(condition)["s.1.linear1"].B
+        )
+
+
+# -- residence ------------------------------------------------------------------------------------
+
+
+def test_runs_are_equal():
+    for dtype in (torch.float32, torch.bfloat16):
+        condition = random_condition(small(), 9, CPU, dtype)
+        generator = make(small(), dtype=dtype)
+        runs = [grids(generator, condition) for _ in range(3)]
+        fresh = grids(make(small(), dtype=dtype), condition)
+        for run in (*runs[1:], fresh):
+            assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="waiting for a device is detected by CUDA alone"
+)
+@pytest.mark.parametrize("how", ["plain", "masked", "streamed", "graph", "fp8"])
+def test_the_path_to_an_applied_lora_never_waits_for_the_device(how):
+    device = torch.device("cuda")
+    base = nn.ModuleDict(
+        {"b": nn.ModuleList(nn.ModuleDict({"fc": nn.Linear(64, 64)}) for _ in "ab")}
+    )
+    base.to(device)
+    config = GeneratorConfig(LoRALayout.of(base, 4), {"a": 16}, 16, 2, 64, 16, 4)
+    generator = make(config, "cuda", torch.bfloat16 if how == "fp8" else torch.float32)
+    tokens = torch.randn(2, 9, 16, device=device, dtype=generator.model.norm_input.weight.dtype)
+    mask = torch.ones(2, 9, dtype=torch.bool, device=device)
+    condition = Condition({"a": tokens}, {"a": mask} if how == "masked" else {})
+    if how == "fp8":
+        to_fp8(generator)
+    if how == "streamed":
+        generator.memory_budget = 1 << 40
+        plan = generator.memory_plan(2, 9)
+        generator.memory_budget = plan.total_bytes - plan.block_bytes
+    generate = GraphedGenerator(generator) if how == "graph" else generator
+    x = torch.randn(2, 3, 64, device=device)
+    with torch.no_grad():
+        for attempt in range(3):
+            # the first call builds kernels and tables, moves weights, records the graph
+            torch.cuda.set_sync_debug_mode("error" if attempt else "default")
+            try:
+                lora = generate(condition)
+                with inject(base, lora.to(dtype=torch.float32)):
+                    y = base["b"][1]["fc"](base["b"][0]["fc"](x))
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+    assert y.isfinite().all()
+    assert generator.streaming == (how == "streamed")
