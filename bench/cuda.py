@@ -1,7 +1,8 @@
 """Speed and memory of the generator on a GPU: every size and variant, in one command, in minutes.
 
     python -m bench.cuda [--json FILE] [--seconds 450] [--sizes NAME ...] [--variants NAME ...]
-    python -m bench.cuda --device cpu --tiny          the same course on a CPU, for the tests
+    python -m bench.cuda --device cpu                 what a CPU can run: bundled, engine
+    python -m bench.cuda --device cpu --tiny          the whole course on a CPU, for the tests
 
 Weights are random, made on the device. First every variant is compared with a float64 reference at a
 reduced size; then each size is timed with CUDA events after a warm-up, its output compared with the
@@ -25,7 +26,7 @@ from tqdm import tqdm
 from hywu_core import Condition
 from hywu_core.console import say, table
 
-from .cuda_sizes import SIZES, Size, random_condition, reduced
+from .cuda_sizes import CPU_SIZES, SIZES, Size, random_condition, reduced
 from .cuda_variants import VARIANTS, Unavailable, reference, relative_difference, variant
 from .device import peak_bytes, profile, rates, timed
 from .generator import make
@@ -33,6 +34,9 @@ from .measure import write_json
 
 #: Most calls that one variant is timed with.
 CALLS = 20
+
+#: What makes sense at full size on a CPU: there are no fp8 products, graphs or second memory.
+CPU_VARIANTS = ["eager", "ours"]
 
 
 class Clock:
@@ -130,9 +134,9 @@ def report(name: str, size: Size, figures: dict[str, dict], matmul_tflops: float
                 f"{1000 * f['median_s']:.2f}",
                 f"{1000 * f['iqr_s']:.2f}",
                 f"{eager / f['median_s']:.2f}x" if eager else "",
-                f"{f['tflops']:.1f}",
+                f"{f['tflops']:.3g}",
                 f"{100 * f['tflops'] / matmul_tflops:.0f} %",
-                f"{f['peak_over_weights_bytes'] / 2**30:.2f}",
+                f"{f['peak_over_weights_bytes'] / 2**30:.3g}",
                 "" if difference is None else f"{difference:.1e}",
             )
         )
@@ -154,9 +158,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     figures: dict[str, Any] = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "tiny": args.tiny,
-        "rates": rates(device, 128 if args.tiny else 8192, dtype),
+        "rates": rates(
+            device, 8192 if device.type == "cuda" else 128 if args.tiny else 1024, dtype
+        ),
     }
-    say(", ".join(f"{name} {value:.1f}" for name, value in figures["rates"].items()))
+    say(", ".join(f"{name} {value:.3g}" for name, value in figures["rates"].items()))
     figures["relative_error_at_reduced_size"] = correctness(device, names, dtype)
     errors = figures["relative_error_at_reduced_size"].items()
     table([(n, e if isinstance(e, str) else f"{e:.2e}") for n, e in errors], ("variant", "error"))
@@ -181,17 +187,22 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--device", default="cuda", help="default: %(default)s")
     parser.add_argument("--seconds", type=float, default=450, help="default: %(default)s")
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), metavar="NAME")
     parser.add_argument(
-        "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME"
+        "--sizes", nargs="+", choices=SIZES, metavar="NAME", help=f"of {', '.join(SIZES)}"
+    )
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, metavar="NAME", help=f"of {', '.join(VARIANTS)}"
     )
     parser.add_argument("--tiny", action="store_true", help="every size shrunk to almost nothing")
     args = parser.parse_args(arguments)
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("this torch finds no CUDA device; `--device cpu --tiny` runs the same course")
-    if device.type != "cuda" and not args.tiny:
-        parser.error("the sizes are a GPU's: add --tiny to run the same course elsewhere")
+        parser.error("this torch finds no CUDA device; `--device cpu` measures what a CPU can run")
+    full_cpu = device.type != "cuda" and not args.tiny
+    args.sizes = args.sizes or list(CPU_SIZES if full_cpu else SIZES)
+    args.variants = args.variants or (CPU_VARIANTS if full_cpu else list(VARIANTS))
+    if full_cpu and not set(args.sizes) <= set(CPU_SIZES):
+        parser.error(f"a CPU runs {' and '.join(CPU_SIZES)}; add --tiny to shrink the others")
     return args
 
 

@@ -1,4 +1,4 @@
-"""The sizes of bench/cuda.py: official, official without experts, Flux-size, bundled."""
+"""The sizes of bench/cuda.py: official, official without experts, Flux-size, bundled, the CPU's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from hywu_core import Condition, GeneratorConfig, LoRALayout
 from hywu_core.layout import Module, Stack
 
-from .generator import official_config
+from .generator import cpu_config, official_config
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,15 @@ def bundled_config() -> GeneratorConfig:
     return runs.generator_config(plan.main_rank)
 
 
+#: What a CPU can run at full size, with float32 weights.
+CPU_SIZES = ("bundled", "engine")
+
 SIZES = {
     "bundled": Size(
         "the bundled editor's generator", bundled_config, 160, "<= 3 ms (graph)", 0.1, 5
+    ),
+    "engine": Size(
+        "d_model 512, 10 blocks, 640 tokens, condition 1,000", cpu_config, 1000, "none", 0.1, 5
     ),
     "flux": Size(
         "19 double and 38 single blocks, d_model 1024, 12 blocks, condition 1,000",

@@ -70,10 +70,15 @@ def test_nothing_starts_when_the_time_is_over(monkeypatch, tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the error is about a machine without CUDA")
 def test_a_machine_without_cuda_is_told_what_to_do(capsys):
-    for arguments in ([], ["--device", "cpu"]):
+    for arguments, words in (
+        ([], "--device cpu"),
+        (["--device", "cpu", "--sizes", "official"], "--tiny"),
+    ):
         with pytest.raises(SystemExit):
             cuda.parse(arguments)
-        assert "--tiny" in capsys.readouterr().err
+        assert words in capsys.readouterr().err
+    args = cuda.parse(["--device", "cpu"])
+    assert (args.sizes, args.variants) == (["bundled", "engine"], ["eager", "ours"])
 
 
 def test_the_comparison_sees_a_wrong_layer():
