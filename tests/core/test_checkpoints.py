@@ -117,6 +117,7 @@ def test_several_stacks_round_trip_and_have_no_official_form(tmp_path):
         4,
         1,
         "float32",
+        1.0,
         0.25,
         {"type": "test"},
         "toy",
