@@ -43,8 +43,7 @@ class ParameterGenerator(nn.Module):
     memory_budget: bytes that weights and intermediates may take on the generator's device in
     inference, None for no limit; chunk sizes and which blocks are streamed from host memory follow
     from it at each call. kernels: the fast path's Triton kernels, "auto" where the device has them.
-    Threads may generate from one generator at the same time; where blocks are streamed they take
-    turns.
+    Threads may share a generator; where blocks are streamed they take turns.
     """
 
     def __init__(self, config: GeneratorConfig, operations: Any = nn) -> None:
@@ -111,7 +110,7 @@ class ParameterGenerator(nn.Module):
         return self.lora(condition, self.generate_grids(condition, on_block))
 
     def lora(self, condition: Condition, grids: list[Tensor]) -> GeneratedLoRA:
-        """The LoRA of token grids that were generated from `condition`."""
+        """The LoRA of grids generated from `condition`."""
         provenance = {
             **condition.origin,
             "condition_fingerprint": condition.fingerprint,
@@ -281,10 +280,7 @@ class ParameterGenerator(nn.Module):
         context: Context,
         plan: MemoryPlan | None,
     ) -> list[Tensor]:
-        """Streams ``[B, N, S, d]`` up to the first attention to the condition; the caller's own.
-
-        They are constant, so they are kept where they are small. block: the first one.
-        """
+        """Streams ``[B, N, S, d]`` up to the first attention to the condition; the caller's own."""
         batch = context.condition.shape[0]
         streams, kept = self._constant_prefix(block, tables, context, plan)
         copies = context.in_place and (kept or batch > 1)
@@ -328,8 +324,8 @@ class ParameterGenerator(nn.Module):
         x = x.view(1, grid.num_layers, grid.num_tokens * rows, self.config.d_model)
         if not context.in_place:
             return self.model.norm_tokens(x)
-        for layer in range(grid.num_layers):  # one by one: x and its norm never exist both
-            x[:, layer] = self.model.norm_tokens(x[:, layer])
+        for part in x.unbind(1):  # one by one: x and its norm never exist both
+            part.copy_(self.model.norm_tokens(part))
         return x
 
     def _prefix_key(self, tokens: Tensor) -> tuple:
