@@ -91,7 +91,7 @@ ARCHITECTURES = {
             **_FLUX, "context_in_dim": 64, "in_channels": 64, "out_channels": 64, "in_dim": 64,
             "out_dim": 3072, "hidden_dim": 5120, "n_layers": 5, "vec_in_dim": None,
         },
-        (16, 4, 4), 64, small=False,
+        (16, 4, 4), 64, 768, small=False,
     ),
     "Qwen-Image": Architecture(
         "qwen_image.model.QwenImageTransformer2DModel", {"num_layers": 1}, (16, 4, 4), 3584, small=False
@@ -184,7 +184,7 @@ def conditioning(name: str, seed: int, scale: float = 1.0) -> list:
     architecture = ARCHITECTURES[name]
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randn(1, 4, architecture.text, generator=generator) * scale
-    more = {}
+    more: dict[str, Any] = {"pooled_output": None}  # as stock text encoders without one say it
     if architecture.pooled:
         more["pooled_output"] = torch.randn(1, architecture.pooled, generator=generator)
     return [[tokens, more]]

@@ -31,7 +31,7 @@ def test_parts_come_from_their_encoders_in_the_generators_order(figures):
     assert list(figures["parts"]) == ["vision", "text"]
     # 28 pixels in patches of 14 and a class token
     assert figures["parts"]["vision"] == [2, 5, 32]
-    assert figures["parts"]["text"][:2] == [2, 1 + len("make all of it darker".split())]
+    assert figures["parts"]["text"][:2] == [2, 1 + len(["make", "all", "of", "it", "darker"])]
 
 
 def test_an_item_of_a_batch_is_as_alone(figures):
