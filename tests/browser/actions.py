@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -83,9 +84,16 @@ def look_at(page, class_name: str, select: bool = False) -> None:
 
 def add_by_search(page, name: str, class_name: str, at: tuple[int, int]) -> None:
     """Double-click on the empty canvas, type, press Enter; the node's corner comes to `at`."""
-    page.mouse.dblclick(*at)
+    from playwright.sync_api import TimeoutError as PlaywrightTimeout
+
     field = page.locator("input[role=combobox]:focus")
-    field.wait_for(timeout=20_000)
+    for _ in range(5):
+        # on a busy machine the canvas takes two clicks that come late for two single ones
+        page.mouse.dblclick(*at)
+        with contextlib.suppress(PlaywrightTimeout):
+            field.wait_for(timeout=5_000)
+            break
+    field.wait_for(timeout=5_000)
     field.fill(name)
     page.wait_for_timeout(1000)
     page.keyboard.press("Enter")
