@@ -13,6 +13,7 @@ examples:
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from ..console import say
@@ -114,16 +115,18 @@ def _data(args: argparse.Namespace, size: int):
 def _strategy(args: argparse.Namespace, base):
     from ..generator.config import GeneratorConfig
     from ..layout import LoRALayout
+    from .conflict.plan import GeneratorSize
+    from .conflict.runs import EXCLUDE
     from .strategies import FullFineTuning, HyperNetwork, StaticLoRA
 
     if args.strategy == "sft":
         return FullFineTuning(base)
-    layout = LoRALayout.of(base.module, args.rank, exclude="text.*")
+    layout = LoRALayout.of(base.module, args.rank, exclude=EXCLUDE)
     if args.strategy == "shared":
         return StaticLoRA(base, layout)
+    size = replace(GeneratorSize(), d_model=args.d_model, num_blocks=args.blocks)
     config = GeneratorConfig(
-        layout, dict(base.condition_parts), token_dim=192, dim_accumulation=args.rank,
-        d_model=args.d_model, head_dim=64, num_blocks=args.blocks, lora_a_scale=0.05, lora_b_scale=0.6,
-        encoder=dict(base.encoder), base=base.name,
+        layout, dict(base.condition_parts), dim_accumulation=args.rank, encoder=dict(base.encoder),
+        base=base.name, **asdict(size),
     )  # fmt: skip
     return HyperNetwork(base, config, checkpointing=args.checkpointing)
