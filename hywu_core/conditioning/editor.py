@@ -1,4 +1,10 @@
-"""Conditions from the bundled editor's own hidden states of (source image, instruction)."""
+"""Conditions from the bundled editor's own hidden states of (source image, instruction).
+
+Two parts: the image tokens of its last layer, which have read the instruction too, and the words as they
+enter its text encoder. The words that leave it say less of sentences that the editor was not trained
+on: from 14 sentences a task, with carriers, a probe (attention over the words, then a linear layer) told
+the conflict tasks' held-out sentences apart in 93 of 100 cases before the text encoder and in 62 after it.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +15,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..condition import OFFICIAL_PART, Condition
+from ..condition import Condition
 from ..errors import HYWUError
+
+#: Parts of the condition, in order.
+IMAGE, WORDS = "image", "words"
 
 #: Most windows along one side of a picture larger than the editor's training size.
 MAX_WINDOWS = 4
@@ -23,13 +32,13 @@ class HiddenStateModel(Protocol):
 
     def encode_text(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor]: ...
 
-    def hidden_states(
-        self, source: Tensor, text: Tensor, mask: Tensor
-    ) -> tuple[Tensor, Tensor]: ...
+    def embed_words(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor]: ...
+
+    def hidden_states(self, source: Tensor, text: Tensor, mask: Tensor) -> Tensor: ...
 
 
 class EditorEncoder:
-    """(images, instructions) -> Condition with the part ``hidden_states`` ``[B, L, width]``.
+    """(images, instructions) -> Condition: ``image`` ``[B, L, width]``, ``words`` ``[B, T, width]``.
 
     A picture larger than the training size is looked at through up to 4 x 4 windows of that size, of
     each of which a share of the tokens is taken: as many tokens as in training, each of detail at
@@ -37,12 +46,12 @@ class EditorEncoder:
     """
 
     def __init__(self, editor: HiddenStateModel, identity: str) -> None:
-        self.editor, self.part = editor, OFFICIAL_PART
+        self.editor = editor
         self.identity = {"type": "bundled_editor", "editor": identity}
 
     @property
     def parts(self) -> Mapping[str, int]:
-        return {self.part: self.editor.config.width}
+        return {IMAGE: self.editor.config.width, WORDS: self.editor.config.width}
 
     @torch.no_grad()
     def __call__(self, source: Tensor, instructions: Sequence[str]) -> Condition:
@@ -53,23 +62,22 @@ class EditorEncoder:
                 "instructions; it takes [batch, 3, height, width] and one instruction an image."
             )
         text, mask = self.editor.encode_text(instructions)
-        rows, words = [], None
+        rows = []
         tops, lefts = (self._starts(side) for side in source.shape[2:])
         size = self.editor.config.train_size
         for top in tops:
             row = []
             for left in lefts:
                 window = source[..., top : top + size, left : left + size] * 2 - 1
-                tokens, _ = self.editor.hidden_states(window, text, mask)
-                image, words = tokens[:, : -text.shape[1]], tokens[:, -text.shape[1] :]
-                grid = image.mT.unflatten(2, self._grid(window))
+                tokens = self.editor.hidden_states(window, text, mask)
+                grid = tokens.mT.unflatten(2, self._grid(window))
                 row.append(grid[..., :: len(tops), :: len(lefts)])
             rows.append(torch.cat(row, dim=3))
         image = torch.cat(rows, dim=2).flatten(2).mT
-        whole = torch.cat([mask.new_ones(image.shape[:2]), mask], dim=1)
+        words, counted = self.editor.embed_words(instructions)
         return Condition(
-            {self.part: torch.cat([image, words], dim=1)},
-            {self.part: whole},
+            {IMAGE: image, WORDS: words},
+            {WORDS: counted},
             self._fingerprint(source, instructions),
             {"instruction": list(instructions), "encoder": self.identity["type"]},
         )

@@ -41,7 +41,7 @@ class EditorConfig:
     text_words: int = 24
     buckets: int = 4096
     train_size: int = 64
-    pool: int = 8
+    pool: int = 4
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -138,14 +138,18 @@ class TextEncoder(nn.Module):
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """ids int64 ``[B, T, G]`` of the words' pieces, 0 for none; mask bool ``[B, T]`` -> ``[B, T, C]``."""
-        there = (ids > 0).unsqueeze(-1)
-        pieces = self.embed(ids)
-        # divided by the root of their number: pieces are nearly orthogonal
-        x = (pieces * there).sum(2) * there.sum(2).clamp_min(1).to(pieces) ** -0.5
+        x = self.words(ids)
         x = x + self.position[: ids.shape[1]].to(x)
         for layer in self.layers:
             x = layer(x, mask[:, None, None])
         return norm(x)
+
+    def words(self, ids: Tensor) -> Tensor:
+        """Each word by itself, ``[B, T, C]``: what the layers start from, but for the positions."""
+        there = (ids > 0).unsqueeze(-1)
+        pieces = self.embed(ids)
+        # divided by the root of their number: pieces are nearly orthogonal
+        return (pieces * there).sum(2) * there.sum(2).clamp_min(1).to(pieces) ** -0.5
 
 
 def split_words(text: str) -> list[str]:
@@ -158,6 +162,26 @@ def word_pieces(word: str, buckets: int) -> list[int]:
     data = b"<" + word.encode("utf-8", "replace") + b">"
     grams = {data} | {data[i : i + n] for n in (2, 3, 4) for i in range(len(data) - n + 1)}
     return sorted({2 + zlib.crc32(gram) % (buckets - 2) for gram in grams})[:PIECES]
+
+
+def word_ids(
+    instructions: Sequence[str], config: EditorConfig, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The words' pieces, int64 ``[B, T, G]``, 0 for none, and mask bool ``[B, T]``."""
+    rows = [
+        [[1], *(word_pieces(word, config.buckets) for word in split_words(text))]
+        for text in instructions
+    ]
+    rows = [row[: config.text_words + 1] for row in rows]
+    longest = max(map(len, rows))
+    most = max(len(pieces) for row in rows for pieces in row)
+    ids = torch.zeros(len(rows), longest, most, dtype=torch.int64)
+    for row, words in zip(ids, rows, strict=True):
+        for place, pieces in zip(row, words, strict=False):
+            place[: len(pieces)] = torch.tensor(pieces)
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = torch.arange(longest) < lengths[:, None]
+    return ids.to(device), mask.to(device)
 
 
 class Editor(nn.Module):
@@ -196,22 +220,13 @@ class Editor(nn.Module):
 
         A text of more than `text_words` words is cut there.
         """
-        config, device = self.config, self.text.position.device
-        rows = [
-            [[1], *(word_pieces(word, config.buckets) for word in split_words(text))]
-            for text in instructions
-        ]
-        rows = [row[: config.text_words + 1] for row in rows]
-        longest = max(map(len, rows))
-        most = max(len(pieces) for row in rows for pieces in row)
-        ids = torch.zeros(len(rows), longest, most, dtype=torch.int64)
-        for row, words in zip(ids, rows, strict=True):
-            for place, pieces in zip(row, words, strict=False):
-                place[: len(pieces)] = torch.tensor(pieces)
-        lengths = torch.tensor([len(row) for row in rows])
-        mask = (torch.arange(longest) < lengths[:, None]).to(device)
-        ids = ids.to(device)
+        ids, mask = word_ids(instructions, self.config, self.text.position.device)
         return self.text(ids, mask), mask
+
+    def embed_words(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """As `encode_text`, but each word by itself, before the text encoder's layers."""
+        ids, mask = word_ids(instructions, self.config, self.text.position.device)
+        return self.text.words(ids), mask
 
     def forward(self, x: Tensor, t: Tensor, source: Tensor, text: Tensor, mask: Tensor) -> Tensor:
         """Velocity ``[B, 3, H, W]`` at x = x_t and t ``[B]`` in (0, 1]."""
@@ -226,18 +241,16 @@ class Editor(nn.Module):
         correction = unpatchify(patches, grid, self.config.patch)
         return source + correction[..., : source.shape[2], : source.shape[3]]
 
-    def hidden_states(self, source: Tensor, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Last layer before the final norm at x_t = source, t = 0: tokens ``[B, L, C]``, mask.
+    def hidden_states(self, source: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        """Image tokens of the last layer, before the final norm, at x_t = source, t = 0.
 
-        Image tokens are pooled to at most `pool` x `pool` and stand before the text tokens.
+        ``[B, h*w, C]``, pooled to at most `pool` x `pool`.
         """
         t = source.new_zeros(source.shape[0])
         hidden, _, grid = self._run(source, t, source, text, mask)
-        words, image = hidden[:, : text.shape[1]], hidden[:, text.shape[1] :]
         size = tuple(min(side, self.config.pool) for side in grid)
-        image = F.adaptive_avg_pool2d(image.mT.unflatten(2, grid), size).flatten(2).mT
-        ones = mask.new_ones(image.shape[:2])
-        return torch.cat([image, words], dim=1), torch.cat([ones, mask], dim=1)
+        image = hidden[:, text.shape[1] :].mT.unflatten(2, grid)
+        return F.adaptive_avg_pool2d(image, size).flatten(2).mT
 
     def _run(
         self, x: Tensor, t: Tensor, source: Tensor, text: Tensor, mask: Tensor

@@ -43,7 +43,7 @@ class TaskBatches:
     def __call__(self, step: int) -> Batch:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         clean = self.pool.crops(len(self.names), self.size, generator)
-        batch = make_batch(clean, self.names, generator)
+        batch = make_batch(clean, self.names, generator, carriers=True)
         if not self.only:
             return batch
         return batch.select([i for i, task in enumerate(batch.task) if task == self.only])

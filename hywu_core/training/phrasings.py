@@ -6,6 +6,17 @@ size, which has read nothing but such lists, can't know a synonym that it has ne
 
 from __future__ import annotations
 
+#: Put around a trained phrasing at random: what stands around the words that matter should not.
+CARRIERS = (
+    "please {}", "{} please", "can you {}", "{} if you can", "now {}", "just {}", "next: {}",
+    "{} for me", "{} right away", "{} in this one", "{}, thanks", "hello, {}", "let us {}",
+    "try to {}", "we need to {}", "i would like this: {}", "my wish is to {}", "what i need: {}",
+    "for the album: {}",
+)  # fmt: skip
+
+#: How often a trained phrasing gets a carrier.
+CARRIED = 0.7
+
 BLUR = (
     "blur the image", "make the picture blurry", "apply a gaussian blur", "soften the focus",
     "put this photo out of focus", "add blur to this", "i want it smoother and blurrier",

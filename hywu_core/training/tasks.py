@@ -268,11 +268,13 @@ def get_task(name: str) -> Task:
 
 
 def make_batch(
-    clean: Tensor, tasks: Sequence[str], generator: torch.Generator, held_out: bool = False
-) -> Batch:
+    clean: Tensor, tasks: Sequence[str], generator: torch.Generator, held_out: bool = False,
+    carriers: bool = False,
+) -> Batch:  # fmt: skip
     """Examples from clean images ``[B, 3, H, W]`` in 0..1, item i by ``tasks[i]``.
 
-    held_out: phrasings from those kept out of training, instead of the seen ones.
+    held_out: phrasings from those kept out of training, instead of the seen ones. carriers: put words
+    around most of the seen ones that say nothing of the edit ("please …, thanks").
     """
     if len(tasks) != clean.shape[0]:
         raise HYWUError(f"{len(tasks)} tasks for {clean.shape[0]} images; give one for each.")
@@ -286,4 +288,13 @@ def make_batch(
         picks = torch.randint(len(choices), (len(items),), generator=generator).tolist()
         for item, pick in zip(items, picks, strict=True):
             instructions[item] = choices[pick]
+    if carriers and not held_out:
+        instructions = [_carried(text, generator) for text in instructions]
     return Batch(source, target, tuple(instructions), tuple(tasks))
+
+
+def _carried(text: str, generator: torch.Generator) -> str:
+    chance = torch.rand(2, generator=generator).tolist()
+    if chance[0] >= phrasings.CARRIED:
+        return text
+    return phrasings.CARRIERS[int(chance[1] * len(phrasings.CARRIERS))].format(text)

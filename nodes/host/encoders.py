@@ -107,17 +107,16 @@ class _Interruptible:
 
     def __init__(self, editor: HostEditor, steps: int) -> None:
         self.editor, self.config = editor, editor.config
-        self.encode_text = editor.encode_text
+        self.encode_text, self.embed_words = editor.encode_text, editor.embed_words
         self.bar = comfy.utils.ProgressBar(steps)
 
-    def hidden_states(self, source: Tensor, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def hidden_states(self, source: Tensor, text: Tensor, mask: Tensor) -> Tensor:
         parts = []
         for rows in zip(source.split(ROWS), text.split(ROWS), mask.split(ROWS), strict=True):
             mm.throw_exception_if_processing_interrupted()
             parts.append(self.editor.hidden_states(*rows))
         self.bar.update(1)
-        tokens, masks = zip(*parts, strict=True)
-        return torch.cat(tokens), torch.cat(masks)
+        return torch.cat(parts)
 
 
 def _by_bundled_editor(

@@ -31,9 +31,9 @@ def test_padding_of_texts_changes_nothing_that_counts(base):
     images = torch.rand(2, 3, 16, 16)
     both = base.encode(images, ["blur", "a much longer instruction"])
     alone = base.encode(images[:1], ["blur"])
-    keep = both.masks["hidden_states"][0]
-    one, two = both.parts["hidden_states"][0][keep], alone.parts["hidden_states"][0]
-    assert torch.allclose(one, two, atol=1e-5)
+    keep = both.masks["words"][0]
+    assert torch.allclose(both.parts["image"][0], alone.parts["image"][0], atol=1e-5)
+    assert torch.equal(both.parts["words"][0][keep], alone.parts["words"][0])
 
 
 def test_fingerprint_knows_pixels_text_and_encoder(base):
@@ -55,7 +55,7 @@ def test_fingerprint_knows_pixels_text_and_encoder(base):
 def test_large_pictures_take_the_tokens_of_training(base, size):
     condition = base.encode(torch.rand(1, 3, *size), ["blur"])
     assert condition.num_tokens == 16 + 1 + 1  # image, start, word
-    assert torch.isfinite(condition.parts["hidden_states"]).all()
+    assert torch.isfinite(condition.parts["image"]).all()
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 16), (7, 40)])
@@ -66,9 +66,9 @@ def test_small_and_odd_pictures(base, size):
 
 def test_every_part_of_a_large_picture_counts(base):
     image = torch.rand(1, 3, 64, 64)
-    before = base.encode(image, ["blur"]).parts["hidden_states"]
+    before = base.encode(image, ["blur"]).parts["image"]
     image[..., 50:, 50:] = 0
-    assert (base.encode(image, ["blur"]).parts["hidden_states"] - before).abs().max() > 1e-3
+    assert (base.encode(image, ["blur"]).parts["image"] - before).abs().max() > 1e-3
 
 
 def test_wrong_input_is_refused(base):

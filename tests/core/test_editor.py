@@ -80,13 +80,20 @@ def test_padding_of_a_text_changes_nothing(editor):
 
 
 def test_hidden_states_tell_images_and_texts_apart(editor):
-    source = torch.randn(2, 3, 64, 48)
-    text, mask = editor.encode_text(["warm", "warm"])
-    tokens, keep = editor.hidden_states(source, text, mask)
-    assert tokens.shape == (2, 64 + text.shape[1], SMALL.width)
-    assert keep.shape == tokens.shape[:2]
-    assert keep.all()
+    source = torch.randn(1, 3, 64, 48).expand(2, -1, -1, -1)
+    text, mask = editor.encode_text(["warm", "cold"])
+    tokens = editor.hidden_states(source, text, mask)
+    assert tokens.shape == (2, 64, SMALL.width)
     assert not torch.allclose(tokens[0], tokens[1], atol=1e-3)
+    other = editor.hidden_states(source.flip(3), text, mask)
+    assert not torch.allclose(tokens[0], other[0], atol=1e-3)
+
+
+def test_a_word_by_itself_is_the_same_in_any_sentence(editor):
+    words, mask = editor.embed_words(["make it blurry", "Blurry, please"])
+    assert mask.sum(1).tolist() == [4, 4]
+    assert torch.equal(words[0, 3], words[1, 1])
+    assert not torch.allclose(words[0, 1], words[0, 2], atol=1e-3)
 
 
 def test_a_layout_finds_the_blocks(editor):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
 from hywu_core.errors import HYWUError
+from hywu_core.training.phrasings import CARRIERS
 from hywu_core.training.tasks import CONFLICT, PRETRAINING, TASKS, get_task, make_batch
 
 
@@ -68,6 +71,30 @@ def test_a_batch_is_decided_by_its_seed(clean):
     assert all(t in TASKS[n].seen for t, n in zip(one.instruction, names, strict=True))
     held = make_batch(images, names, torch.Generator().manual_seed(5), held_out=True)
     assert all(t in TASKS[n].held_out for t, n in zip(held.instruction, names, strict=True))
+
+
+def test_carriers_stand_around_trained_phrasings(clean):
+    images, names = clean.repeat(20, 1, 1, 1), ["blur", "deblur"] * 20
+    batch = make_batch(images, names, torch.Generator().manual_seed(5), carriers=True)
+    assert torch.equal(
+        batch.source, make_batch(images, names, torch.Generator().manual_seed(5)).source
+    )
+    plain = 0
+    for text, name in zip(batch.instruction, names, strict=True):
+        assert any(phrase in text for phrase in TASKS[name].seen)
+        plain += text in TASKS[name].seen
+    assert 0 < plain < 25
+    held = make_batch(images, names, torch.Generator().manual_seed(5), True, carriers=True)
+    assert set(held.instruction) <= {t for n in names for t in TASKS[n].held_out}
+
+
+def test_no_carrier_is_a_template_of_a_held_out_phrasing():
+    for task in CONFLICT.values():
+        for text in task.held_out:
+            words = set(pairwise(text.split()))
+            for carrier in CARRIERS:
+                said = carrier.replace("{}", " ").split()
+                assert not words & set(pairwise(said)), (carrier, text)
 
 
 def test_an_unknown_task_is_explained():
