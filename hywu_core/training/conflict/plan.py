@@ -53,7 +53,7 @@ class ConflictPlan:
     main_rank: int = 2
     ranks: tuple[int, ...] = (1, 2, 4, 8)
     generator: GeneratorSize = GeneratorSize()
-    tune_steps: int = 60
+    tune_steps: int = 120
     crops: int = 2
     sampling_steps: int = 4
     max_images: int = 0
