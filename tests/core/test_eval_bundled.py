@@ -34,7 +34,7 @@ def weights(tmp_path, monkeypatch):
     identity = editor_identity(load_editor(folder / "editor.safetensors"))
     layout = LoRALayout.of(editor, 2, exclude="text.*")
     config = GeneratorConfig(
-        layout, {"hidden_states": 32}, 16, 2, 32, 16, 2, base="hywu-bundled-editor",
+        layout, {"image": 32, "words": 32}, 16, 2, 32, 16, 2, base="hywu-bundled-editor",
         encoder={"type": "bundled_editor", "editor": identity},
     )  # fmt: skip
     generator = ParameterGenerator(config)

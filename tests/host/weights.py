@@ -34,7 +34,7 @@ def make_random(folder: Path) -> Path:
     editor = load_editor(folder / "editor.safetensors")
     layout = LoRALayout.of(editor, 2, exclude="text.*")
     config = GeneratorConfig(
-        layout, {"hidden_states": 64}, 16, 2, 32, 16, 2, base="hywu-bundled-editor",
+        layout, {"image": 64, "words": 64}, 16, 2, 32, 16, 2, base="hywu-bundled-editor",
         encoder={"type": "bundled_editor", "editor": editor_identity(editor)},
         provenance={"phrasings": {"blur": ["blur the image"], "deblur": ["sharpen the image"]}},
     )  # fmt: skip
