@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from .host import application
 from .reports import text_output
-from .sockets import CATEGORY, LORA, LORA_TIP, SCOPE
+from .sockets import CATEGORY, LORA, LORA_TIP, SCOPE, strength_input
 
 MODES = ["auto", "merge", "unmerged"]
 
@@ -37,16 +37,9 @@ class HYWUApplyLoRA:
                     {"tooltip": "The base model that the generator was trained for."},
                 ),
                 "lora": (LORA, {"tooltip": LORA_TIP}),
-                "strength": (
-                    "FLOAT",
-                    {
-                        "default": 1.0,
-                        "min": -100.0,
-                        "max": 100.0,
-                        "step": 0.05,
-                        "tooltip": "Multiplies the LoRA: 1 as generated, 0 off, negative the opposite "
-                        "direction. Changing it never generates the LoRA again.",
-                    },
+                "strength": strength_input(
+                    "Multiplies the LoRA: 1 as generated, 0 off, negative the opposite direction. "
+                    "Changing it never generates the LoRA again."
                 ),
                 "mode": (
                     MODES,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .host import hooks
 from .reports import text_output
-from .sockets import CATEGORY, LORA, LORA_TIP
+from .sockets import CATEGORY, LORA, LORA_TIP, strength_input
 
 
 class HYWULoRAHook:
@@ -38,16 +38,7 @@ class HYWULoRAHook:
                     {"tooltip": "The model that will sample: the LoRA is checked against it."},
                 ),
                 "lora": (LORA, {"tooltip": LORA_TIP}),
-                "strength": (
-                    "FLOAT",
-                    {
-                        "default": 1.0,
-                        "min": -100.0,
-                        "max": 100.0,
-                        "step": 0.05,
-                        "tooltip": "Multiplies the LoRA. Keyframes multiply it once more.",
-                    },
-                ),
+                "strength": strength_input("Multiplies the LoRA. Keyframes multiply it once more."),
             },
             "optional": {
                 "prev_hooks": (

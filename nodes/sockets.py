@@ -13,3 +13,11 @@ SCOPE = "HYWU_SCOPE"
 STOCK_LORA = "LORA_MODEL"
 
 LORA_TIP = "A generated LoRA: from HY-WU Generate LoRA, or Load Generated LoRA. One for each image of the batch."
+
+
+def strength_input(tooltip: str) -> tuple[str, dict[str, object]]:
+    """The input that multiplies a LoRA, with the range of ComfyUI's own LoRA loaders."""
+    return (
+        "FLOAT",
+        {"default": 1.0, "min": -100.0, "max": 100.0, "step": 0.05, "tooltip": tooltip},
+    )
