@@ -6,35 +6,22 @@ sampled by ComfyUI's own sampler with both branches of guidance in one batch.
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 
-tree, extension = sys.argv[1:3]
-sys.argv = ["main.py", "--cpu"]
-sys.path.insert(0, tree)
+from inside_comfyui import error, load_nodes, show
 
-import comfy.options  # noqa: E402
+# isort: split
+import comfy.hooks
+import comfy.model_base
+import comfy.model_patcher
+import comfy.sample
+import comfy.sd
+import comfy.supported_models_base
+import torch
 
-comfy.options.enable_args_parsing()
+NODES = load_nodes()
+from hywu_nodes.hywu_core.lora import GeneratedLoRA  # noqa: E402
 
-import comfy.hooks  # noqa: E402
-import comfy.model_base  # noqa: E402
-import comfy.model_patcher  # noqa: E402
-import comfy.sample  # noqa: E402
-import comfy.sd  # noqa: E402
-import comfy.supported_models_base  # noqa: E402
-import folder_paths  # noqa: E402, F401
-import torch  # noqa: E402
-
-spec = importlib.util.spec_from_file_location(
-    "hywu_nodes", f"{extension}/__init__.py", submodule_search_locations=[extension]
-)
-package = importlib.util.module_from_spec(spec)
-sys.modules["hywu_nodes"] = package
-spec.loader.exec_module(package)
-NODES = package.NODE_CLASS_MAPPINGS
-GeneratedLoRA = sys.modules["hywu_nodes.hywu_core.lora"].GeneratedLoRA
 CPU = torch.device("cpu")
 
 
@@ -102,14 +89,6 @@ def keyframes(hooks, *frames):
     return hooks
 
 
-def error(action) -> str:
-    try:
-        action()
-    except ValueError as problem:
-        return str(problem)
-    return ""
-
-
 def gap(one, two) -> float:
     return float((one - two).abs().max() / two.abs().max())
 
@@ -156,7 +135,7 @@ scopes = {
     ),
     "siblings": gap(sample(model), plain),
 }
-print("FIGURES" + json.dumps({
+show({
     "effect": gap(unmerged, plain),
     "merge": gap(merged, unmerged),
     "items": max(gap(batch[i], singles[i]) for i in range(3)),
@@ -181,4 +160,4 @@ print("FIGURES" + json.dumps({
         "nothing": error(lambda: apply(model, lora_of(["other.0"]))),
     },
     "untouched": gap(sample(model), plain),
-}))  # fmt: skip
+})  # fmt: skip

@@ -6,42 +6,28 @@ Checkpoints of random weights are loaded by stock loader nodes and sampled by th
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 import time
 import traceback
 from pathlib import Path
 
-tree, extension, folder, *names = sys.argv[1:]
-sys.argv = ["main.py", "--cpu", "--disable-cuda-malloc"]
-sys.path.insert(0, tree)
+from inside_comfyui import ARGUMENTS, error, load_as, load_nodes, show
 
-import comfy.options  # noqa: E402
+# isort: split
+import comfy.lora
+import folder_paths
+import torch
+from safetensors.torch import load_file, save_file
 
-comfy.options.enable_args_parsing()
+import nodes as stock
 
-import comfy.lora  # noqa: E402
-import folder_paths  # noqa: E402
-import torch  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-
-import nodes as stock  # noqa: E402
-
-
-def load_as(name: str, path: str, folders: list[str] | None = None):
-    spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=folders)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
+folder, *names = ARGUMENTS
 for kind in ("diffusion_models", "loras"):
     folder_paths.add_model_folder_path(kind, folder, is_default=True)
-NODES = load_as("hywu_nodes", f"{extension}/__init__.py", [extension]).NODE_CLASS_MAPPINGS
-GeneratedLoRA = sys.modules["hywu_nodes.hywu_core.lora"].GeneratedLoRA
-LoRALayout = sys.modules["hywu_nodes.hywu_core.layout"].LoRALayout
+NODES = load_nodes()
+from hywu_nodes.hywu_core.layout import LoRALayout  # noqa: E402
+from hywu_nodes.hywu_core.lora import GeneratedLoRA  # noqa: E402
+
 a = load_as("architectures", str(Path(__file__).with_name("architectures.py")))
 FP8 = "fp8_e4m3fn"
 #: Strength at which most of the LoRA is below half a step of fp8.
@@ -139,15 +125,10 @@ def foreign(model, lora) -> dict:
     save_file(tensors, f"{folder}/flat.safetensors")
     node = NODES["HYWULoadLoRA"]()
     loaded = node.load("flat.safetensors", model)["result"][0]
-    try:
-        node.load("flat.safetensors")
-        said = ""
-    except ValueError as problem:
-        said = str(problem)
     return {
         "same": set(loaded) == set(lora)
         and all(torch.equal(x, y) for p in lora for x, y in zip(loaded[p], lora[p], strict=True)),
-        "without_model": said,
+        "without_model": error(lambda: node.load("flat.safetensors")),
     }
 
 
@@ -216,4 +197,4 @@ for name in names:
     except Exception:  # the test shows it beside the figures of the others
         found = {"error": traceback.format_exc()}
     found["seconds"] = time.perf_counter() - start
-    print("FIGURES" + json.dumps({name: found}), flush=True)
+    show({name: found})

@@ -5,38 +5,25 @@ Arguments: ComfyUI's tree, this extension's folder.
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import os
-import sys
 import time
 
-tree, extension = sys.argv[1:3]
-sys.argv = ["main.py", "--cpu"]
-sys.path.insert(0, tree)
+from inside_comfyui import error, load_nodes, show
 
-import comfy.options  # noqa: E402
+# isort: split
+import comfy.samplers
+import torch
+from comfy_extras.nodes_ip2p import InstructPixToPixConditioning
+from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 
-comfy.options.enable_args_parsing()
+import nodes as stock
 
-import comfy.samplers  # noqa: E402
-import torch  # noqa: E402
-from comfy_extras.nodes_ip2p import InstructPixToPixConditioning  # noqa: E402
-from comfy_extras.nodes_model_advanced import ModelSamplingSD3  # noqa: E402
-
-import nodes as stock  # noqa: E402
-
-spec = importlib.util.spec_from_file_location(
-    "hywu_nodes", f"{extension}/__init__.py", submodule_search_locations=[extension]
-)
-package = importlib.util.module_from_spec(spec)
-sys.modules["hywu_nodes"] = package
 started = time.perf_counter()
-spec.loader.exec_module(package)
+NODES = load_nodes()
 import_seconds = time.perf_counter() - started
-NODES = package.NODE_CLASS_MAPPINGS
-core = sys.modules["hywu_nodes.hywu_core.editor.checkpoint"]
+from hywu_nodes.hywu_core.editor.checkpoint import load_editor  # noqa: E402
 from hywu_nodes.hywu_core.editor.sampling import edit  # noqa: E402
+from hywu_nodes.nodes.host import cache, generators  # noqa: E402
 
 TEXT = "Make it BLURRY, grüße"
 
@@ -67,14 +54,6 @@ def picture(*args, **kwargs):
 
 def gap(one, two) -> float:
     return float((one - two).abs().max())
-
-
-def error(action) -> str:
-    try:
-        action()
-    except ValueError as problem:
-        return str(problem)
-    return ""
 
 
 def engine(image, texts, steps=6, seed=3):
@@ -122,33 +101,32 @@ def lora_gap(one, two) -> float:
 
 def generator_offloaded():
     """The generator with most of its weights left behind, and loaded whole again."""
-    host = sys.modules["hywu_nodes.nodes.host.generators"]
     generator = NODES["HYWULoadGenerator"]().load("bundled", "float32")[0]
     whole = generated(generator)
     patcher = generator.patcher
     patcher.detach()
     patcher.patch_model(device_to=torch.device("cpu"), lowvram_model_memory=20_000)
     partial = bool(patcher.model.model_lowvram)
-    host.CACHE._kept.clear()
+    generators.CACHE._kept.clear()
     after = generated(generator)
     patcher.detach()
-    host.CACHE._kept.clear()
+    generators.CACHE._kept.clear()
     return partial, lora_gap(whole, after), lora_gap(whole, generated(generator))
 
 
 def cache_figures():
     """A cache with room for two LoRAs gets three, in the order a, b, (a read), c."""
-    kept = sys.modules["hywu_nodes.nodes.host.cache"].LoRACache(2 * lora.nbytes)
+    kept = cache.LoRACache(2 * lora.nbytes)
     a, b, c = (lora.to(dtype=torch.float32)._map(torch.clone) for _ in range(3))
     for key, value in (("a", a), ("b", b), ("a", None), ("c", c)):
         kept.get(key) if value is None else kept.put(key, value)
-    small = sys.modules["hywu_nodes.nodes.host.cache"].LoRACache(lora.nbytes - 1)
+    small = cache.LoRACache(lora.nbytes - 1)
     small.put("a", a)
     found = [key for key in "abc" if kept.get(key) is not None]
     limits = {}
     for text in ("16", "much", "-3"):
         os.environ["HYWU_LORA_CACHE_MB"] = text
-        limits[text] = sys.modules["hywu_nodes.nodes.host.cache"].limit_from_environment() >> 20
+        limits[text] = cache.limit_from_environment() >> 20
     return {
         "limits": limits,
         "found": found,
@@ -159,7 +137,7 @@ def cache_figures():
 
 torch.manual_seed(0)
 model, clip, vae = load()
-plain = core.load_editor()
+plain = load_editor()
 small = plain.config.train_size
 images = torch.rand(2, small, small, 3)
 lora = generated(NODES["HYWULoadGenerator"]().load("bundled", "float32")[0])
@@ -193,4 +171,4 @@ with torch.no_grad():
             "tiny": error(lambda: sample(model, images[:, :1, :1])),
         },
     }
-print("FIGURES" + json.dumps(figures))
+show(figures)

@@ -5,30 +5,17 @@ Arguments: ComfyUI's tree, this extension's folder, a folder to write to.
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
-tree, extension, folder = sys.argv[1:4]
-sys.argv = ["main.py", "--cpu"]
-sys.path.insert(0, tree)
+from inside_comfyui import ARGUMENTS, error, load_nodes, show
 
-import comfy.options  # noqa: E402
+# isort: split
+import comfy.clip_vision
+import torch
 
-comfy.options.enable_args_parsing()
-
-import comfy.clip_vision  # noqa: E402
-import folder_paths  # noqa: E402, F401
-import torch  # noqa: E402
-
-spec = importlib.util.spec_from_file_location(
-    "hywu_nodes", f"{extension}/__init__.py", submodule_search_locations=[extension]
-)
-package = importlib.util.module_from_spec(spec)
-sys.modules["hywu_nodes"] = package
-spec.loader.exec_module(package)
-NODES = package.NODE_CLASS_MAPPINGS
+folder = ARGUMENTS[0]
+NODES = load_nodes()
 from hywu_nodes.hywu_core.generator.checkpoints import save_generator  # noqa: E402
 from hywu_nodes.hywu_core.generator.config import GeneratorConfig  # noqa: E402
 from hywu_nodes.hywu_core.generator.model import ParameterGenerator  # noqa: E402
@@ -70,14 +57,6 @@ def lora(made: HostGenerator, condition):
     return NODES["HYWUGenerateLoRA"]().generate(made, condition)["result"][0]
 
 
-def error(action) -> str:
-    try:
-        action()
-    except ValueError as problem:
-        return str(problem)
-    return ""
-
-
 def gap(one, two) -> float:
     return max(float((one[path].B - two[path].B).abs().max()) for path in one)
 
@@ -100,4 +79,4 @@ with torch.no_grad():
         "width": error(lambda: encode(generator({"text": width + 1}), texts, clip=clip)),
         "part": error(lambda: encode(generator({"audio": 8}), texts, clip=clip)),
     }
-print("FIGURES" + json.dumps(figures))
+show(figures)
