@@ -20,9 +20,10 @@ toy = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(toy)
 
 
-@pytest.fixture
-def trained(tmp_path):
-    trainer = toy.make_trainer(tmp_path, steps=60, lr=1e-2)
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A generator that tells brighten from darken; the tests leave the base as it was."""
+    trainer = toy.make_trainer(tmp_path_factory.mktemp("trained"), steps=60, lr=1e-2)
     trainer.run()
     return trainer
 

@@ -83,7 +83,7 @@ def test_hidden_states_tell_images_and_texts_apart(editor):
     source = torch.randn(1, 3, 64, 48).expand(2, -1, -1, -1)
     text, mask = editor.encode_text(["warm", "cold"])
     tokens = editor.hidden_states(source, text, mask)
-    assert tokens.shape == (2, 64, SMALL.width)
+    assert tokens.shape == (2, SMALL.pool**2, SMALL.width)
     assert not torch.allclose(tokens[0], tokens[1], atol=1e-3)
     other = editor.hidden_states(source.flip(3), text, mask)
     assert not torch.allclose(tokens[0], other[0], atol=1e-3)
