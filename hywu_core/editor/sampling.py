@@ -49,10 +49,12 @@ def edit(
 
 
 def tiled_velocity(
-    editor: Editor, x: Tensor, t: float, source: Tensor, text: Tensor, mask: Tensor, batch: int = 32
-) -> Tensor:
+    editor: Editor, x: Tensor, t: float | Tensor, source: Tensor, text: Tensor, mask: Tensor,
+    batch: int = 32,
+) -> Tensor:  # fmt: skip
     """Velocity of images of any size: tiles of the training size, overlapping by a quarter, blended.
 
+    t: one time for all items, or a tensor ``[B]``.
     Tiles run item by item within each position, so that an injected batch of LoRAs needs a `batch` of at
     least the number of images; smaller ones are raised to it.
     """
@@ -62,6 +64,7 @@ def tiled_velocity(
     corners = [(y, x0) for y in _starts(height, tall) for x0 in _starts(width, wide)]
     window = _window(tall, height, source)[:, None] * _window(wide, width, source)
     total, weight = torch.zeros_like(source), source.new_zeros(height, width)
+    moments = torch.as_tensor(t).to(source).expand(items)
     together = max(1, batch // items)
     for first in range(0, len(corners), together):
         group = corners[first : first + together]
@@ -72,7 +75,7 @@ def tiled_velocity(
             tiles = [image[:, :, y : y + tall, x0 : x0 + wide] for y, x0 in group]
             return torch.stack(tiles, dim=1).flatten(0, 1)
 
-        times = source.new_full((items * n,), t)
+        times = moments.repeat_interleave(n)
         words, keep = text.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
         velocity = editor(cut(x), times, cut(source), words, keep).unflatten(0, (items, n))
         for i, (y, x0) in enumerate(group):

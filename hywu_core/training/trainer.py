@@ -10,6 +10,7 @@ import logging
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ class Trainer:
     """Trains a strategy on a base model; `folder` holds the state, logs, plot and samples.
 
     batches: step -> whole batch. samples: examples whose edits are drawn now and then. extra: JSON-safe
-    facts kept in the state's header. Call `run`; call it again, or in a new process, to go on.
+    facts kept in the state's header. on_step: called after each step with (steps done, loss); True
+    keeps a state and stops. Call `run`; call it again, or in a new process, to go on.
     """
 
     def __init__(
@@ -69,8 +71,9 @@ class Trainer:
         tensorboard: bool = False,
         device: str | None = None,
         extra: dict[str, Any] | None = None,
+        on_step: Callable[[int, float], bool] | None = None,
     ) -> None:
-        self.base, self.strategy, self.batches = base, strategy, batches
+        self.base, self.strategy, self.batches, self.on_step = base, strategy, batches, on_step
         self.config, self.folder, self.samples = config, Path(folder), samples
         self.save_every, self.sample_every = save_every, sample_every
         self.tensorboard, self.extra = tensorboard, dict(extra or {})
@@ -164,7 +167,8 @@ class Trainer:
                 lr = lr_at(self.config, self.step - 1)
                 row = {"step": self.step, "loss": loss, "lr": lr, "grad_norm": norm}
                 log.add({**row, "seconds": round(self.seconds, 3)})
-            self.interrupted = self._any(interrupt.asked)
+            asked = self.on_step is not None and self.on_step(self.step, loss)
+            self.interrupted = self._any(asked or interrupt.asked)
             if self.interrupted or self.step == stop or self.step % self.save_every == 0:
                 self.save(log)
             if self.sample_every and self.step % self.sample_every == 0:

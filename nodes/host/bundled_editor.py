@@ -49,8 +49,7 @@ class HostEditor(Editor):
     ) -> Tensor:
         """x ``[B, 6, H, W]``: x_t and the source image. Returns the velocity ``[B, 3, H, W]``."""
         image, source = x.chunk(2, dim=1)
-        t = float(timestep.flatten()[0])
-        return tiled_velocity(_Tile(self), image, t, source, text, text_mask.bool(), TILES)
+        return tiled_velocity(_Tile(self), image, timestep, source, text, text_mask.bool(), TILES)
 
 
 class _Tile:
