@@ -21,6 +21,7 @@ from ..errors import HYWUError
 from ..files import atomic_path, open_tensors, read_header, save_tensors
 from .config import GeneratorConfig, RoPEPrecision
 from .fp8 import uses_fp8
+from .mapped import MappedBlocks, Slot
 from .model import ParameterGenerator
 
 FORMAT = "hywu-generator-1"
@@ -28,15 +29,6 @@ INDEX = "model.safetensors.index.json"
 
 #: fused projection -> the official ones it holds, in order
 FUSED = {"W_qkv": ("W_q", "W_k", "W_v"), "W_kv": ("W_k", "W_v")}
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Where a tensor of a file goes: rows [start, start + shape[0]) of a parameter."""
-
-    parameter: str
-    start: int
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -61,7 +53,9 @@ def load_generator(
     path: an official folder (config.json and safetensors, sharded or not, with or without index),
         or one of our files. dtype: None keeps the file's. rope_precision: None keeps the
         checkpoint's. operations, memory_budget: see ParameterGenerator. With a budget that the
-        weights don't fit in, the blocks' weights stay in host memory.
+        weights don't fit in, the blocks' weights stay in host memory; on the CPU, where the budget is of
+        host memory itself, a generator with a budget reads its blocks from the file's memory map
+        (the file must stay; the generator can't be moved or cast).
     Tensors go from the file's memory map straight to the device and dtype, one shard at a time.
     Raises HYWUError naming the file and the keys when something is missing, extra, misshaped, not
     finite or truncated.
@@ -73,15 +67,20 @@ def load_generator(
     with torch.device("meta"):
         generator = ParameterGenerator(config, operations)
     device = torch.device(device)
-    blocks = device if memory_budget is None else torch.device("cpu")
-    tensors = _read_into(generator, source, device, blocks, dtype)
+    blocks = device
+    if memory_budget is not None:
+        blocks = torch.device("meta" if device.type == "cpu" else "cpu")
+    tensors, mapped = _read_into(generator, source, device, blocks, dtype)
     for name, tensor in tensors.items():
         owner, _, leaf = name.rpartition(".")
         setattr(generator.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
     if memory_budget is not None:
         generator.memory_budget = memory_budget
+        if mapped is not None:
+            generator.mapped = mapped
+            generator.offload()
         # reckoned with the shortest condition; each call plans anew, and may stream more
-        if generator.memory_plan(1, 1).streamed:
+        elif generator.memory_plan(1, 1).streamed:
             generator.offload()
         else:
             generator.to(device)
@@ -204,7 +203,10 @@ def file_tensors(generator: ParameterGenerator) -> Iterator[tuple[str, Tensor]]:
     parameters = dict(generator.named_parameters())
     for name, slot in slots(generator).items():
         whole = parameters[slot.parameter]
-        yield name, whole[slot.start : slot.start + slot.shape[0]]
+        if whole.is_meta:
+            yield name, generator.mapped.tensor(name).to(whole.dtype)
+        else:
+            yield name, whole[slot.start : slot.start + slot.shape[0]]
 
 
 def _read_into(
@@ -213,15 +215,16 @@ def _read_into(
     device: torch.device,
     blocks: torch.device,
     dtype: torch.dtype | None,
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], MappedBlocks | None]:
     """The generator's parameters, filled from the checkpoint's files; one file open at a time.
 
-    blocks: where the parameters of the transformer's blocks go; the others go to `device`.
+    blocks: where the parameters of the transformer's blocks go; the others go to `device`. On "meta"
+    they are looked at, left in the files, and read by the second result.
     """
     wanted = slots(generator)
     shapes = {name: tuple(p.shape) for name, p in generator.named_parameters()}
     tensors: dict[str, Tensor] = {}
-    read: set[str] = set()
+    read: dict[str, Path] = {}
     sums: dict[str, Tensor] = {}
     for file in source.files:
         with open_tensors(file) as opened:
@@ -235,21 +238,22 @@ def _read_into(
                         shapes[name], dtype=dtype or value.dtype, device=place
                     )
                 part = tensors[name][slot.start : slot.start + slot.shape[0]]
-                part.copy_(value)
+                part = value.to(part.dtype) if part.is_meta else part.copy_(value)
                 # a sum is finite only if every value is (or it overflows, which is looked at below)
                 sums[key] = part.sum(dtype=torch.float32).to(device)
                 del value
-    missing = sorted(set(wanted) - read)
+    missing = sorted(set(wanted) - set(read))
     if missing:
         raise HYWUError(
             f"{source.path}: lacks {len(missing)} tensors, for example {', '.join(missing[:3])}; a "
             "shard may be missing or the config belongs to another checkpoint."
         )
-    _check_finite(source, sums, wanted, tensors)
-    return tensors
+    mapped = MappedBlocks(wanted, read) if blocks.type == "meta" else None
+    _check_finite(source, sums, wanted, tensors, mapped)
+    return tensors, mapped
 
 
-def _check_keys(file: Path, opened: Any, wanted: Mapping[str, Slot], read: set[str]) -> None:
+def _check_keys(file: Path, opened: Any, wanted: Mapping[str, Slot], read: dict[str, Path]) -> None:
     """Every key of one file: known, new, of the right shape. One error for all that are wrong."""
     extra, wrong = [], []
     for key in opened.keys():  # noqa: SIM118
@@ -259,7 +263,7 @@ def _check_keys(file: Path, opened: Any, wanted: Mapping[str, Slot], read: set[s
         elif tuple(opened.get_slice(key).get_shape()) != slot.shape:
             shape = tuple(opened.get_slice(key).get_shape())
             wrong.append(f"{key} is {shape}, the config says {slot.shape}")
-        read.add(key)
+        read[key] = file
     if extra or wrong:
         parts = [f"{len(extra)} tensors too many ({', '.join(extra[:3])})"] if extra else []
         parts += [f"{len(wrong)} of another shape ({'; '.join(wrong[:3])})"] if wrong else []
@@ -270,7 +274,11 @@ def _check_keys(file: Path, opened: Any, wanted: Mapping[str, Slot], read: set[s
 
 
 def _check_finite(
-    source: Source, sums: dict[str, Tensor], wanted: dict[str, Slot], tensors: dict[str, Tensor]
+    source: Source,
+    sums: dict[str, Tensor],
+    wanted: dict[str, Slot],
+    tensors: dict[str, Tensor],
+    mapped: MappedBlocks | None,
 ) -> None:
     if bool(torch.isfinite(torch.stack(list(sums.values()))).all()):
         return
@@ -278,6 +286,8 @@ def _check_finite(
     for key in sums:
         slot = wanted[key]
         part = tensors[slot.parameter][slot.start : slot.start + slot.shape[0]]
+        if part.is_meta:
+            part = mapped.tensor(key).to(part.dtype)
         if not bool(torch.isfinite(part).all()):
             bad.append(key)
     if bad:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,9 @@ ALIGNMENT = 256
 
 #: Held while a generator starts to stream, which moves its weights.
 STARTING = threading.Lock()
+
+#: Fills the tensors of a copy of block i with its weights, from where they rest.
+ReadBlock = Callable[[int, nn.Module], None]
 
 
 @dataclass(frozen=True)
@@ -168,14 +171,22 @@ class BlockStreamer:
     is one copy; they stay valid there for saving. Some blocks can be kept on the device besides.
     On CUDA copies run on a stream of their own; elsewhere the same code copies in line.
     Generations take turns: a slot serves one at a time.
+
+    read: where the weights rest elsewhere (the blocks' tensors may be on "meta" then): it fills a
+        slot's block, and no host buffers are made.
     """
 
-    def __init__(self, blocks: nn.ModuleList, device: torch.device) -> None:
+    def __init__(
+        self, blocks: nn.ModuleList, device: torch.device, read: ReadBlock | None = None
+    ) -> None:
         self._device = device
         self._blocks = list(blocks)
+        self._read = read
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
-        with torch.inference_mode(False):
-            self._hosts = [_pack(block, pin=device.type == "cuda") for block in blocks]
+        self._hosts: list[Tensor] = []
+        if read is None:
+            with torch.inference_mode(False):
+                self._hosts = [_pack(block, pin=device.type == "cuda") for block in blocks]
         self._resident: dict[int, _Slot] = {}
         self._slots: list[_Slot] = []
         self._lock = threading.Lock()
@@ -192,7 +203,7 @@ class BlockStreamer:
             streamed = [i for i in range(len(self._blocks)) if i not in self._resident]
             place = {i: self._slots[k % SLOTS] for k, i in enumerate(streamed)}
             for i in streamed[:SLOTS]:
-                place[i].fetch(self._hosts[i], self._side)
+                self._fetch(place[i], i)
             following = dict(zip(streamed, streamed[SLOTS:], strict=False))
             for i in range(len(self._blocks)):
                 slot = self._resident.get(i) or place[i]
@@ -202,7 +213,13 @@ class BlockStreamer:
                 finally:
                     slot.release()
                 if i in following:
-                    slot.fetch(self._hosts[following[i]], self._side)
+                    self._fetch(slot, following[i])
+
+    def _fetch(self, slot: _Slot, i: int) -> None:
+        if self._read is None:
+            slot.fetch(self._hosts[i], self._side)
+        else:
+            self._read(i, slot.block)
 
     def _keep(self, count: int) -> None:
         """Keep `count` blocks on the device, spread evenly, so that copies hide behind them."""
@@ -213,17 +230,17 @@ class BlockStreamer:
         slots = min(SLOTS, total - len(wanted))
         del self._slots[slots:]
         for i in sorted(wanted - set(self._resident)):
-            self._resident[i] = _Slot(self._blocks[i], self._hosts[i], self._device)
-            self._resident[i].fetch(self._hosts[i], self._side)
+            self._resident[i] = _Slot(self._blocks[i], self._device)
+            self._fetch(self._resident[i], i)
         while len(self._slots) < slots:
-            self._slots.append(_Slot(self._blocks[0], self._hosts[0], self._device))
+            self._slots.append(_Slot(self._blocks[0], self._device))
 
 
 class _Slot:
     """Device memory of one block, and a block whose tensors are views of it."""
 
-    def __init__(self, block: nn.Module, host: Tensor, device: torch.device) -> None:
-        self._flat = torch.empty_like(host, device=device, pin_memory=False)
+    def __init__(self, block: nn.Module, device: torch.device) -> None:
+        self._flat = torch.empty(_flat_bytes(block), dtype=torch.uint8, device=device)
         # deepcopy finds each tensor of the original in the memo: structure is copied, values aren't
         memo: dict[int, object] = {}
         for owner, leaf, start, like in _places(block):
@@ -270,17 +287,20 @@ def _places(block: nn.Module) -> Iterator[tuple[nn.Module, str, int, Tensor]]:
                 start += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
 
 
+def _flat_bytes(block: nn.Module) -> int:
+    *_, (_, _, start, last) = _places(block)
+    return start + last.nbytes
+
+
 def _view(flat: Tensor, start: int, like: Tensor) -> Tensor:
     return flat[start : start + like.nbytes].view(like.dtype).view(like.shape)
 
 
 def _pack(block: nn.Module, pin: bool) -> Tensor:
     """Move a block's tensors into one flat host buffer ``[bytes]``; they become views of it."""
-    places = list(_places(block))
-    _, _, start, last = places[-1]
-    flat = torch.empty(start + last.nbytes, dtype=torch.uint8, pin_memory=pin)
+    flat = torch.empty(_flat_bytes(block), dtype=torch.uint8, pin_memory=pin)
     with torch.no_grad():
-        for owner, leaf, start, tensor in places:
+        for owner, leaf, start, tensor in list(_places(block)):
             view = _view(flat, start, tensor)
             view.copy_(tensor)
             parameter = leaf in owner._parameters

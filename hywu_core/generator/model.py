@@ -22,6 +22,7 @@ from ..errors import HYWUError
 from ..lora import GeneratedLoRA
 from .config import GeneratorConfig
 from .layers import Context, RMSNorm, Transformer, even_step, fused_kernels, linear, weights
+from .mapped import MappedBlocks
 from .memory import STARTING, BlockStreamer, MemoryPlan, Sizes, plan_memory, tensor_bytes
 from .rope import StackTables
 from .sharing import Shared
@@ -62,6 +63,7 @@ class ParameterGenerator(nn.Module):
         self._tables: dict[tuple[str, torch.device], tuple[list[StackTables], Shared]] = {}
         self._prefix: tuple[tuple, list[Tensor], Shared] | None = None
         self._streamer: BlockStreamer | None = None
+        self.mapped: MappedBlocks | None = None  # where blocks are read from files
         self._epoch = 0
 
     @torch.no_grad()
@@ -188,6 +190,8 @@ class ParameterGenerator(nn.Module):
         return (self._epoch, self._prefix_key(self.model.norm_input.weight))
 
     def _apply(self, fn: Callable, recurse: bool = True) -> ParameterGenerator:
+        if self.mapped is not None:
+            raise HYWUError("blocks read from a file can't be moved or cast; load the file anew.")
         self.forget()  # .to() and the like make other tensors of the weights
         return super()._apply(fn, recurse)
 
@@ -195,11 +199,12 @@ class ParameterGenerator(nn.Module):
         """Move the blocks' weights to host memory; from there they are streamed, or kept besides."""
         with STARTING:
             device = self.model.norm_input.weight.device
-            self._streamer = self._streamer or BlockStreamer(self.model.blocks, device)
+            if self._streamer is None:
+                self._streamer = BlockStreamer(self.model.blocks, device, self.mapped)
 
     def _blocks(self, plan: MemoryPlan | None) -> Iterator[nn.Module]:
         if self._streamer is None:
-            if plan is None or not plan.streamed:
+            if self.mapped is None and (plan is None or not plan.streamed):
                 yield from self.model.blocks
                 return
             self.offload()
@@ -361,19 +366,14 @@ class ParameterGenerator(nn.Module):
         )
         if not context.in_place:
             return torch.cat([self._project_out(x[:, :, at], p, f) for at, p, f in sides], dim=2)
-        out = (
-            x
-            if reuse
-            else x.new_empty(batch, grid.num_layers, x.shape[2], config.values_per_position)
-        )
+        width = config.values_per_position
+        out = x if reuse else x.new_empty(batch, grid.num_layers, x.shape[2], width)
         step = even_step(grid.num_layers, 4 * context.chunk_rows // (batch * x.shape[2]))
         for at, projection, factor in sides:
             for n in range(0, grid.num_layers, step):
                 view = x[:, n : n + step, at]
                 values = self._project_out(view, projection, factor)
-                out[:, n : n + step, at] = values.flatten(2).view(
-                    *view.shape[:3], config.values_per_position
-                )
+                out[:, n : n + step, at] = values.flatten(2).view(*view.shape[:3], width)
         return out.view(shape)
 
     def _project_out(self, x: Tensor, projection: nn.Module, factor: float) -> Tensor:
