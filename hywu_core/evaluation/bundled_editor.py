@@ -1,9 +1,11 @@
-"""The bundled editor with its generator, or with one static LoRA, as an editor for benchmarks."""
+"""The bundled editor with its generator, with static LoRAs, or fine-tuned, as an editor for benchmarks."""
 
 from __future__ import annotations
 
 import hashlib
+import re
 import threading
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,86 +16,144 @@ from torch import Tensor
 
 from ..editor.checkpoint import bundled, bundled_loras, editor_identity, load_editor
 from ..editor.engine import BundledEditor
+from ..editor.model import Editor
 from ..editor.sampling import edit
 from ..errors import HYWUError
+from ..files import read_tensors
 from ..formats import load_lora
 from ..injection import inject
+from ..lora import GeneratedLoRA
+from .editors import EditFailed
 from .items import Item
+
+#: In a LoRA's name: the item's task.
+TASK = "{task}"
 
 
 class EngineEditor:
-    """Edits each item with a LoRA that is generated for it; or with `lora`, the same for all items.
+    """Edits each item with a LoRA that is generated for it; or with `lora`, a static one.
 
-    lora: the name of a bundled LoRA (shared, single_blur, ...), a file or a PEFT folder; "none" is the
-    editor alone; None generates. steps: of the sampling; strength: of the LoRA; device: a torch
+    lora: the name of a bundled LoRA (shared, single_blur, ...), a file or a PEFT folder, with
+    ``{task}`` in its name one for each task; "none" is the editor alone; None generates. fine_tuned:
+    a file of `hywu train` or `hywu conflict` with all of the editor's weights, to use in their place
+    (SFT; then there is no LoRA). steps: of the sampling; strength: of the LoRA; device: a torch
     device. One edit at a time. Raises HYWUError when weights are missing or don't fit each other.
     """
 
     parallel = 1
 
     def __init__(
-        self, lora: str | None = None, steps: int = 4, strength: float = 1.0, device: str = "cpu"
-    ) -> None:
+        self, lora: str | None = None, steps: int = 4, strength: float = 1.0, device: str = "cpu",
+        fine_tuned: str | Path | None = None,
+    ) -> None:  # fmt: skip
+        if fine_tuned is not None and lora not in (None, "none"):
+            raise HYWUError(f"Fine-tuned weights have no LoRA; leave out '{lora}' or {fine_tuned}.")
         self.steps, self.strength = steps, strength
         self._lock = threading.Lock()  # the LoRA of one item is on the model while it is edited
+        self._engine, self._loras, self._lora = None, {}, lora or "generated"
         path = bundled("editor")
-        self._engine = self._lora = None
-        if lora is None:
+        if lora is None and fine_tuned is None:
             self._engine = BundledEditor.load(path, bundled("generator"), device)
             self._editor = self._engine.editor
-            self._source = self._engine.generator.config.provenance["checkpoint"]["digest"]
         else:
             self._editor = load_editor(path, device)
-            self._source = lora
-            if lora != "none":
-                file = _lora_path(lora)
-                self._lora = load_lora(file).to(device)
-                self._lora.layout.check(self._editor)
-                self._source = f"{file.name} {_digest(file)}"
+        self._facts: dict[str, Any] = {"editor": editor_identity(self._editor)}
+        if fine_tuned is not None:
+            load_fine_tuned(self._editor, fine_tuned)
+            self._lora = "none"
+            self._facts["fine_tuned"] = f"{Path(fine_tuned).name} {_digest([Path(fine_tuned)])}"
+        elif lora not in (None, "none"):
+            files = _lora_files(lora)
+            self._loras = {task: load_lora(p, device, self._editor) for task, p in files.items()}
+            name = Path(lora).name if TASK in lora else next(iter(files.values())).name
+            self._lora = f"{name} {_digest(files.values())}"
 
     def describe(self) -> dict[str, Any]:
         """Which weights, and how they are used; the device changes nothing that is meant."""
+        generator = None
+        if self._engine is not None:
+            generator = self._engine.generator.config.provenance["checkpoint"]["digest"]
         return {
             "kind": "bundled",
-            "editor": editor_identity(self._editor),
-            "lora": self._source if self._engine is None else "generated",
-            "generator": None if self._engine is None else self._source,
+            **self._facts,
+            "lora": self._lora,
+            "generator": generator,
             "steps": self.steps,
             "strength": self.strength,
         }
 
+    @property
+    def editor(self) -> Editor:
+        """The base model, with fine-tuned weights where there are some."""
+        return self._editor
+
     def edit(self, source: Image.Image, item: Item, seed: int) -> Image.Image:
-        """The edited picture, of the source's size."""
+        """The edited picture, of the source's size. Raises EditFailed when the task has no LoRA."""
         pixels = torch.from_numpy(np.array(source.convert("RGB"))).permute(2, 0, 1)
         with self._lock:
-            result = self._edit(pixels, item.instruction, seed)
+            result = self._edit(pixels, item, seed)
         array = (result.float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
         return Image.fromarray(array.cpu().numpy())
 
-    def _edit(self, pixels: Tensor, instruction: str, seed: int) -> Tensor:
+    def _edit(self, pixels: Tensor, item: Item, seed: int) -> Tensor:
         if self._engine is not None:
             options = {"seed": seed, "steps": self.steps, "strength": self.strength}
-            return self._engine.edit(pixels, instruction, **options).image
+            return self._engine.edit(pixels, item.instruction, **options).image
         device = self._editor.text.position.device
         given = pixels[None].to(device, torch.float32) / 255
-        if self._lora is None:
-            return edit(self._editor, given, [instruction], steps=self.steps, seed=seed)[0]
-        with inject(self._editor, self._lora, self.strength):
-            return edit(self._editor, given, [instruction], steps=self.steps, seed=seed)[0]
+        options = {"steps": self.steps, "seed": seed}
+        if not self._loras:
+            return edit(self._editor, given, [item.instruction], **options)[0]
+        with inject(self._editor, self._lora_of(item.task), self.strength):
+            return edit(self._editor, given, [item.instruction], **options)[0]
+
+    def _lora_of(self, task: str) -> GeneratedLoRA:
+        lora = self._loras.get("" if "" in self._loras else task)
+        if lora is None:
+            known = ", ".join(self._loras)
+            raise EditFailed(f"there is no LoRA for the task '{task}' ({self._lora}: {known})")
+        return lora
 
 
-def _lora_path(name: str) -> Path:
-    if name in bundled_loras():
-        return bundled(name)
-    if Path(name).exists():
-        return Path(name)
+def load_fine_tuned(editor: Editor, path: str | Path) -> None:
+    """Put a fine-tuned copy's weights into the editor. Raises HYWUError naming what doesn't fit."""
+    tensors, header = read_tensors(path)
+    if header.get("strategy") != "sft":
+        raise HYWUError(f"{path}: not a fine-tuned editor; `hywu conflict` writes weights/sft.")
+    wanted = {name: tuple(value.shape) for name, value in editor.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in tensors.items()}
+    odd = sorted(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n))
+    if odd:
+        raise HYWUError(
+            f"{path}: was not made from this editor: {odd[0]} is {found.get(odd[0], 'missing')}, "
+            f"the editor's is {wanted.get(odd[0], 'missing')}; use two that were made together."
+        )
+    editor.load_state_dict(tensors)
+
+
+def _lora_files(name: str) -> Mapping[str, Path]:
+    """Task -> file; of the task "" where the same is for all. Raises HYWUError when there is none."""
+    path = Path(name)
+    if TASK not in name:
+        if name in bundled_loras() or path.exists():
+            return {"": bundled(name) if name in bundled_loras() else path}
+    elif TASK in path.name:
+        before, after = path.name.split(TASK, 1)
+        pattern = re.compile(f"{re.escape(before)}(.+){re.escape(after)}")
+        if path.suffix or path.parent != Path():
+            named = {file.name: file for file in sorted(path.parent.glob("*.safetensors"))}
+        else:
+            named = {stem: bundled(stem) for stem in bundled_loras()}
+        found = {m[1]: file for stem, file in named.items() if (m := pattern.fullmatch(stem))}
+        if found:
+            return found
     known = ", ".join([*bundled_loras(), "none"])
     raise HYWUError(f"{name}: there is no such LoRA file, and the bundled ones are {known}.")
 
 
-def _digest(path: Path) -> str:
-    files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
+def _digest(paths: Iterable[Path]) -> str:
     sha = hashlib.sha256()
-    for file in files:
-        sha.update(file.read_bytes())
+    for path in paths:
+        for file in sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]:
+            sha.update(file.read_bytes())
     return sha.hexdigest()[:16]

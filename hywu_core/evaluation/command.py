@@ -8,6 +8,7 @@ The steps, each resumable, each reading what the one before left in OUT/METHOD:
   hywu eval score    results/mine
   hywu eval report   results/mine results/other --out report.html
 
+`hywu eval own --out DIR` does all of them for the bundled weights, by pixels, on held-out photographs.
 `hywu eval STEP --help` explains a step. Benchmarks: gedit (GEdit-Bench as published, or exported),
 imgedit (ImgEdit-Bench Basic), folder (items.jsonl of your own). GEdit-Bench and ImgEdit-Bench come
 from their authors; nothing is downloaded here, and `--data samples` is a two-item sample of our own.
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import argparse
 
-from .commands import generate, judge, report, score, unpack
+from .commands import generate, judge, own, report, score, unpack
 from .gsb import command as gsb
 
 #: step -> (module with configure(parser) and run(args) -> int, one line)
@@ -26,6 +27,7 @@ STEPS = {
     "judge": (judge, "ask a judge about results"),
     "score": (score, "parse the answers; write scores in the benchmark authors' files"),
     "report": (report, "compare methods: one HTML file and Markdown"),
+    "own": (own, "all steps for the bundled weights, on the held-out photographs"),
     "gsb": (gsb, "human preference: a blind voting page, and its report"),
     "unpack": (unpack, "GEdit-Bench's parquet or arrow files into an exported folder"),
 }

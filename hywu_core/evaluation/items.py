@@ -26,7 +26,8 @@ class Item:
 
     source: the picture given to the editor; shown_source: the one given to the judge, where a
     benchmark keeps the two apart (GEdit-Bench), else None; target: the picture wanted, if known;
-    intersection: GEdit's mark of the items that every compared system answered.
+    intersection: GEdit's mark of the items that every compared system answered; photograph: what
+    the source was cut or made from, where several sources share one.
     """
 
     key: str
@@ -37,6 +38,7 @@ class Item:
     target: Path | None = None
     shown_source: Path | None = None
     intersection: bool = False
+    photograph: str = ""
 
     @property
     def id(self) -> str:
@@ -46,6 +48,11 @@ class Item:
     @property
     def judged_source(self) -> Path:
         return self.shown_source or self.source
+
+    @property
+    def cluster(self) -> str:
+        """The photograph that intervals count the item under: items of one are not independent."""
+        return self.photograph or str(self.source)
 
 
 @dataclass(frozen=True)
@@ -195,8 +202,9 @@ def read_folder(path: str | Path) -> ItemList:
     """Own data: a JSONL file, or a folder with ``items.jsonl`` (or metadata.jsonl, items.json).
 
     Each row: ``source`` and ``instruction``, optional ``target``, ``task`` (default "edit"),
-    ``language`` (default "en") and ``key`` (default: the row's number, five digits). Paths are
-    relative to the file.
+    ``language`` (default "en"), ``key`` (default: the row's number, five digits) and ``photograph``
+    (a name that sources cut from one photograph share, for the intervals; default: the source).
+    Paths are relative to the file.
     """
     path = Path(path)
     file = path if path.is_file() else first_file(path, FOLDER_FILES, "items")
@@ -208,7 +216,9 @@ def read_folder(path: str | Path) -> ItemList:
     ]
 
     def parse(row: Mapping[str, Any]) -> Item:
-        target = row.get("target")
+        target, photograph = row.get("target"), row.get("photograph", "")
+        if not isinstance(photograph, str):
+            raise HYWUError(f"its photograph is {photograph!r}, not a name")
         return Item(
             key=check_name(row["key"], "key"),
             task=check_name(row.get("task", "edit"), "task"),
@@ -216,6 +226,7 @@ def read_folder(path: str | Path) -> ItemList:
             source=check_image(row.get("source"), root, "source"),
             language=check_name(row.get("language", "en"), "language"),
             target=None if target is None else check_image(target, root, "target"),
+            photograph=photograph,
         )
 
     return collect("folder", numbered, parse)

@@ -67,7 +67,7 @@ def wu_eval_table(scores: MethodScores) -> Table:
 
 def _wu_estimates(scores: Sequence[ItemScore]) -> dict[str, Estimate]:
     values = [{n: s.values[n] for n in wu_eval.DIMENSIONS} for s in scores]
-    return wu_eval.estimates(values, [str(s.item.source) for s in scores])
+    return wu_eval.estimates(values, [s.item.cluster for s in scores])
 
 
 def gedit_table(scores: MethodScores) -> Table:
@@ -149,7 +149,7 @@ def dimension_bars(methods: Sequence[MethodScores]) -> list[Bar]:
 
 
 def _overall(scores: Sequence[ItemScore]) -> tuple[list[float], list[str]]:
-    return [s.values["overall"] for s in scores], [str(s.item.source) for s in scores]
+    return [s.values["overall"] for s in scores], [s.item.cluster for s in scores]
 
 
 def comparison_table(methods: Sequence[MethodScores]) -> Table:
@@ -164,7 +164,7 @@ def comparison_table(methods: Sequence[MethodScores]) -> Table:
         both = [(first[s.item.id], s) for s in scores.scored() if s.item.id in first]
         difference = bootstrap_mean(
             [b.values["overall"] - a.values["overall"] for a, b in both],
-            [str(b.item.source) for _, b in both],
+            [b.item.cluster for _, b in both],
         )
         outcomes = scores.outcomes()
         rows.append(

@@ -66,7 +66,7 @@ def estimates(
 ) -> dict[str, Estimate]:
     """Each dimension and "overall": mean and 95 % interval by bootstrap over photographs.
 
-    scores: one mapping of the four dimensions an item; photographs: the item's source.
+    scores: one mapping of the four dimensions an item; photographs: the one of each item.
     """
     more = {} if resamples is None else {"resamples": resamples}
     columns = {name: [row[name] for row in scores] for name in DIMENSIONS}

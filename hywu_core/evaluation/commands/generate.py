@@ -59,7 +59,12 @@ def add_editor(parser: argparse.ArgumentParser) -> None:
     engine.add_argument(
         "--lora",
         help="in place of generating: a bundled LoRA (shared, single_blur, ...), a LoRA file, or "
-        "'none' for the editor alone",
+        "'none' for the editor alone; {task} in it stands for the item's task ('single_{task}')",
+    )
+    engine.add_argument(
+        "--fine-tuned",
+        metavar="FILE",
+        help="all of the editor's weights, fine-tuned: weights/sft.safetensors of `hywu conflict`",
     )
     engine.add_argument("--steps", type=int, default=4, help="sampling steps (%(default)s)")
     engine.add_argument("--strength", type=float, default=1.0, help="of the LoRA (%(default)s)")
@@ -87,7 +92,7 @@ def make_editor(args: argparse.Namespace) -> Editor:
     if args.editor == "bundled":
         from ..bundled_editor import EngineEditor
 
-        return EngineEditor(args.lora, args.steps, args.strength, args.device)
+        return EngineEditor(args.lora, args.steps, args.strength, args.device, args.fine_tuned)
     if args.editor == "command":
         if not args.command:
             raise HYWUError("--editor command needs --command.")

@@ -1,0 +1,120 @@
+"""The project's own result: WU-Eval of the bundled weights, all steps in one command.
+
+On the held-out images of the conflict experiment (the same crops and tasks, instructions as text, in
+phrasings that were trained on and in held-out ones), judged by the reference judge: HY-WU, the
+Shared LoRA, one Single LoRA a task, and the editor alone. SFT's weights are too large to be bundled;
+`--experiment` takes them from a folder of `hywu conflict`.
+
+  hywu eval own --out runs/own
+  hywu eval own --out runs/own --experiment runs/conflict
+
+    OUT/items/                          sources, targets, seen.jsonl, held_out.jsonl
+    OUT/seen/<method>/<key>.png         results, answers and scores as of the other steps
+    OUT/held_out/<method>/<key>.png
+    OUT/report_seen.html, .md           and report_held_out.html, .md
+    OUT/own.md, own.json                the table with its limits
+
+The same command goes on after an interruption. Exit code 3: finished, but some items have no score.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ...console import say
+from ...console import table as show_table
+from ...errors import HYWUError
+from ...files import atomic_path
+from ..editors import Editor
+from ..generate import generate_results
+from ..items import read_folder
+from ..judges.reference import ReferenceJudge
+from ..judging import judge_results, store_name
+from ..own import LABELS, OwnSet, experiment_plan, own_editors, own_table, write_items
+from ..questionnaires import Questionnaire, load_questionnaire
+from ..report.markdown import markdown_table
+from ..results import Results, read_manifest, write_json
+from ..score_files import write_scores
+from ..scores import MethodScores, score_results
+from . import generate, judge, report, shared
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `hywu eval own`."""
+    parser.add_argument("--out", type=Path, required=True, help="folder of items, results, reports")
+    parser.add_argument(
+        "--experiment",
+        type=Path,
+        metavar="DIR",
+        help="a folder of `hywu conflict`, for SFT's weights and the plan of the held-out crops",
+    )
+    parser.add_argument(
+        "--methods", nargs="+", choices=LABELS, help="only these (default: all there are)"
+    )
+    parser.add_argument("--images", type=int, help="only the first so many; photographs come first")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (%(default)s)")
+    parser.add_argument("--device", default="cpu", help="torch device (%(default)s)")
+    parser.add_argument("--each", type=int, default=2, help="items per place in the reports")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what is missing of all steps; exit code 0, or 3 when an item has no score."""
+    plan = experiment_plan(args.experiment)
+    if args.images is not None:
+        if args.images < 1:
+            raise HYWUError(f"--images {args.images}: 1 or more are needed.")
+        plan = replace(plan, max_images=args.images)
+    methods = args.methods or [m for m in LABELS if m != "sft" or args.experiment]
+    if args.experiment is None and "sft" not in methods:
+        say("SFT is left out: --experiment DIR takes its weights from a folder of `hywu conflict`")
+    editors = own_editors(methods, plan.sampling_steps, args.device, args.experiment)
+    base = next(iter(editors.values())).editor
+    items = write_items(args.out, plan, base.config.train_size)
+    questionnaire = load_questionnaire("wu-eval")
+    scores: dict[str, list[MethodScores]] = {}
+    for phrasing, file in items.files.items():
+        scores[phrasing] = [
+            _one(Results(args.out / phrasing / method, "folder"), file, editor, args.seed)
+            for method, editor in editors.items()
+        ]
+        path = args.out / f"report_{phrasing}.html"
+        report.write_reports(scores[phrasing], questionnaire, path, args.each)
+    _write_table(args.out, scores, items, sum(p.numel() for p in base.parameters()), questionnaire)
+    whole = all(len(s.scored()) == len(s.scores) for group in scores.values() for s in group)
+    return 0 if whole else shared.INCOMPLETE
+
+
+def _one(results: Results, file: Path, editor: Editor, seed: int) -> MethodScores:
+    """Generate, judge and score one method; what is there is kept."""
+    items, questionnaire, pixels = (
+        read_folder(file),
+        load_questionnaire("wu-eval"),
+        ReferenceJudge(),
+    )
+    generate.tell(results, generate_results(results, items, editor, file, seed))
+    judged = judge_results(results, items, questionnaire, pixels)
+    say(f"{results.root}: {judge.tell(judged)}")
+    name = store_name(pixels, questionnaire)
+    scores = score_results(results, items, questionnaire, name)
+    write_scores(scores)
+    return scores
+
+
+def _write_table(
+    out: Path,
+    scores: Mapping[str, Sequence[MethodScores]],
+    items: OwnSet,
+    parameters: int,
+    questionnaire: Questionnaire,
+) -> None:
+    table = own_table(scores["seen"], scores["held_out"], items, parameters, questionnaire.title)
+    with atomic_path(out / "own.md", overwrite=True) as part:
+        part.write_text("\n".join(markdown_table(table)), encoding="utf-8")
+    made_by = {s.method: read_manifest(s.results.root)["editor"] for s in scores["seen"]}
+    write_json(out / "own.json", {**items.facts, "methods": made_by, "table": table.as_json()})
+    show_table(table.rows, table.header)
+    say(table.note)
+    say(f"written to {out / 'own.md'} and {out / 'own.json'}")

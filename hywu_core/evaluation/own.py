@@ -1,0 +1,259 @@
+"""The project's own result: WU-Eval of the bundled weights on the conflict experiment's held-out images.
+
+The same crops, tasks and phrasings as `hywu conflict` measures in dB, here as an ordinary folder
+benchmark: ``items/seen.jsonl`` and ``items/held_out.jsonl``, the second with the same sources and
+instructions in phrasings that no training had.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ..editor.checkpoint import bundled, editor_identity, load_editor
+from ..errors import HYWUError
+from ..files import atomic_path
+from ..images import write_image
+from ..training.conflict.evaluate import EvaluationSet, evaluation_set
+from ..training.conflict.plan import ConflictPlan
+from ..training.data import photographs
+from .bundled_editor import EngineEditor
+from .items import read_json
+from .judges.base import slug
+from .results import write_json
+from .scores import MethodScores
+from .statistics import Estimate, bootstrap_mean
+from .tables import Table, comparison_table, dimension_bars
+
+log = logging.getLogger(__name__)
+
+PHRASINGS = ("seen", "held_out")
+
+#: Methods in the order of the table: the first is the one that the others are compared with.
+LABELS = {
+    "hywu": "HY-WU",
+    "shared": "Shared LoRA",
+    "single": "Single LoRA (one a task)",
+    "sft": "SFT",
+    "base": "editor alone",
+}
+
+
+@dataclass(frozen=True)
+class OwnSet:
+    """Where the items lie (phrasing -> JSONL file), and which of their images are photographs."""
+
+    files: Mapping[str, Path]
+    photographs: frozenset[str]
+    facts: Mapping[str, Any]
+
+
+# -- items ---------------------------------------------------------------------------------------
+
+
+def experiment_plan(folder: Path | None) -> ConflictPlan:
+    """The plan whose held-out crops are evaluated: of an experiment's folder, else the default.
+
+    Raises HYWUError when the folder holds none, or its editor is not the bundled one.
+    """
+    if folder is None:
+        return ConflictPlan()
+    found = read_json(folder / "plan.json")
+    try:
+        plan, made_for = found["plan"], found["editor"]["editor"]
+        names = ("crops", "max_images", "sampling_steps", "seed")
+        chosen = {name: int(plan[name]) for name in names}
+        result = replace(ConflictPlan(), tasks=tuple(plan["tasks"]), **chosen)
+    except (KeyError, TypeError, ValueError) as error:
+        raise HYWUError(
+            f"{folder / 'plan.json'}: not the plan of `hywu conflict` ({error})."
+        ) from (error)
+    mine = editor_identity(load_editor())
+    if made_for != mine:
+        raise HYWUError(
+            f"{folder}: the experiment was made with the editor {made_for}, {bundled('editor')} is "
+            f"{mine}; name the experiment that this editor's weights come from."
+        )
+    return result
+
+
+def write_items(out: Path, plan: ConflictPlan, size: int, progress: bool = True) -> OwnSet:
+    """Write the evaluation set of a plan as a folder benchmark, once; later calls take what is there.
+
+    size: side of the crops in pixels. Pictures come first, the lists next, ``set.json`` last, so that a
+    run stopped before the end starts the set anew. Raises HYWUError when `out` holds another set.
+    """
+    root = out / "items"
+    asked = {
+        "seed": plan.seed,
+        "crops": plan.crops,
+        "tasks": list(plan.tasks),
+        "max_images": plan.max_images,
+        "size": size,
+    }
+    files = {phrasing: root / f"{phrasing}.jsonl" for phrasing in PHRASINGS}
+    path = root / "set.json"
+    if not path.is_file():
+        data = evaluation_set(plan, size)
+        photos = [name for name in photographs() if name in data.image]
+        _write_set(root, data, files, progress)
+        facts = {"images": len(set(data.image)), "items": len(data)}
+        write_json(path, {"asked": asked, "photographs": photos, **facts})
+    facts = read_json(path)
+    if facts["asked"] != asked:
+        raise HYWUError(
+            f"{path}: this folder holds another set of items ({_difference(facts['asked'], asked)}); "
+            "choose another --out."
+        )
+    return OwnSet(files, frozenset(facts["photographs"]), facts)
+
+
+def _write_set(root: Path, data: EvaluationSet, files: Mapping[str, Path], progress: bool) -> None:
+    for kind in ("sources", "targets"):
+        (root / kind).mkdir(parents=True, exist_ok=True)
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(data.image))}
+    rows: dict[str, list[str]] = {phrasing: [] for phrasing in files}
+    bar = tqdm(range(len(data)), desc="writing items", disable=not progress)
+    for i in bar:
+        image, task = data.image[i], data.seen.task[i]
+        stem = slug(Path(image).stem)[:60]
+        key = f"{numbers[image]:03d}_{stem}_{data.crop[i]}_{task}"
+        pair = {"source": f"sources/{key}.png", "target": f"targets/{key}.png"}
+        write_image(data.seen.source[i], root / pair["source"])
+        write_image(data.seen.target[i], root / pair["target"])
+        common = {"key": key, "task": task, **pair, "photograph": image}
+        for phrasing, batch in zip(PHRASINGS, (data.seen, data.held_out), strict=True):
+            row = {**common, "instruction": batch.instruction[i]}
+            rows[phrasing].append(json.dumps(row, ensure_ascii=False))
+    for phrasing, file in files.items():
+        with atomic_path(file, overwrite=True) as part:
+            part.write_text("\n".join(rows[phrasing]) + "\n", encoding="utf-8")
+
+
+def _difference(one: Mapping[str, Any], two: Mapping[str, Any]) -> str:
+    odd = [name for name in two if one.get(name) != two[name]]
+    return ", ".join(f"{name} {one.get(name)} and not {two[name]}" for name in odd)
+
+
+# -- methods -------------------------------------------------------------------------------------
+
+
+def own_editors(
+    methods: Sequence[str], steps: int, device: str = "cpu", experiment: Path | None = None
+) -> dict[str, EngineEditor]:
+    """Method -> editor, in the order of `LABELS`; all of them load before the first edit.
+
+    methods: keys of `LABELS`. SFT needs `experiment`, a folder of `hywu conflict`. Raises HYWUError
+    naming the weights that are missing or don't fit.
+    """
+    editors = {}
+    for method in LABELS:
+        if method not in methods:
+            continue
+        fine_tuned = None
+        if method == "sft":
+            if experiment is None:
+                raise HYWUError(
+                    "SFT's weights are not bundled; name their experiment with --experiment."
+                )
+            fine_tuned = experiment / "weights" / "sft.safetensors"
+        lora = {"hywu": None, "sft": None, "single": "single_{task}", "base": "none"}.get(
+            method, method
+        )
+        editors[method] = EngineEditor(lora, steps, device=device, fine_tuned=fine_tuned)
+    return editors
+
+
+# -- the table -----------------------------------------------------------------------------------
+
+
+def own_table(
+    seen: Sequence[MethodScores],
+    held_out: Sequence[MethodScores],
+    facts: OwnSet,
+    parameters: int,
+    questionnaire: str,
+) -> Table:
+    """The small table for the README: every method's WU-Eval, with what it does not show.
+
+    seen, held_out: the same methods in the same order, the first being compared with; parameters: of
+    the editor; questionnaire: its title.
+    """
+    names = [LABELS.get(scores.method, scores.method) for scores in seen]
+    whole = comparison_table(seen).rows
+    photos = comparison_table([_only(scores, facts.photographs) for scores in seen]).rows
+    bars = dimension_bars(seen)
+    dimensions = [b.group for b in bars if b.method == seen[0].method and b.group != "overall"]
+    by_key = {(bar.method, bar.group): bar.estimate for bar in bars}
+    rows = []
+    for number, scores in enumerate(seen):
+        change = phrasing_change(scores, held_out[number])
+        rows.append(
+            (
+                names[number],
+                *whole[number][1:3],
+                *(_mean(by_key[scores.method, name]) for name in dimensions),
+                photos[number][1],
+                f"{change.mean:+.2f}{change.interval('+')}" if change.count else "–",
+            )
+        )
+    header = ("method", "overall", f"difference to {names[0]}", *dimensions)
+    header += ("overall, photographs only", "change with held-out phrasings")
+    return Table(
+        "WU-Eval of the bundled weights, by the reference judge",
+        header,
+        tuple(rows),
+        _note(seen, held_out, facts, parameters, questionnaire),
+    )
+
+
+def phrasing_change(seen: MethodScores, held_out: MethodScores) -> Estimate:
+    """Overall with held-out phrasings minus with seen ones: the same sources, paired."""
+    before = {score.item.id: score.values["overall"] for score in seen.scored()}
+    both = [score for score in held_out.scored() if score.item.id in before]
+    return bootstrap_mean(
+        [score.values["overall"] - before[score.item.id] for score in both],
+        [score.item.cluster for score in both],
+    )
+
+
+def _only(scores: MethodScores, photos: frozenset[str]) -> MethodScores:
+    return replace(scores, scores=tuple(s for s in scores.scores if s.item.photograph in photos))
+
+
+def _mean(value: Estimate) -> str:
+    return f"{value.mean:.2f}" if value.count else "–"
+
+
+def _note(
+    seen: Sequence[MethodScores],
+    held_out: Sequence[MethodScores],
+    facts: OwnSet,
+    parameters: int,
+    questionnaire: str,
+) -> str:
+    asked, name = facts.facts["asked"], seen[0].name
+    lacking = sum(len(s.scores) - len(s.scored()) for s in (*seen, *held_out))
+    parts = [
+        f"Judge: {name.judge}, version {name.judge_version} ({questionnaire}); 1 is the unchanged "
+        "source or worse, 5 the target itself.",
+        f"{len(seen[0].scores)} edits a method: {facts.facts['images']} held-out images, of which "
+        f"{len(facts.photographs)} photographs, {asked['crops']} crops each, {len(asked['tasks'])} "
+        "tasks, instructions given as text.",
+        "Intervals: 95 %, bootstrap over images; differences are paired.",
+        "Limits: this judge computes from pixels with known targets and sees nothing; the tasks are "
+        f"synthetic; the crops are {asked['size']}x{asked['size']} pixels; the editor has "
+        f"{parameters / 1e6:.1f} million parameters. The figures compare these methods with each "
+        "other and with nothing published.",
+    ]
+    if "sft" not in {scores.method for scores in seen}:
+        parts.append("SFT is left out: its weights are not bundled.")
+    if lacking:
+        parts.append(f"{lacking} edits have no score.")
+    return " ".join(parts)
