@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ...errors import HYWUError
 from ...files import atomic_path
 from ..data import photographs
 from ..tasks import CONFLICT
@@ -21,8 +22,12 @@ COLUMNS = ("Unchanged", "Editor alone", "Single", "Shared", "Shared large", "SFT
 
 
 def write_report(experiment: Experiment, folder: Path) -> Path:
-    """``figures.json``, the pictures and ``report.md`` in `folder`; returns the last."""
+    """``figures.json``, the pictures and ``report.md`` in `folder`; returns the last.
+
+    Raises HYWUError while a run is missing that everything else is compared with.
+    """
     results, plan = experiment.results(), experiment.plan
+    _check_main_rank(experiment, folder)
     opposites = experiment.opposites()
     summary = Summary(results, plan, opposites)
     names = [name for name in photographs() if name in experiment.data.image]
@@ -45,6 +50,20 @@ def write_report(experiment: Experiment, folder: Path) -> Path:
     with atomic_path(folder / "report.md", overwrite=True) as part:
         part.write_text(render(facts), encoding="utf-8")
     return folder / "report.md"
+
+
+def _check_main_rank(experiment: Experiment, folder: Path) -> None:
+    """HY-WU, Shared and Single at the main rank must be done, and the gradients with Shared."""
+    plan, missing = experiment.plan, set(experiment.missing())
+    needed = [run for run in plan.runs if run.rank == plan.main_rank]
+    lacking = [run.name for run in needed if run.name in missing]
+    if not lacking and not (folder / "results" / "gradients.json").exists():
+        lacking = [run.name for run in needed if run.strategy == "shared"]
+    if lacking:
+        raise HYWUError(
+            f"{folder}: the report compares HY-WU, Shared and Single at rank {plan.main_rank}, and "
+            f"{', '.join(lacking)} must be done first: the same command without --report goes on."
+        )
 
 
 def _trained(experiment: Experiment, folder: Path) -> dict[str, dict[str, Any]]:

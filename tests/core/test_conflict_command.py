@@ -1,0 +1,200 @@
+"""`hywu conflict` from its command line: all of it on a tiny editor, parts of it, interrupted, reported."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hywu_core.cli import main
+from hywu_core.editor.checkpoint import save_editor
+from hywu_core.editor.model import Editor, EditorConfig
+from hywu_core.files import read_header
+from hywu_core.formats import load_lora
+from hywu_core.generator.checkpoints import load_generator
+from hywu_core.training import data
+from hywu_core.training.conflict import evaluate, experiment, report
+from hywu_core.training.conflict.plan import ConflictPlan, GeneratorSize
+
+TASKS = ("blur", "deblur")
+TINY = EditorConfig(width=24, depth=1, heads=2, text_depth=1, patch=8, train_size=32, pool=2)
+PLAN = dataclasses.replace(
+    ConflictPlan(), steps=2, batch_size=4, tasks=TASKS, ranks=(1, 2), tune_steps=0, crops=1,
+    generator=GeneratorSize(token_dim=24, d_model=16, head_dim=8), sampling_steps=1,
+)  # fmt: skip
+#: The order in which the plan does them.
+RUNS = ["hywu_r2", "shared_r2", "single_blur_r2", "single_deblur_r2", "shared_large", "sft",
+        "hywu_r1", "shared_r1"]  # fmt: skip
+
+
+def picture(seed: int) -> torch.Tensor:
+    """Smooth noise, uint8 ``[3, 100, 120]``."""
+    coarse = torch.rand(1, 3, 10, 12, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.interpolate(coarse, (100, 120), mode="bicubic")[0].mul(255).byte()
+
+
+@pytest.fixture(scope="module")
+def hywu(tmp_path_factory):
+    """(folder, further arguments) -> exit code of ``hywu conflict --quick`` on a tiny plan and editor."""
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    editor = Editor(TINY)
+    editor.reset_parameters()
+    for parameter in editor.parameters():  # away from the identity, so that every part matters
+        parameter.data.add_(torch.randn_like(parameter) * 0.02)
+    save_editor(editor, folder / "editor.safetensors", {"steps": 7})
+    Image.fromarray(picture(9).permute(1, 2, 0).numpy()).save(folder / "train.png")
+    images = {"coffee": picture(1), "camera": picture(2), "drawing.png": picture(3)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ConflictPlan, "quick", lambda: PLAN)
+        patch.setattr(data, "split_files", lambda side: [folder / "train.png"])
+        patch.setattr(evaluate, "held_out_images", lambda: images)
+        patch.setattr(report, "photographs", lambda: {"coffee": None, "camera": None})
+
+        def run(out, *more: str) -> int:
+            given = ["--editor", str(folder / "editor.safetensors"), "--device", "cpu"]
+            return main(["conflict", "--quick", "--out", str(out), *given, *more])
+
+        yield run
+
+
+@pytest.fixture(scope="module")
+def done(hywu, tmp_path_factory):
+    """The folder of an experiment that was done in two parts, by two calls, and reported."""
+    out = tmp_path_factory.mktemp("whole") / "experiment"
+    assert hywu(out, "--commit", "abc", "--only", "*_r2") == 0
+    assert not (out / "report.md").exists()
+    assert hywu(out, "--commit", "abc") == 0
+    return out
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_every_run_leaves_weights_and_rows(done):
+    for run in RUNS:
+        header = read_header(done / "runs" / run / "state.safetensors")
+        assert header["step"] == 2
+        rows = {p: read(done / "results" / f"{run}.{p}.json") for p in ("seen", "held_out")}
+        assert [(r["image"], r["task"]) for r in rows["seen"]] == [
+            (image, task) for image in ("coffee", "camera", "drawing.png") for task in TASKS
+        ]
+        assert all(np.isfinite(r["psnr"]) and -1 <= r["ssim"] <= 1 for r in rows["held_out"])
+    generator = load_generator(done / "weights" / "hywu_r2.safetensors")
+    assert generator.config.layout.rank == 2
+    provenance = generator.config.provenance
+    assert provenance["commit"] == "abc"
+    assert provenance["editor"]["steps"] == 7
+    assert list(provenance["phrasings"]) == list(TASKS)
+    single = load_lora(done / "weights" / "single_blur_r2.safetensors")
+    assert single.rank == 2
+    assert list(single.provenance["phrasings"]) == ["blur"]
+
+
+def test_the_large_shared_lora_has_about_the_generators_size(done):
+    trained = read(done / "figures.json")["trained"]
+    assert list(trained) == RUNS
+    one = trained["shared_r1"]["trained_values"]
+    assert trained["shared_r2"]["trained_values"] == 2 * one
+    gap = trained["shared_large"]["trained_values"] - trained["hywu_r2"]["trained_values"]
+    assert abs(gap) <= one
+
+
+def test_the_report_shows_what_the_rows_say(done):
+    facts = read(done / "figures.json")
+    assert facts["missing"] == []
+    assert facts["photographs"] == ["coffee", "camera"]
+    rows = read(done / "results" / "hywu_r2.seen.json")
+    means = facts["all_images"]["psnr"]["HY-WU"]
+    for task in (*TASKS, "all"):
+        values = [r["psnr"] for r in rows if task in ("all", r["task"])]
+        assert means[task]["mean"] == pytest.approx(np.mean(values), abs=1e-4)
+    photos = [r["psnr"] for r in rows if r["image"] != "drawing.png"]
+    found = facts["photographs_only"]["psnr"]["HY-WU"]["all"]["mean"]
+    assert found == pytest.approx(np.mean(photos), abs=1e-4)
+    assert list(facts["all_images"]["ranks"]) == ["1", "2"]
+    assert set(facts["all_images"]["controls"]) == {
+        "unchanged", "hywu_shuffled", "hywu_mean", "hywu_task_mean", "base",
+    }  # fmt: skip
+    cosine = facts["gradients"]["cosines"][0][1]
+    assert facts["gradients"]["mean_of_opposite_tasks"] == pytest.approx(cosine, abs=1e-4)
+    page = (done / "report.md").read_text(encoding="utf-8")
+    assert f"of opposite tasks {cosine:.2f}." in page
+    assert "Not done yet" not in page
+    for run in RUNS:
+        assert f"\n| {run} | " in page
+
+
+def test_the_pictures_show_edits_and_figures(done):
+    for name in ("edits", "ranks", "gradients"):
+        with Image.open(done / f"{name}.png") as image:
+            assert image.format == "PNG"
+            assert min(image.size) > 100
+            assert len(image.convert("RGB").getcolors(1 << 24)) > 20
+
+
+def test_only_a_part_then_a_report_says_what_is_missing(hywu, tmp_path, capsys):
+    out = tmp_path / "part"
+    assert hywu(out, "--only", "single_*", "shared_r2") == 0
+    assert "not done yet: hywu_r2, shared_large, sft, hywu_r1, shared_r1" in capsys.readouterr().out
+    assert hywu(out, "--report") == 1
+    assert "rank 2, and hywu_r2 must be done first" in capsys.readouterr().err
+    assert not list(out.glob("report.md*"))
+    assert hywu(out, "--only", "hywu_r2") == 0
+    assert hywu(out, "--report") == 0
+    page = (out / "report.md").read_text(encoding="utf-8")
+    assert "**Not done yet:** shared_large, sft, hywu_r1, shared_r1." in page
+    assert "SFT" not in page
+
+
+def test_an_interrupted_experiment_goes_on_to_the_same_rows(
+    hywu, done, tmp_path, monkeypatch, capsys
+):
+    usual, calls = experiment.evaluate, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return usual(*args)
+
+    monkeypatch.setattr(experiment, "evaluate", interrupted)
+    out = tmp_path / "cut"
+    assert hywu(out, "--only", "hywu_r2") == 130
+    assert "the same command goes on" in capsys.readouterr().out
+    before = {p: p.stat().st_mtime_ns for p in (out / "weights").iterdir()}
+    monkeypatch.setattr(experiment, "evaluate", usual)
+    assert hywu(out, "--only", "hywu_r2") == 0
+    assert before == {p: p.stat().st_mtime_ns for p in (out / "weights").iterdir()}
+    names = {p.name for p in (out / "results").iterdir()}
+    assert names > {"hywu_r2.seen.json", "hywu_r2.held_out.json", "hywu_task_mean.seen.json"}
+    for name in names:
+        assert read(out / "results" / name) == read(done / "results" / name), name
+
+
+def test_another_plan_or_editor_is_refused(hywu, done, tmp_path, capsys):
+    before = (done / "plan.json").read_bytes()
+    assert hywu(done, "--steps", "3") == 1
+    assert hywu(done, "--ranks", "2", "4") == 1
+    save_editor(Editor(TINY), tmp_path / "other.safetensors", {})
+    assert hywu(done, "--editor", str(tmp_path / "other.safetensors")) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 3
+    assert all("another plan or editor" in line and "plan.json" in line for line in errors)
+    assert (done / "plan.json").read_bytes() == before
+
+
+def test_list_names_the_runs_and_does_nothing(hywu, tmp_path, capsys):
+    assert hywu(tmp_path / "out", "--list") == 0
+    assert capsys.readouterr().out.split() == RUNS
+    assert not (tmp_path / "out").exists()
+
+
+def test_plans_that_cannot_be(hywu, tmp_path, capsys):
+    assert hywu(tmp_path / "out", "--ranks", "1", "4") == 1
+    assert "the main rank 2 must be among (1, 4)" in capsys.readouterr().err
