@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,41 +12,23 @@ import torch
 from PIL import Image
 
 from hywu_core.cli import main
-from hywu_core.editor.checkpoint import VARIABLE, editor_identity, load_editor, save_editor
+from hywu_core.editor.checkpoint import VARIABLE
 from hywu_core.editor.engine import BundledEditor
-from hywu_core.editor.model import Editor, EditorConfig
 from hywu_core.evaluation.commands.shared import SAMPLES
-from hywu_core.generator.checkpoints import save_generator
-from hywu_core.generator.config import GeneratorConfig
-from hywu_core.generator.model import ParameterGenerator
-from hywu_core.layout import LoRALayout
+from hywu_core.evaluation.generate import read_failures
+
+_spec = importlib.util.spec_from_file_location(
+    "eval_weights", Path(__file__).with_name("eval_weights.py")
+)
+_module = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_module)
+make_weights = _module.make_weights
 
 
 @pytest.fixture
 def weights(tmp_path, monkeypatch):
-    """A tiny random editor, its generator, and a LoRA of that generator as `shared`."""
-    torch.manual_seed(0)
-    folder = tmp_path / "weights"
-    folder.mkdir()
-    editor = Editor(EditorConfig(width=32, depth=2, heads=4, text_depth=1, train_size=32))
-    editor.reset_parameters()
-    torch.nn.init.normal_(editor.image_out.weight, std=0.1)
-    torch.nn.init.normal_(editor.modulate.weight, std=0.1)
-    save_editor(editor, folder / "editor.safetensors", {})
-    identity = editor_identity(load_editor(folder / "editor.safetensors"))
-    layout = LoRALayout.of(editor, 2, exclude="text.*")
-    config = GeneratorConfig(
-        layout, {"image": 32, "words": 32}, 16, 2, 32, 16, 2, base="hywu-bundled-editor",
-        encoder={"type": "bundled_editor", "editor": identity},
-    )  # fmt: skip
-    generator = ParameterGenerator(config)
-    generator.reset_parameters()
-    torch.nn.init.normal_(generator.model.proj_out_A.weight, std=0.1)
-    torch.nn.init.normal_(generator.model.proj_out_B.weight, std=0.1)
-    save_generator(generator, folder / "generator.safetensors")
-    engine = BundledEditor.load(folder / "editor.safetensors", folder / "generator.safetensors")
-    lora = engine.edit(torch.rand(3, 32, 32), "blur the photo", steps=1).lora
-    lora.save(folder / "shared.safetensors")
+    """A tiny random editor, its generator, and LoRAs of that generator as `shared` and singles."""
+    folder = make_weights(tmp_path / "weights", ("blur",))
     monkeypatch.setenv(VARIABLE, str(folder))
     return folder
 
@@ -101,7 +85,28 @@ def test_other_weights_under_one_name_are_refused(weights, tmp_path, capsys):
     assert generate(out, "hywu", "--strength", "0.5") == 1
     assert "choose another name" in capsys.readouterr().err
     assert generate(out, "odd", "--lora", "nothing_like_it") == 1
-    assert "the bundled ones are shared, none" in capsys.readouterr().err
+    assert "the bundled ones are shared, single_blur, none" in capsys.readouterr().err
     (weights / "generator.safetensors").unlink()
     assert generate(out, "gone") == 1
     assert "generator.safetensors" in capsys.readouterr().err
+
+
+def test_one_lora_a_task_and_a_task_without_one_is_listed(weights, tmp_path):
+    out = tmp_path / "results"
+    assert generate(out, "single", "--lora", "single_{task}") == 3
+    assert list(pictures(out, "single")) == ["astronaut"]
+    assert read_failures(out / "single") == {
+        "brighten/en/rocket": "there is no LoRA for the task 'brighten' (single_{task} "
+        f"{_digest_of(out)}: blur)"
+    }
+    assert generate(out, "one", "--lora", "single_blur") == 0
+    blur = pictures(out, "one")["astronaut"]
+    np.testing.assert_array_equal(pictures(out, "single")["astronaut"], blur)
+    by_path = str(weights / "single_{task}.safetensors")
+    assert generate(out, "by_path", "--lora", by_path, "--tasks", "blur") == 0
+    np.testing.assert_array_equal(pictures(out, "by_path")["astronaut"], blur)
+
+
+def _digest_of(out) -> str:
+    manifest = json.loads((out / "single" / "hywu_run.json").read_text())
+    return manifest["editor"]["lora"].split()[1]

@@ -1,0 +1,49 @@
+"""Tiny random weights laid out as the bundled ones, for tests of the evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from hywu_core.editor.checkpoint import editor_identity, load_editor, save_editor
+from hywu_core.editor.engine import BundledEditor
+from hywu_core.editor.model import Editor, EditorConfig
+from hywu_core.generator.checkpoints import save_generator
+from hywu_core.generator.config import GeneratorConfig
+from hywu_core.generator.model import ParameterGenerator
+from hywu_core.layout import LoRALayout
+
+
+def make_editor(path: Path, seed: int = 0, width: int = 32) -> Editor:
+    """An editor of 32 x 32 pixels that changes pictures, written to `path`."""
+    torch.manual_seed(seed)
+    editor = Editor(EditorConfig(width=width, depth=2, heads=4, text_depth=1, train_size=32))
+    editor.reset_parameters()
+    torch.nn.init.normal_(editor.image_out.weight, std=0.1)
+    torch.nn.init.normal_(editor.modulate.weight, std=0.1)
+    save_editor(editor, path, {})
+    return load_editor(path)
+
+
+def make_weights(folder: Path, tasks: Sequence[str] = ()) -> Path:
+    """editor, generator, shared, and single_<task>: LoRAs that the generator wrote."""
+    folder.mkdir()
+    editor = make_editor(folder / "editor.safetensors")
+    config = GeneratorConfig(
+        LoRALayout.of(editor, 2, exclude="text.*"), {"image": 32, "words": 32}, 16, 2, 32, 16, 2,
+        base="hywu-bundled-editor",
+        encoder={"type": "bundled_editor", "editor": editor_identity(editor)},
+    )  # fmt: skip
+    generator = ParameterGenerator(config)
+    generator.reset_parameters()
+    torch.nn.init.normal_(generator.model.proj_out_A.weight, std=0.1)
+    torch.nn.init.normal_(generator.model.proj_out_B.weight, std=0.1)
+    save_generator(generator, folder / "generator.safetensors")
+    engine = BundledEditor.load(folder / "editor.safetensors", folder / "generator.safetensors")
+    picture = torch.rand(3, 32, 32)
+    for name in ("shared", *(f"single_{task}" for task in tasks)):
+        lora = engine.edit(picture, f"{name} the photo", steps=1).lora
+        lora.save(folder / f"{name}.safetensors")
+    return folder
