@@ -13,6 +13,7 @@ from .inspect import HYWUInspectLoRA
 from .loaders import HYWULoadBundledEditor, HYWULoadGenerator
 from .lora_files import HYWULoadLoRA, HYWUSaveLoRA
 from .model_layout import HYWUModelLayout
+from .train import HYWUTrainGenerator
 from .values import HYWUBlendLoRA, HYWUSelectLoRA
 
 NODES = {
@@ -31,6 +32,7 @@ NODES = {
     HYWULoRAScope: "HY-WU LoRA Scope",
     HYWULoRAHook: "HY-WU LoRA Hook",
     HYWUModelLayout: "HY-WU Model Layout",
+    HYWUTrainGenerator: "HY-WU Train Generator",
     HYWUBenchmarkItems: "HY-WU Benchmark Items",
     HYWUJudge: "HY-WU Judge",
     HYWUScoreTable: "HY-WU Score Table",

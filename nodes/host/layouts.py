@@ -29,7 +29,7 @@ def describe(
 ) -> tuple[str, str]:
     """(table, JSON). Raises HYWUError when the model has no modules that match."""
     layout = LoRALayout.of(
-        model.model.diffusion_model, rank, include=_patterns(include), exclude=_patterns(exclude)
+        model.model.diffusion_model, rank, include=patterns(include), exclude=patterns(exclude)
     )
     width, blocks = SIZES[size]
     config = GeneratorConfig(
@@ -71,7 +71,7 @@ def describe(
     return _table(layout, report), json.dumps(report)
 
 
-def _patterns(text: str) -> list[str] | None:
+def patterns(text: str) -> list[str] | None:
     return [part.strip() for part in text.replace("\n", ",").split(",") if part.strip()] or None
 
 

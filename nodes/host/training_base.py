@@ -1,0 +1,232 @@
+"""A ComfyUI MODEL as the training loop sees it: latents by the VAE, loss by the MODEL's own sampling.
+
+Every sampling class of ComfyUI says how noise is added (`noise_scaling`) and how the network's output
+becomes the denoised latent (`calculate_denoised`), which is linear in the output: ``a x + c output``. So
+the error of the denoised latent divided by c is the error of the output: of the noise for eps, of v for
+v-prediction, of the velocity for flows, whatever the class.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import comfy.model_management as mm
+import comfy.patcher_extension
+import comfy.sampler_helpers
+import comfy.samplers
+import torch
+from torch import Tensor, nn
+
+from ...hywu_core.condition import Condition
+from ...hywu_core.errors import HYWUError
+from ...hywu_core.training.base import Batch, Draws
+from ...hywu_core.training.editor_base import NAME
+from .bundled_editor import HostEditor
+from .training_conditions import GraphEncoder, pad_texts, stack
+from .training_files import TensorCache, digest, fingerprint
+
+#: How the base gets the source image -> names of the conditioning entries with its latent.
+SOURCES = {
+    "both": ("concat_latent_image", "reference_latents"),
+    "reference_latents": ("reference_latents",),
+    "concat_latent": ("concat_latent_image",),
+    "none": (),
+}
+
+
+class HostBase:
+    """The `BaseModel` of a MODEL with its VAE; call `load` before anything runs through it.
+
+    source_input: a key of `SOURCES`. sample_steps: Euler steps of `edit`, at cfg 1.
+    """
+
+    def __init__(
+        self, patcher: Any, vae: Any, encoder: GraphEncoder, cache: TensorCache, source_input: str,
+        sample_steps: int,
+    ) -> None:  # fmt: skip
+        self.patcher, self.model, self.vae = patcher, patcher.model, vae
+        self.graph_encoder, self.cache = encoder, cache
+        self.source_input, self.sample_steps = source_input, sample_steps
+        self.weights = fingerprint(self.module)
+        self.vae_weights = fingerprint(vae.first_stage_model)
+        #: The bundled editor predicts the clean picture; its velocity is only derived from that.
+        self.predicts_clean = isinstance(self.module, HostEditor)
+        self._flat = False
+
+    @property
+    def module(self) -> nn.Module:
+        return self.model.diffusion_model
+
+    @property
+    def name(self) -> str:
+        return NAME if self.predicts_clean else f"{type(self.module).__name__}-{self.weights}"
+
+    @property
+    def encoder(self) -> Mapping[str, Any]:
+        return self.graph_encoder.identity
+
+    @property
+    def condition_parts(self) -> Mapping[str, int]:
+        return self.graph_encoder.parts
+
+    @property
+    def device(self) -> torch.device:
+        return self.patcher.load_device
+
+    def load(self, activation_bytes: int = 0) -> None:
+        """Bring the whole base to its device, as tensors that autograd may keep.
+
+        ComfyUI loads weights under inference mode; such tensors can't be saved for a backward pass, so
+        each is replaced by a copy with the same bits.
+        """
+        mm.load_models_gpu([self.patcher], memory_required=activation_bytes, force_full_load=True)
+        for module in self.model.modules():
+            for table in (module._parameters, module._buffers):
+                for key, value in table.items():
+                    if value is None or not value.is_inference():
+                        continue
+                    copy = value.detach().clone()
+                    trained = isinstance(value, nn.Parameter)
+                    table[key] = nn.Parameter(copy, requires_grad=False) if trained else copy
+
+    # -- what the loop asks for ------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode(self, source: Tensor, instruction: Sequence[str]) -> Condition:
+        rows = zip(source.cpu().split(1), instruction, strict=True)
+        made = stack([self.graph_encoder.condition(pixels, text) for pixels, text in rows])
+        return made.to(source.device)
+
+    def draw(self, batch: Batch, seed: int) -> Draws:
+        """noise ``[B, *latent]``; u ``[B]`` in [0, 1), one stratum of the schedule an item."""
+        generator = torch.Generator().manual_seed(seed)
+        count, shape = len(batch), self.latent(batch.source[:1].cpu()).shape[1:]
+        noise = torch.randn(count, *shape, generator=generator)
+        order = torch.randperm(count, generator=generator)
+        return {"noise": noise, "u": (order + torch.rand(count, generator=generator)) / count}
+
+    def loss(self, module: nn.Module, batch: Batch, draws: Draws) -> Tensor:
+        device = batch.source.device
+        source, target = (
+            self.latents(images).to(device) for images in (batch.source, batch.target)
+        )
+        sampling, clean = self.model.model_sampling, self.model.process_latent_in(target)
+        table = sampling.sigmas.to(device)
+        sigma = table[(draws["u"] * len(table)).long().clamp_(max=len(table) - 1)].float()
+        noise = draws["noise"].to(device)
+        x = sampling.noise_scaling(sigma, noise.clone(), clean)
+        denoised = self.denoise(module, x, sigma, batch.instruction, source)
+        error = denoised.float() - clean
+        if not self.predicts_clean:
+            ones = torch.ones_like(x)
+            error = error / sampling.calculate_denoised(sigma, ones, torch.zeros_like(x))
+        return error.square().flatten(1).mean(1)
+
+    @torch.no_grad()
+    def edit(self, module: nn.Module, batch: Batch, seed: int) -> Tensor:
+        source, sampling = (
+            self.latents(batch.source).to(batch.source.device),
+            self.model.model_sampling,
+        )
+        sigmas = comfy.samplers.calculate_sigmas(sampling, "simple", self.sample_steps)
+        sigmas = sigmas.to(source.device, torch.float32)
+        noise = torch.randn(source.shape, generator=torch.Generator().manual_seed(seed)).to(source)
+        x = sampling.noise_scaling(sigmas[0], noise, torch.zeros_like(source), True)
+        for now, following in itertools.pairwise(sigmas):
+            sigma = now.expand(len(batch))
+            denoised = self.denoise(module, x, sigma, batch.instruction, source)
+            x = x + (x - denoised) / now * (following - now)
+        latent = self.model.process_latent_out(sampling.inverse_noise_scaling(sigmas[-1], x))
+        pictures = torch.cat([self._decode(row) for row in latent.split(1)])
+        self.load()  # decoding may have moved the base away
+        return pictures.to(batch.source.device)
+
+    # -- through the MODEL -----------------------------------------------------------------------
+
+    def denoise(
+        self, module: nn.Module, x: Tensor, sigma: Tensor, texts: Sequence[str], source: Tensor
+    ) -> Tensor:
+        """The denoised latent ``[B, ...]`` at x and sigma ``[B]``, in the model's own latent space."""
+        rows = self.conds(texts, source, x)
+        options = dict(self.patcher.model_options.get("transformer_options", {}))
+        # what the sampler does before its first step
+        options["wrappers"] = comfy.patcher_extension.copy_nested_dicts(self.patcher.wrappers)
+        options |= {"cond_or_uncond": [0], "sigmas": sigma}
+        with self._running(module):
+            return self.model.apply_model(
+                x, sigma, **comfy.samplers.cond_cat(rows), transformer_options=options
+            )
+
+    def conds(self, texts: Sequence[str], source: Tensor, x: Tensor) -> list[dict[str, Any]]:
+        """What the MODEL makes of each item's text and source image, as its samplers ask it."""
+        entries = pad_texts([self.graph_encoder.conditioning(text) for text in texts])
+        rows = []
+        for i, entry in enumerate(entries):
+            latent, noise = source[i : i + 1], x[i : i + 1]
+            values = {"concat_latent_image": latent, "reference_latents": [latent]}
+            entry |= {key: values[key] for key in SOURCES[self.source_input]}
+            ready = comfy.sampler_helpers.convert_cond([[entry.pop("cross_attn"), entry]])
+            ready = comfy.samplers.encode_model_conds(
+                self.model.extra_conds, ready, noise, x.device, "positive", latent_image=latent,
+                denoise_mask=None, seed=0,
+            )  # fmt: skip
+            made = ready[0]["model_conds"]
+            rows.append({k: c.process_cond(batch_size=1, area=None) for k, c in made.items()})
+        return rows
+
+    def batchable(self, texts: Sequence[str], like: Tensor) -> bool:
+        """Whether the MODEL takes these texts in one batch; like: source latents of one item."""
+        rows = self.conds(texts, like.expand(len(texts), *like.shape[1:]), like)
+        first = rows[0]
+        return all(
+            row.keys() == first.keys() and all(first[key].can_concat(row[key]) for key in first)
+            for row in rows[1:]
+        )
+
+    @contextlib.contextmanager
+    def _running(self, module: nn.Module) -> Iterator[None]:
+        """The MODEL with an adapted copy of its network in place."""
+        own = self.module
+        try:
+            self.model.diffusion_model = module
+            yield
+        finally:
+            self.model.diffusion_model = own
+
+    # -- latents ---------------------------------------------------------------------------------
+
+    def latents(self, images: Tensor) -> Tensor:
+        """``[B, 3, H, W]`` in 0..1 -> the VAE's latents, on the CPU."""
+        return torch.cat([self.latent(image) for image in images.cpu().split(1)])
+
+    def latent(self, image: Tensor) -> Tensor:
+        key = digest("latent", self.vae_weights, image)
+        return self.cache.get(key, lambda: self._encode(image))[0]["latent"]
+
+    @torch.inference_mode()
+    def _encode(self, image: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        latent = self.vae.encode(image.movedim(1, -1)).float().cpu()
+        form = self.model.latent_format
+        dimensions = getattr(form, "latent_dimensions", 2)
+        if dimensions == 3 and latent.ndim == 4:
+            latent = latent.unsqueeze(2)
+        wanted = getattr(form, "latent_channels", latent.shape[1])
+        if latent.ndim != 2 + dimensions or latent.shape[1] != wanted:
+            raise HYWUError(
+                f"The VAE's latents are {tuple(latent.shape)}, the MODEL {type(self.model).__name__} "
+                f"takes {wanted} channels in {dimensions} dimensions; connect the model's own VAE."
+            )
+        if not bool(torch.isfinite(latent).all()):
+            raise HYWUError("The VAE gives NaN or infinite latents; run it with --fp32-vae.")
+        return {"latent": latent}, {}
+
+    @torch.inference_mode()
+    def _decode(self, latent: Tensor) -> Tensor:
+        """``[1, C, ...]`` -> ``[1, 3, H, W]`` in 0..1, on the CPU."""
+        if getattr(self.vae, "latent_dim", 2) == 2 and latent.ndim == 5:
+            latent = latent.squeeze(2)
+        picture = self.vae.decode(latent).float().cpu()
+        return picture.reshape(-1, *picture.shape[-3:])[:1].movedim(-1, 1).clamp(0, 1)

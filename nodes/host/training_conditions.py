@@ -1,0 +1,142 @@
+"""Conditions and text conditioning of a training, by the encoders of the graph, cached."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...hywu_core.condition import Condition
+from ...hywu_core.errors import HYWUError
+from . import encoders, graph_encoders
+from .bundled_editor import HostEditor
+from .training_files import TensorCache, digest, fingerprint
+
+#: Key of a conditioning's main tensor among its cached ones.
+TOKENS = "cross_attn"
+
+
+class GraphEncoder:
+    """What the generator reads: the bundled editor's own hidden states, or CLIP and CLIP_VISION.
+
+    identity and parts go into the checkpoint, by which Condition Encode makes the same conditions.
+    """
+
+    def __init__(self, model: Any, clip: Any, clip_vision: Any, cache: TensorCache) -> None:
+        self.cache, self.clip = cache, clip
+        self.inputs = {"clip": clip, "clip_vision": clip_vision}
+        self.text_weights = fingerprint(clip.cond_stage_model)
+        self.identity: dict[str, Any] = {"type": "comfyui", "clip": self.text_weights}
+        diffusion = model.model.diffusion_model
+        if isinstance(diffusion, HostEditor):
+            self.inputs = {"model": model}
+            self.identity = {"type": "bundled_editor", "editor": diffusion.identity}
+        elif clip_vision is not None:
+            self.identity["clip_vision"] = fingerprint(clip_vision.model)
+        self.parts = self._widths()
+
+    @torch.inference_mode()
+    def _widths(self) -> dict[str, int]:
+        """Part name -> width, found by encoding something small."""
+        pixels = torch.zeros(1, 3, 64, 64)
+        if "model" in self.inputs:
+            made = self._by_editor(pixels, "a")
+            return {name: tokens.shape[2] for name, tokens in made.parts.items()}
+        parts = {}
+        if self.inputs["clip_vision"] is not None:
+            vision = graph_encoders._images(self.inputs["clip_vision"], pixels)
+            parts["vision"] = vision.shape[2]
+        parts["text"] = graph_encoders._texts(self.clip, ["a"])[0].shape[2]
+        return parts
+
+    def condition(self, pixels: Tensor, text: str) -> Condition:
+        """pixels ``[1, 3, H, W]`` in 0..1 -> the condition of one item, on the CPU."""
+        key = digest("condition", sorted(self.identity.items()), pixels, text)
+        tensors, facts = self.cache.get(key, lambda: self._make(pixels, text))
+        parts = {name: tensors[f"parts.{name}"] for name in self.parts}
+        masks = {n: tensors[f"masks.{n}"] for n in self.parts if f"masks.{n}" in tensors}
+        return Condition(parts, masks, facts["fingerprint"], facts["origin"])
+
+    @torch.inference_mode()
+    def _make(self, pixels: Tensor, text: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        pixels = pixels.cpu().float()
+        if "model" in self.inputs:
+            made = self._by_editor(pixels, text)
+        else:
+            asked = SimpleNamespace(config=SimpleNamespace(condition=self.parts))
+            made = graph_encoders.encode(asked, pixels, [text], self.inputs)
+        if not bool(made.is_finite()):
+            raise HYWUError(f"The condition of '{text[:60]}' has NaN or infinite values.")
+        tensors = {f"parts.{name}": value for name, value in made.parts.items()}
+        tensors |= {f"masks.{name}": value for name, value in made.masks.items()}
+        return tensors, {"fingerprint": made.fingerprint, "origin": dict(made.origin)}
+
+    def _by_editor(self, pixels: Tensor, text: str) -> Condition:
+        asked = SimpleNamespace(config=SimpleNamespace(encoder=self.identity))
+        return encoders.ENCODERS["bundled_editor"](asked, pixels, [text], self.inputs)
+
+    # -- the base model's text -------------------------------------------------------------------
+
+    def conditioning(self, text: str) -> dict[str, Any]:
+        """What CLIP Text Encode gives for a text, as the dict that a MODEL's `extra_conds` takes."""
+        key = digest("text", self.text_weights, text)
+        tensors, facts = self.cache.get(key, lambda: self._text(text))
+        return {**facts, **tensors}
+
+    @torch.inference_mode()
+    def _text(self, text: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tokens, more = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))[0]
+        tensors = {TOKENS: tokens}
+        tensors |= {name: value for name, value in more.items() if isinstance(value, Tensor)}
+        plain = (str, int, float, bool, type(None))
+        facts = {name: value for name, value in more.items() if isinstance(value, plain)}
+        if odd := more.keys() - tensors.keys() - facts.keys():
+            raise HYWUError(
+                f"The text conditioning has {', '.join(sorted(odd))}, which can't be cached; use the "
+                "CLIP as it comes from its loader."
+            )
+        return tensors, facts
+
+
+def stack(conditions: Sequence[Condition]) -> Condition:
+    """Items in one batch; shorter ones are padded, and masked there."""
+    parts, masks = {}, {}
+    for name in conditions[0].parts:
+        rows = [condition.parts[name] for condition in conditions]
+        longest = max(row.shape[1] for row in rows)
+        kept = [
+            c.masks.get(name, torch.ones(r.shape[:2], dtype=torch.bool, device=r.device))
+            for c, r in zip(conditions, rows, strict=True)
+        ]
+        kept = [F.pad(keep, (0, longest - keep.shape[1])) for keep in kept]
+        parts[name] = torch.cat([F.pad(r, (0, 0, 0, longest - r.shape[1])) for r in rows])
+        if not all(bool(keep.all()) for keep in kept):
+            masks[name] = torch.cat(kept)
+    return Condition(parts, masks)
+
+
+def pad_texts(conditionings: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Tokens of equal number where every text has a mask that says which of them count."""
+    longest = max(entry[TOKENS].shape[1] for entry in conditionings)
+    masked = all(
+        isinstance(mask := entry.get("attention_mask"), Tensor)
+        and mask.shape == entry[TOKENS].shape[:2]
+        for entry in conditionings
+    )
+    if not masked:
+        return [dict(entry) for entry in conditionings]
+    padded = []
+    for entry in conditionings:
+        missing = longest - entry[TOKENS].shape[1]
+        padded.append(
+            {
+                **entry,
+                TOKENS: F.pad(entry[TOKENS], (0, 0, 0, missing)),
+                "attention_mask": F.pad(entry["attention_mask"], (0, missing)),
+            }
+        )
+    return padded

@@ -1,0 +1,201 @@
+"""Files of a training inside ComfyUI: the pairs, the run's folder, the checkpoint, the cache of tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+import torch
+from torch import Tensor, nn
+
+from ...hywu_core.errors import HYWUError
+from ...hywu_core.evaluation.items import check_name
+from ...hywu_core.files import atomic_path, open_tensors, parse_header, read_header, save_tensors
+from ...hywu_core.training.data import Pair, read_pairs
+from .paths import BUNDLED
+
+#: The pairs that come with the extension.
+SAMPLES = "samples"
+_SAMPLES = Path(__file__).parents[2] / "workflows" / "inputs" / "pairs"
+#: Folder of all trainings, below ComfyUI's output folder.
+FOLDER = "hywu_training"
+RECORD = "run.json"
+#: Bytes of cached tensors that stay in memory besides.
+IN_MEMORY = 1 << 30
+
+
+# -- the pairs ---------------------------------------------------------------------------------------
+
+
+def pairs_path(text: str) -> tuple[Path, Path]:
+    """(a folder or .jsonl file, the folder that its pictures may not leave). Raises HYWUError."""
+    if text.strip() == SAMPLES:
+        return _SAMPLES, _SAMPLES.parent
+    root = Path(os.path.realpath(folder_paths.get_input_directory()))
+    found = Path(os.path.realpath(root / text.strip()))
+    if not text.strip() or not found.is_relative_to(root) or not found.exists():
+        raise HYWUError(
+            f"pairs '{text}': there is no such folder or .jsonl file inside {root}; copy it there and "
+            f"give its name, or write '{SAMPLES}' for the pairs that come along."
+        )
+    return found, root
+
+
+def training_pairs(text: str) -> tuple[list[Pair], list[str]]:
+    """(usable pairs, a line for each row that isn't). Raises HYWUError when a picture lies outside."""
+    path, root = pairs_path(text)
+    for file in _lists(path):
+        for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1):
+            for name in _named(line):
+                if not Path(os.path.realpath(file.parent / name)).is_relative_to(root):
+                    raise HYWUError(
+                        f"{file}, row {number}: '{name}' lies outside {root}; copy the picture beside "
+                        "the list."
+                    )
+    return read_pairs(path)
+
+
+def pairs_stamp(text: str) -> str:
+    """Changes when a list of pairs does, so that ComfyUI trains again."""
+    try:
+        files = _lists(pairs_path(text)[0])
+    except HYWUError:
+        return "missing"
+    return ";".join(f"{file.name}:{file.stat().st_mtime_ns}" for file in files)
+
+
+def _lists(path: Path) -> list[Path]:
+    return sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+
+
+def _named(line: str) -> list[str]:
+    """The pictures that a row names; rows that can't be read are reported by `read_pairs`."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        return []
+    values = [row.get(key) for key in ("source", "target")] if isinstance(row, dict) else []
+    return [value for value in values if isinstance(value, str)]
+
+
+# -- the run -----------------------------------------------------------------------------------------
+
+
+def run_folder(name: str) -> Path:
+    """Folder of state, log, samples and cache. Raises HYWUError on a name that is no file name."""
+    return Path(folder_paths.get_output_directory()) / FOLDER / _checked(name)
+
+
+def checkpoint_path(name: str) -> Path:
+    """Where Load Generator finds the trained generator."""
+    return Path(folder_paths.get_folder_paths("hywu")[0]) / f"{_checked(name)}.safetensors"
+
+
+def _checked(name: str) -> str:
+    try:
+        name = check_name(name.strip(), "name")
+    except HYWUError as error:
+        raise HYWUError(f"name can't be used: {error}; take letters and digits.") from error
+    if name == BUNDLED:
+        raise HYWUError(f"name '{name}' is the bundled generator's; choose another one.")
+    return name
+
+
+def start_run(name: str, made_from: Mapping[str, Any]) -> str:
+    """The run's identity: a new one, or that of an earlier start from the same things.
+
+    Raises HYWUError when the name is another run's, or a generator of that name is from elsewhere.
+    """
+    folder, target = run_folder(name), checkpoint_path(name)
+    record = folder / RECORD
+    wanted = json.loads(json.dumps(made_from))
+    run = os.urandom(8).hex()
+    if record.exists():
+        found = json.loads(record.read_text(encoding="utf-8"))
+        run, earlier = found["run"], found["made_from"]
+        odd = [key for key in wanted if earlier.get(key) != wanted[key]]
+        if odd:
+            raise HYWUError(
+                f"{folder}: was started from another {', another '.join(odd)}; set them back to go on, "
+                "or choose another name."
+            )
+    if target.exists() and read_header(target).get("provenance", {}).get("run") != run:
+        raise HYWUError(
+            f"{target}: exists and is not of this training; choose another name, or move it away."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_path(record, overwrite=True) as part:
+        part.write_text(json.dumps({"run": run, "made_from": wanted}, indent=1), encoding="utf-8")
+    return run
+
+
+# -- cached tensors ----------------------------------------------------------------------------------
+
+
+class TensorCache:
+    """Tensors and JSON-safe facts by key: files in `folder`, the latest ones in memory besides."""
+
+    def __init__(self, folder: Path, limit: int = IN_MEMORY) -> None:
+        self.folder, self.limit, self.nbytes = folder, limit, 0
+        self._kept: OrderedDict[str, tuple[dict[str, Tensor], dict[str, Any]]] = OrderedDict()
+
+    def get(
+        self, key: str, make: Callable[[], tuple[dict[str, Tensor], dict[str, Any]]]
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What `make` gave for this key, now or in an earlier run; on the CPU."""
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        path = self.folder / f"{key}.safetensors"
+        if not path.exists():
+            tensors, facts = make()
+            save_tensors(path, tensors, facts, overwrite=True)
+        with open_tensors(path) as file:
+            facts = parse_header(path, file.metadata())
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        self._keep(key, tensors, facts)
+        return tensors, facts
+
+    def _keep(self, key: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        self._kept[key] = tensors, facts
+        self.nbytes += _nbytes(tensors)
+        while self.nbytes > self.limit and len(self._kept) > 1:
+            _, (old, _) = self._kept.popitem(last=False)
+            self.nbytes -= _nbytes(old)
+
+
+def _nbytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def digest(*parts: Any) -> str:
+    """Hash of tensors (their bytes) and of anything else (its repr)."""
+    sha = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Tensor):
+            raw = part.detach().cpu().contiguous()
+            sha.update(f"{raw.dtype}{tuple(raw.shape)}".encode())
+            part = raw.flatten().view(torch.uint8).numpy().tobytes()
+        sha.update(part if isinstance(part, bytes) else repr(part).encode())
+    return sha.hexdigest()[:32]
+
+
+@torch.no_grad()
+def fingerprint(module: nn.Module) -> str:
+    """Which weights these are: names, shapes, dtypes and some values of each tensor.
+
+    A hash of all of them would take minutes for a large model.
+    """
+    sha = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        sha.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
+        flat = value.detach().flatten()
+        some = flat[:: max(1, flat.numel() // 64)][:64].cpu().contiguous()
+        sha.update(some.view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()[:16]

@@ -1,0 +1,177 @@
+"""What a training takes: reckoned before anything is made, then measured on one example."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import comfy.model_management as mm
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ...hywu_core.condition import Condition
+from ...hywu_core.discovery import submodule
+from ...hywu_core.errors import HYWUError
+from ...hywu_core.generator.config import GeneratorConfig
+from ...hywu_core.generator.model import ParameterGenerator
+from ...hywu_core.injection import inject
+from ...hywu_core.layout import LoRALayout
+from ...hywu_core.training.base import Batch
+from ...hywu_core.training.strategies import HyperNetwork
+from .training_base import HostBase
+
+#: float32 weight, gradient, AdamW's two moments and the moving average.
+BYTES_A_WEIGHT = 20
+#: Residual streams that one item's backward pass keeps for each block of the generator, at the least.
+STREAMS_A_BLOCK = 4
+
+
+class HeldNetwork(HyperNetwork):
+    """HyperNetwork whose LoRAs stay on the base until the next batch, or `release`.
+
+    Layers that are recomputed in the backward pass, after the loss, must find them there.
+    """
+
+    def __init__(self, base: HostBase, config: GeneratorConfig, checkpointing: bool) -> None:
+        super().__init__(base, config, checkpointing)
+        self._held = contextlib.ExitStack()
+
+    @contextlib.contextmanager
+    def adapted(self, condition: Condition | None) -> Iterator[nn.Module]:
+        self.release()
+        if condition is None:
+            raise HYWUError("HY-WU generates from a condition; none was given.")
+        lora = self.generate(condition)
+        # an index, so that inputs with several rows an item (windows, tiles) repeat it
+        index = range(lora.batch_size)
+        self._held.enter_context(inject(self.base.module, lora, index=list(index)))
+        yield self.base.module
+
+    def release(self) -> None:
+        """Take the LoRAs off the base."""
+        self._held.close()
+
+
+@contextlib.contextmanager
+def recomputed(module: nn.Module, layout: LoRALayout) -> Iterator[None]:
+    """Inside the block the layout's layers keep only their inputs for the backward pass."""
+    layers = [submodule(module, path) for stack in layout.stacks for path in stack.layers if path]
+    before = [layer.__dict__.get("forward") for layer in layers]
+    try:
+        for layer in layers:
+            layer.forward = partial(_recomputing, layer.forward)
+        yield
+    finally:
+        for layer, forward in zip(layers, before, strict=True):
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
+
+
+def _recomputing(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+
+    def run(*inputs: Any) -> Any:
+        # some blocks add to their input in place, which would be added twice
+        own = [x.clone() if isinstance(x, Tensor) and x.requires_grad else x for x in inputs]
+        count = len(args)
+        return forward(*own[:count], **dict(zip(kwargs, own[count:], strict=True)))
+
+    return checkpoint(run, *args, *kwargs.values(), use_reentrant=False)
+
+
+def check_weights(config: GeneratorConfig, device: torch.device, items: int) -> int:
+    """Bytes that the generator's training state takes; HYWUError when they can't fit at all."""
+    with torch.device("meta"):
+        count = sum(p.numel() for p in ParameterGenerator(config).parameters())
+    stream = 4 * items * config.num_positions * config.d_model
+    least = BYTES_A_WEIGHT * count + STREAMS_A_BLOCK * stream
+    total = mm.get_total_memory(device)
+    if least > total:
+        raise HYWUError(_too_much("at least", least, total, device, f"{count:,} weights"))
+    return BYTES_A_WEIGHT * count
+
+
+def check_step(strategy: HyperNetwork, batch: Batch, items: int, recompute: bool) -> int:
+    """Bytes of a step, from what one example of `batch` keeps; HYWUError when they don't fit.
+
+    items: examples that are in memory at once.
+    """
+    base: HostBase = strategy.base
+    try:
+        kept = _kept_bytes(strategy, batch.select([0]).to(base.device))
+    except mm.OOM_EXCEPTION as error:
+        free = mm.get_free_memory(base.device)
+        raise HYWUError(_too_much("for one example more than", free, free, base.device)) from error
+    config = strategy.trained.config
+    latent = base.latent(batch.source[:1].cpu())
+    # a forward's own working memory, as ComfyUI reckons it for sampling
+    working = int(base.model.memory_required([items, *latent.shape[1:]])) if recompute else 0
+    weights = BYTES_A_WEIGHT * sum(p.numel() for p in strategy.trained.parameters())
+    loras = 2 * 4 * items * config.layout.num_values
+    need, free = weights + items * kept + working + loras, mm.get_free_memory(base.device)
+    if need > free:
+        raise HYWUError(_too_much("about", need, free, base.device, f"{items} examples at once"))
+    return need
+
+
+def _kept_bytes(strategy: HyperNetwork, one: Batch) -> int:
+    """Bytes that autograd keeps between forward and backward of one example, weights left out."""
+    weights = {
+        t.untyped_storage().data_ptr()
+        for module in (strategy.base.module, strategy.trained)
+        for t in (*module.parameters(), *module.buffers())
+    }
+    seen: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    draws = {k: v.to(one.source.device) for k, v in strategy.base.draw(one, 0).items()}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        condition = strategy.base.encode(one.source, one.instruction)
+        with strategy.adapted(condition) as module:
+            loss = strategy.base.loss(module, one, draws).mean()
+    strategy.release()
+    # kept alive until here: a freed tensor's address may be another one's next
+    del loss
+    return sum(seen.values())
+
+
+def _too_much(how: str, need: int, free: int, device: torch.device, what: str = "") -> str:
+    detail = f" ({what})" if what else ""
+    return (
+        f"This training takes {how} {need / 2**30:,.2f} GiB on {device}{detail}, where "
+        f"{free / 2**30:,.2f} GiB are to be had; choose a smaller generator_size, rank or image_size, "
+        "raise accumulation, or turn checkpointing on."
+    )
+
+
+@contextlib.contextmanager
+def autograd_through_host() -> Iterator[None]:
+    """Inside a node, which ComfyUI runs in inference mode: gradients work, fused shortcuts are off."""
+    known = hasattr(mm, "in_training")
+    before = getattr(mm, "in_training", False)
+    with torch.inference_mode(False), torch.enable_grad():
+        try:
+            if known:
+                mm.in_training = True
+            yield
+        finally:
+            if known:
+                mm.in_training = before
+
+
+def plain_patcher(model: Any) -> Any:
+    """A clone whose weights can rest on the device as they are."""
+    dynamic = getattr(model, "is_dynamic", None)
+    if dynamic is not None and dynamic():
+        return model.clone(disable_dynamic=True)
+    return model.clone()
