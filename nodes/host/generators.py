@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 
@@ -15,28 +16,49 @@ from ...hywu_core.errors import HYWUError
 from ...hywu_core.files import open_tensors
 from ...hywu_core.generator.checkpoints import load_generator, open_checkpoint
 from ...hywu_core.generator.config import GeneratorConfig
+from ...hywu_core.generator.memory import Sizes
+from ...hywu_core.generator.model import CHUNK_BYTES, PREFIX_CACHE_BYTES
 from ...hywu_core.lora import GeneratedLoRA
 from . import operations
 from .cache import CACHE
 from .paths import generator_path
 
+log = logging.getLogger(__name__)
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+#: The precision whose weights are e4m3 with a scale a row; products are in the device's own.
+FP8_WEIGHTS = "fp8-weights"
 
 
 def activation_bytes(config: GeneratorConfig, batch: int, tokens: int, itemsize: int) -> int:
-    """The stream and its copy, the projected condition, the LoRAs, and two chunks."""
-    stream = batch * config.num_positions * config.d_model
-    condition = batch * tokens * config.d_model * 4
-    return (2 * stream + condition + batch * config.layout.num_values) * itemsize + (1 << 30)
+    """The most that a generation holds beside the weights on ComfyUI's device, an upper bound.
+
+    The engine's own bound, the kept prefix, and a sublayer's weights, which are cast where ComfyUI left
+    them in host memory: those of the feed-forward are the largest, ``2 · 4d · d``.
+    """
+    chunk = CHUNK_BYTES.get(mm.get_torch_device().type, CHUNK_BYTES["cuda"])
+    sizes = Sizes(config, 0, 0, itemsize, batch, tokens, chunk, PREFIX_CACHE_BYTES)
+    prefix = sizes.stream_bytes if sizes.stream_bytes <= PREFIX_CACHE_BYTES else 0
+    return sizes.working_bytes(chunk) + prefix + 8 * config.d_model**2 * itemsize
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device's allocator gave up; only CUDA's has an exception of its own."""
+    return isinstance(error, torch.cuda.OutOfMemoryError) or "out of memory" in str(error).lower()
 
 
 class HostGenerator:
-    """What the HYWU_GENERATOR socket carries. `patcher` is what ComfyUI loads and evicts."""
+    """What the HYWU_GENERATOR socket carries. `patcher` is what ComfyUI loads and evicts.
 
-    def __init__(self, path: Path, dtype: torch.dtype) -> None:
+    dtype: in what it computes. fp8: whether its weights are kept in 8 bits.
+    """
+
+    def __init__(self, path: Path, dtype: torch.dtype, fp8: bool = False) -> None:
         network = load_generator(path, "cpu", dtype, operations=operations)
+        if fp8:
+            operations.round_weights(network.model.blocks)
         self.config: GeneratorConfig = network.config
-        self.dtype = dtype
+        self.dtype, self.fp8 = dtype, fp8
         # The plain patcher: a sublayer holds several cast weights at once, and the dynamic one's
         # cast buffers hold one.
         self.patcher = comfy.model_patcher.ModelPatcher(
@@ -45,7 +67,8 @@ class HostGenerator:
 
     @property
     def identity(self) -> tuple[str, str]:
-        return (self.config.provenance["checkpoint"]["digest"], str(self.dtype))
+        precision = f"{self.dtype}{f', {FP8_WEIGHTS}' if self.fp8 else ''}"
+        return (self.config.provenance["checkpoint"]["digest"], precision)
 
     def get_ram_usage(self) -> int:
         return self.patcher.model_size()
@@ -56,9 +79,45 @@ class HostGenerator:
         return activation_bytes(self.config, condition.batch_size, condition.num_tokens, size)
 
     def run(self, condition: Condition) -> GeneratedLoRA:
-        """Generate, on the device, with progress and interruption after each block."""
+        """Generate on the device; when memory runs out, once more with no weights resident.
+
+        Raises HYWUError when it runs out again.
+        """
+        for streamed in (False, True):
+            try:
+                if streamed:
+                    self._stream()
+                else:
+                    need = self.memory_required(condition)
+                    mm.load_models_gpu([self.patcher], memory_required=need)
+                return self._generate(condition)
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+            # from here on, without the exception, whose frames hold what the failed call had
+            if not streamed:
+                log.warning(
+                    "HY-WU: out of memory while generating a LoRA; trying once more with the "
+                    "generator's weights streamed from host memory (the same LoRA, slower)."
+                )
+        self.patcher.detach()
+        mm.soft_empty_cache()
+        raise HYWUError(
+            f"Generating {condition.batch_size} LoRAs from {condition.num_tokens} condition tokens "
+            "runs out of memory even with the generator's weights streamed from host memory; generate "
+            "for fewer images at once, or load the generator with another precision."
+        )
+
+    def _stream(self) -> None:
+        """Take all models off the device; this one's weights are then copied where they are used."""
+        mm.unload_all_models()
+        mm.soft_empty_cache()
+        # as ComfyUI's --novram does: 0 would mean all
+        self.patcher.partially_load(self.patcher.load_device, extra_memory=0.1)
+
+    def _generate(self, condition: Condition) -> GeneratedLoRA:
+        """One forward, with progress and interruption after each block."""
         network, device = self.patcher.model, self.patcher.load_device
-        mm.load_models_gpu([self.patcher], memory_required=self.memory_required(condition))
         for module in network.modules():
             # norms and embeddings are small and can't be cast where they are used
             if not hasattr(module, "comfy_cast_weights"):
@@ -80,7 +139,11 @@ class HostGenerator:
 
 
 def load(name: str, precision: str) -> HostGenerator:
+    """precision: one of DTYPES, FP8_WEIGHTS, or "auto"."""
     path = generator_path(name)
+    if precision == FP8_WEIGHTS:
+        half = mm.should_use_bf16(mm.get_torch_device())
+        return HostGenerator(path, torch.bfloat16 if half else torch.float32, fp8=True)
     return HostGenerator(path, DTYPES.get(precision) or _auto_dtype(path))
 
 
