@@ -27,7 +27,7 @@ from hywu_core.evaluation.report.html import write_html
 from hywu_core.evaluation.results import JUDGEMENTS, Results, save_png
 from hywu_core.evaluation.score_files import summarize
 from hywu_core.evaluation.scores import score_results
-from hywu_core.evaluation.store import ANSWERED, FAILED, REFUSED, JudgementStore
+from hywu_core.evaluation.store import ANSWERED, FAILED, REFUSED, JudgementStore, choose_store
 from hywu_core.evaluation.wu_eval import DIMENSIONS
 
 KEY = "sk-test-0123456789"
@@ -438,6 +438,40 @@ def test_reference_answers_every_questionnaire(questionnaire):
         }
         found.append(parse(questionnaire, answers)["overall"])
     assert found == ([0, 10] if questionnaire == "gedit" else [1, 5])
+
+
+def test_reference_tells_psnr_and_ssim_as_its_reason():
+    source = Image.new("RGB", (16, 16), (100, 100, 100))
+    edited = Image.new("RGB", (16, 16), (105, 105, 105))
+    question = load_questionnaire("wu-eval").questions(Item("k", "t", "x", Path("s.png")))[0]
+    judge = ReferenceJudge()
+    # 20 log10(255 / 5), by hand
+    answer = json.loads(judge.score(JudgeRequest(question, source, edited, source)).text)
+    assert answer["reason"].startswith("PSNR 34.15 dB, SSIM 0.9")
+    answer = json.loads(judge.score(JudgeRequest(question, source, source, source)).text)
+    assert answer["reason"] == "PSNR inf dB, SSIM 1.0000 to the target"
+
+
+def test_methods_by_two_judges_or_on_two_sets_are_in_no_report(tmp_path, stub):
+    server = stub(lambda prompt, n: GOOD)
+    questionnaire = load_questionnaire("wu-eval")
+    scores = []
+    for folder, judge in (("a", ReferenceJudge()), ("b", judge_at(server.url))):
+        results, items = benchmark(tmp_path / folder, ["do fine #1", "do fine #2"])
+        judge_results(results, items, questionnaire, judge, progress=False)
+        name = store_name(judge, questionnaire)
+        scores.append(score_results(results, items, questionnaire, name))
+    with pytest.raises(HYWUError, match=r"One report has one judge.*reference \(pixels-1\).*judge"):
+        build_report(scores, questionnaire)
+    judge_results(results, items, questionnaire, ReferenceJudge(), progress=False)
+    with pytest.raises(HYWUError, match="never mixed.*--judged-by"):
+        choose_store(results.root / JUDGEMENTS)
+    assert choose_store(results.root / JUDGEMENTS, judge="reference").judge == "reference"
+    fewer = ItemList("folder", items.items[:1])
+    name = store_name(ReferenceJudge(), questionnaire)
+    both = [score_results(results, given, questionnaire, name) for given in (items, fewer)]
+    with pytest.raises(HYWUError, match="given different items"):
+        build_report(both, questionnaire)
 
 
 def test_reference_refuses_without_a_target(tmp_path):

@@ -39,6 +39,8 @@ _BLOCK = 8
 #: Four times the variance that rounding to 8 bits alone gives: noise nobody sees doesn't count.
 _SHARPNESS_FLOOR = 1e-4
 _WINDOW = 7
+#: Rec. 601 luma.
+LUMINANCE = np.array([0.299, 0.587, 0.114])
 
 
 @dataclass
@@ -53,7 +55,15 @@ class ReferenceJudge:
         if request.target is None:
             raise Refusal("the item has no target picture, which the reference judge compares with")
         share = shares_done(request.source, request.edited, request.target)
-        return Reply(_answer(request.question.name, share), self.name)
+        told = measures(request.edited, request.target)
+        return Reply(_answer(request.question.name, share, told), self.name)
+
+
+def measures(edited: Image.Image, target: Image.Image) -> str:
+    """PSNR of RGB and SSIM of luminance to the target: told as the reason, not scored by."""
+    e, t = (_array(image, target.size) for image in (edited, target))
+    similar = ssim(e @ LUMINANCE, t @ LUMINANCE)
+    return f"PSNR {psnr(e, t):.2f} dB, SSIM {similar:.4f} to the target"
 
 
 def shares_done(source: Image.Image, edited: Image.Image, target: Image.Image) -> dict[str, float]:
@@ -88,7 +98,7 @@ def _array(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
 
 
 def _features(rgb: np.ndarray) -> dict[str, np.ndarray]:
-    luminance = rgb @ np.array([0.299, 0.587, 0.114])
+    luminance = rgb @ LUMINANCE
     return {
         "rgb": rgb,
         "luminance": luminance,
@@ -133,21 +143,20 @@ def _share(changed: float, unchanged: float) -> float:
     return 1.0 - min(1.0, changed / unchanged)
 
 
-def _answer(question: str, share: dict[str, float]) -> str:
+def _answer(question: str, share: dict[str, float], told: str) -> str:
     alignment, consistency, structure, quality = (share[name] for name in DIMENSIONS)
     if question in ("semantics", "quality"):
         pair = (alignment, consistency) if question == "semantics" else (structure, quality)
-        return json.dumps(
-            {"score": [round(10 * value, 2) for value in pair], "reasoning": "pixels"}
-        )
+        return json.dumps({"score": [round(10 * value, 2) for value in pair], "reasoning": told})
     if question in imgedit.QUESTIONS:
         # The authors' lines hold whole numbers, and the first caps the others
         first = _whole(alignment)
         values = (first, min(first, _whole(consistency)), min(first, _whole(quality)))
         names = ("Prompt Compliance", "Content Preservation", "Rendering Quality")
         lines = [f"{name}: {value}" for name, value in zip(names, values, strict=True)]
-        return "\n".join(["Brief reasoning: computed from pixels against the target", *lines])
-    return json.dumps({name: round(1 + 4 * value, 3) for name, value in share.items()})
+        return "\n".join([f"Brief reasoning: {told}", *lines])
+    scores = {name: round(1 + 4 * value, 3) for name, value in share.items()}
+    return json.dumps({**scores, "reason": told})
 
 
 def _whole(share: float) -> int:
