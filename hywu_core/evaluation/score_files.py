@@ -6,12 +6,14 @@ import csv
 from pathlib import Path
 from typing import Any
 
+from ..errors import HYWUError
 from ..files import atomic_path
 from . import gedit, imgedit
+from .items import ItemList, read_json
 from .judges.base import slug
 from .results import write_json
 from .scores import SCORED, UNPARSABLE, MethodScores, dimensions, gedit_rows, imgedit_scores
-from .tables import summary_table
+from .tables import Table, gedit_rows_table, imgedit_scores_table, summary_table
 
 
 def scores_folder(scores: MethodScores) -> Path:
@@ -94,3 +96,37 @@ def _write_imgedit(folder: Path, scores: MethodScores) -> None:
     imgedit.write_json(folder / "result.json", answers, indent=4)
     imgedit.write_json(folder / "average_score.json", items, indent=2)
     imgedit.write_json(folder / "typescore.json", types, indent=2)
+
+
+# -- files that the authors' own scripts wrote -----------------------------------------------------
+
+
+def their_gedit(folder: Path) -> list[Table]:
+    """A table for each method whose ``<method>_<task>_<language>_vie_score.csv`` lie in the folder.
+
+    The files of all languages count where there are some, else those of each. Empty without any.
+    Raises HYWUError naming a file that can't be read.
+    """
+    found: dict[str, dict[str, list[gedit.Row]]] = {}
+    for path in sorted(folder.glob("*_vie_score.csv")):
+        name = path.name.removesuffix("_vie_score.csv")
+        head, _, language = name.rpartition("_")
+        # the longest: a task's name may end in another's
+        tasks = sorted((t for t in gedit.TASKS if head.endswith(f"_{t}")), key=len)
+        if not tasks:
+            raise HYWUError(
+                f"{path}: its name holds none of GEdit-Bench's {len(gedit.TASKS)} tasks."
+            )
+        rows = found.setdefault(head.removesuffix(f"_{tasks[-1]}"), {"all": [], "one": []})
+        rows["all" if language == "all" else "one"] += gedit.read_csv(path, tasks[-1])
+    return [gedit_rows_table(m, rows["all"] or rows["one"]) for m, rows in found.items()]
+
+
+def their_imgedit(file: Path, items: ItemList) -> Table:
+    """The table of a ``result.json``: key -> a judge's answer. Raises HYWUError naming the file."""
+    answers = read_json(file)
+    if not isinstance(answers, dict) or any(not isinstance(a, str) for a in answers.values()):
+        raise HYWUError(f"{file}: must map an item's key to the judge's answer.")
+    scores = {key: imgedit.item_score(answer) for key, answer in answers.items()}
+    parsed = {key: score for key, score in scores.items() if score is not None}
+    return imgedit_scores_table(file.resolve().parent.name, parsed, items)

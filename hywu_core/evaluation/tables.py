@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from . import gedit, imgedit, wu_eval
+from .items import ItemList
 from .scores import ItemScore, MethodScores, gedit_rows, imgedit_scores
 from .statistics import Estimate, bootstrap_mean, bootstrap_mean_of_means
 
@@ -72,7 +74,11 @@ def _wu_estimates(scores: Sequence[ItemScore]) -> dict[str, Estimate]:
 
 def gedit_table(scores: MethodScores) -> Table:
     """Tasks × (semantics, quality, overall) for all items, then averages of the subsets."""
-    rows = gedit_rows(scores)
+    return gedit_rows_table(scores.method, gedit_rows(scores))
+
+
+def gedit_rows_table(method: str, rows: Sequence[gedit.Row]) -> Table:
+    """The same from rows of the authors' files."""
     everything = gedit.aggregate(rows)
     lines = [
         (task, str(everything.counts[task]), *map(three, everything.tasks[task]))
@@ -92,7 +98,7 @@ def gedit_table(scores: MethodScores) -> Table:
     if absent:
         note += f" No score for {', '.join(absent)}: not comparable with published averages."
     return Table(
-        f"GEdit-Bench: {scores.method}",
+        f"GEdit-Bench: {method}",
         ("task", "items", "semantics", "quality", "overall"),
         tuple(lines),
         note,
@@ -101,18 +107,23 @@ def gedit_table(scores: MethodScores) -> Table:
 
 def imgedit_table(scores: MethodScores) -> Table:
     """Edit types and the total, in the authors' roundings."""
-    items, types = imgedit_scores(scores)
-    counts = dict.fromkeys(types, 0)
-    for score in scores.scored():
-        counts[score.item.task] += 1
+    items, _ = imgedit_scores(scores)
+    return imgedit_scores_table(scores.method, items, scores.items)
+
+
+def imgedit_scores_table(method: str, items: Mapping[str, float], asked: ItemList) -> Table:
+    """The same from item scores by key; asked: the benchmark's items, which know the types."""
+    of = {item.key: item.task for item in asked.items if item.key in items}
+    types = imgedit.type_scores(items, of)
+    counts = Counter(of.values())
     lines = [(n, str(counts[n]), f"{types[n]:.2f}") for n in imgedit.EDIT_TYPES if n in types]
     total = imgedit.total_score(types)
-    lines.append(("Total", str(len(items)), "–" if total is None else f"{total:.2f}"))
+    lines.append(("Total", str(len(of)), "–" if total is None else f"{total:.2f}"))
     absent = [name for name in imgedit.EDIT_TYPES if name not in types]
     note = "Scale 1 to 5; the total is the mean over types."
     if absent:
         note += f" No score for {', '.join(absent)}: not comparable with published totals."
-    return Table(f"ImgEdit-Bench: {scores.method}", ("type", "items", "score"), tuple(lines), note)
+    return Table(f"ImgEdit-Bench: {method}", ("type", "items", "score"), tuple(lines), note)
 
 
 def three(value: float) -> str:

@@ -4,22 +4,32 @@ OUT/METHOD/scores/<questionnaire>__<judge>__.../
     items.csv, summary.json                      always
     <method>_<task>_all_vie_score.csv            GEdit-Bench (and one per language)
     result.json, average_score.json, typescore.json   ImgEdit-Bench
+
+Files that the authors' own scripts wrote are added up too, in their arithmetic:
+
+  hywu eval score their_scores                 a folder with *_vie_score.csv (GEdit-Bench)
+  hywu eval score theirs/result.json --data ImgEdit           (ImgEdit-Bench)
 """
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from ...console import say, table
+from ...errors import HYWUError
+from ..imgedit import read_imgedit
 from ..report.build import outcome_line
-from ..score_files import write_scores
-from ..tables import summary_table
+from ..score_files import their_gedit, their_imgedit, write_scores
+from ..tables import Table, summary_table
 from . import shared
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of `hywu eval score`."""
-    parser.add_argument("results", nargs="+", metavar="OUT/METHOD", help="judged results")
+    parser.add_argument(
+        "results", nargs="+", metavar="OUT/METHOD", help="judged results, or the authors' files"
+    )
     shared.add_data(parser, required=False)
     shared.add_questionnaire(parser)
     shared.add_choice(parser)
@@ -30,6 +40,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Score every method and print its table."""
     for root in args.results:
+        if theirs := _theirs(Path(root), args):
+            for each in theirs:
+                say(f"{each.title} (scores from {root})")
+                table(each.rows, each.header)
+                say(each.note)
+            continue
         scores, questionnaire = shared.load_scores(root, args)
         folder = write_scores(scores, args.price_in, args.price_out)
         summary = summary_table(scores)
@@ -39,3 +55,14 @@ def run(args: argparse.Namespace) -> int:
         say(summary.note)
         say(f"written to {folder}")
     return 0
+
+
+def _theirs(path: Path, args: argparse.Namespace) -> list[Table]:
+    """Tables of files that other programs scored; empty for a folder of results."""
+    if path.is_dir():
+        return their_gedit(path)
+    if path.name != "result.json":
+        return []
+    if args.data is None:
+        raise HYWUError(f"{path}: needs --data, the ImgEdit-Bench folder, to know the edit types.")
+    return [their_imgedit(path, read_imgedit(shared.data_path("imgedit", args.data)))]
