@@ -30,7 +30,7 @@ class EditorConfig:
 
     patch: side of a patch in pixels. text_words: longest instruction, in words. buckets: embeddings
     that the words' pieces are hashed to. train_size: side of the training crops; larger images are edited in tiles of that size.
-    pool: the condition has at most ``pool x pool`` image tokens.
+    pool: the condition has at most ``pool x pool`` image tokens. channels: of the pixel head.
     """
 
     width: int = 192
@@ -42,6 +42,7 @@ class EditorConfig:
     buckets: int = 4096
     train_size: int = 64
     pool: int = 4
+    channels: int = 16
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -184,10 +185,40 @@ def word_ids(
     return ids.to(device), mask.to(device)
 
 
+class PixelHead(nn.Module):
+    """Convolutions over the pixels, steered by their patch's token (FiLM, Perez et al. 2018).
+
+    A patch has as many values as a token is wide, so tokens alone can't carry a filter that is finer
+    than a patch; here they only say how much of each of the bank's filters there should be.
+    """
+
+    def __init__(self, config: EditorConfig, operations: Any) -> None:
+        super().__init__()
+        self.patch, channels = config.patch, config.channels
+        self.steer = operations.Linear(config.width, 6 * channels)
+        self.filters = operations.Conv2d(6, channels, 5, padding=2)
+        self.mix = nn.ModuleList(
+            operations.Conv2d(channels, channels, 3, padding=d, dilation=d) for d in (2, 3)
+        )
+        self.out = operations.Conv2d(channels, 3, 1)
+
+    def forward(self, pixels: Tensor, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """pixels ``[B, 6, h*p, w*p]``, tokens ``[B, h*w, C]`` -> ``[B, 3, h*p, w*p]``."""
+        film = self.steer(tokens).mT.unflatten(2, grid)[:, :, :, None, :, None].chunk(6, dim=1)
+        y = self.filters(pixels.to(tokens.dtype))
+        for i, conv in enumerate(self.mix):
+            y = y + conv(F.silu(self._modulate(y, *film[2 * i : 2 * i + 2])))
+        return self.out(self._modulate(y, *film[4:]))
+
+    def _modulate(self, y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        patches = y.unflatten(3, (-1, self.patch)).unflatten(2, (-1, self.patch))
+        return (patches * (1 + scale) + shift).flatten(4).flatten(2, 3)
+
+
 class Editor(nn.Module):
     """source ``[B, 3, H, W]`` in -1..1 and an instruction -> velocity of the flow to the edit.
 
-    operations: namespace with Linear and Embedding (torch.nn, or a host's own).
+    operations: namespace with Linear, Conv2d and Embedding (torch.nn, or a host's own).
     """
 
     def __init__(self, config: EditorConfig | None = None, operations: Any = nn) -> None:
@@ -205,11 +236,12 @@ class Editor(nn.Module):
         )
         self.final_modulate = operations.Linear(width, 2 * width)
         self.image_out = operations.Linear(width, pixels)
+        self.pixels = PixelHead(config, operations)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Start as the identity: the correction is zero."""
-        for module in (self.image_out, self.modulate, self.final_modulate):
+        for module in (self.image_out, self.pixels.out, self.modulate, self.final_modulate):
             module.weight.zero_()
             module.bias.zero_()
         for block in self.blocks:
@@ -235,10 +267,12 @@ class Editor(nn.Module):
 
     def predict(self, x: Tensor, t: Tensor, source: Tensor, text: Tensor, mask: Tensor) -> Tensor:
         """The clean image ``[B, 3, H, W]`` as source + correction. Any size of one pixel or more."""
-        hidden, time, grid = self._run(x, t, source, text, mask)
+        pixels = self._pixels(x, source)
+        hidden, time, grid = self._run(pixels, t, text, mask)
         shift, scale = self.final_modulate(F.silu(time)).unsqueeze(1).chunk(2, dim=-1)
-        patches = self.image_out(norm(hidden[:, text.shape[1] :]) * (1 + scale) + shift)
-        correction = unpatchify(patches, grid, self.config.patch)
+        tokens = norm(hidden[:, text.shape[1] :]) * (1 + scale) + shift
+        correction = unpatchify(self.image_out(tokens), grid, self.config.patch)
+        correction = correction + self.pixels(pixels, tokens, grid)
         return source + correction[..., : source.shape[2], : source.shape[3]]
 
     def hidden_states(self, source: Tensor, text: Tensor, mask: Tensor) -> Tensor:
@@ -247,30 +281,32 @@ class Editor(nn.Module):
         ``[B, h*w, C]``, pooled to at most `pool` x `pool`.
         """
         t = source.new_zeros(source.shape[0])
-        hidden, _, grid = self._run(source, t, source, text, mask)
+        hidden, _, grid = self._run(self._pixels(source, source), t, text, mask)
         size = tuple(min(side, self.config.pool) for side in grid)
         image = hidden[:, text.shape[1] :].mT.unflatten(2, grid)
         return F.adaptive_avg_pool2d(image, size).flatten(2).mT
 
-    def _run(
-        self, x: Tensor, t: Tensor, source: Tensor, text: Tensor, mask: Tensor
-    ) -> tuple[Tensor, Tensor, tuple[int, int]]:
-        """(hidden states of text then image ``[B, T + h*w, C]``, time embedding, grid (h, w))."""
+    def _pixels(self, x: Tensor, source: Tensor) -> Tensor:
+        """x over source, ``[B, 6, h*p, w*p]``."""
         if x.shape != source.shape:
             raise HYWUError(
                 f"The editor got an image of {tuple(x.shape)} and a source of {tuple(source.shape)}; "
                 "they must be of one shape."
             )
-        patches, grid = patchify(
-            pad_to(torch.cat([x, source], dim=1), self.config.patch), self.config.patch
-        )
+        return pad_to(torch.cat([x, source], dim=1), self.config.patch)
+
+    def _run(
+        self, pixels: Tensor, t: Tensor, text: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        """(hidden states of text then image ``[B, T + h*w, C]``, time embedding, grid (h, w))."""
+        patches, grid = patchify(pixels, self.config.patch)
         image = self.image_in(patches)
         count = mask.sum(1, keepdim=True).to(text)
         pooled = (text * mask[..., None]).sum(1) / count
         time = self.time2(F.silu(self.time1(time_embedding(t, self.config.width).to(text))))
         time = time + self.text_pool(pooled)
         modulation = self.modulate(F.silu(time)).unflatten(-1, (6, -1))
-        rope = rope_2d(grid, text.shape[1], self.config.width // self.config.heads, x.device)
+        rope = rope_2d(grid, text.shape[1], self.config.width // self.config.heads, image.device)
         keep = torch.cat([mask, mask.new_ones(image.shape[:2])], dim=1)[:, None, None]
         hidden = torch.cat([text.to(image), image], dim=1)
         for block in self.blocks:

@@ -58,7 +58,7 @@ def luminance(x: Tensor) -> Tensor:
 
 def blur(x: Tensor, sigma: Tensor) -> Tensor:
     """Gaussian blur, one sigma in pixels an item ``[B, 1, 1, 1]``; edges by replication."""
-    radius = 6
+    radius = 9
     at = torch.arange(-radius, radius + 1, dtype=torch.float32)
     kernel = torch.exp(-0.5 * (at / sigma.flatten()[:, None].clamp_min(0.05)) ** 2)
     kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(x.shape[1], 0)
@@ -96,7 +96,7 @@ def _mosaic(x: Tensor, degree: Tensor, cell: int = 8) -> Tensor:
 
 
 def _blurred(x: Tensor, g: torch.Generator) -> Tensor:
-    return blur(x, uniform(x, 0.5, 1.5, g))
+    return blur(x, uniform(x, 1.0, 2.0, g))
 
 
 def _aged(x: Tensor, g: torch.Generator) -> Tensor:
@@ -114,7 +114,7 @@ def _pixelated(x: Tensor, g: torch.Generator) -> Tensor:
 
 def _make_blur(x: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
     source = _blurred(x, g)
-    return source, blur(source, torch.full((x.shape[0], 1, 1, 1), 2.0))
+    return source, blur(source, torch.full((x.shape[0], 1, 1, 1), 3.0))
 
 
 def _make_deblur(x: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -164,6 +164,19 @@ def _make_denoise(x: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
 
 def _sharpen(x: Tensor) -> Tensor:
     return x + 0.8 * (x - blur(x, torch.ones(x.shape[0], 1, 1, 1)))
+
+
+def _emboss(x: Tensor) -> Tensor:
+    y = F.pad(luminance(x), (1, 1, 1, 1), mode="replicate")
+    return (0.5 + y[..., 2:, 2:] - y[..., :-2, :-2]).expand_as(x)
+
+
+def _detail(x: Tensor) -> Tensor:
+    return 0.5 + 1.5 * (x - blur(x, torch.full((x.shape[0], 1, 1, 1), 2.0)))
+
+
+def _glow(x: Tensor) -> Tensor:
+    return 1 - (1 - x) * (1 - 0.5 * blur(x, torch.full((x.shape[0], 1, 1, 1), 3.0)))
 
 
 def _edges(x: Tensor) -> Tensor:
@@ -250,6 +263,16 @@ PRETRAINING: dict[str, Task] = {
         _task("sketch", _fixed(_edges), "",
               "draw the edges", "turn it into a sketch", "a pencil drawing", "outline the picture",
               "edges only", "make a line drawing", "graphite on paper", "trace contours"),
+        _task("emboss", _fixed(_emboss), "",
+              "emboss the image", "make it a relief", "a gray relief", "stamp it into metal",
+              "an embossed look", "give it an emboss effect", "hammered like a coin", "raised plaster"),
+        _task("detail", _fixed(_detail), "",
+              "show only the texture", "a high pass filter", "keep nothing but the details",
+              "extract the fine structure", "only the details on gray", "apply a high pass",
+              "isolate tiny features", "strip away every large tone"),
+        _task("glow", _fixed(_glow), "",
+              "add a glow", "make it glow", "a dreamy bloom", "add bloom", "a glowing look",
+              "let the lights bloom", "ethereal shine", "halo around bright spots"),
         _task("swap", _fixed(lambda x: x.flip(1)), "",
               "swap red and blue", "exchange the red and blue channels", "bgr instead of rgb",
               "reverse the channel order", "red becomes blue", "swap the colour channels",
