@@ -75,9 +75,10 @@ async def _run(args: argparse.Namespace, graph: dict, images: list[tuple[str, st
             await _save(client, args.out, node, name, number, item)
             for number, (node, name, item) in enumerate(outputs(record))
         ]
-        for path in filter(None, written):
+        paths = [path for path in written if path is not None]
+        for path in paths:
             say(str(path))
-        say(f"{len(written)} outputs in {seconds:.1f} s")
+        say(f"{len(paths)} outputs in {seconds:.1f} s")
 
 
 def safe_name(name: str) -> str:
