@@ -46,6 +46,17 @@ def round_weights(blocks: nn.Module) -> None:
             module.weight_scale = scale
 
 
+class Conv2d(torch.nn.Conv2d, comfy.ops.CastWeightBiasOp):
+    comfy_cast_weights = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight, self.bias
+        ready = weight.device == x.device and weight.dtype == x.dtype
+        if not ready or self.weight_function or self.bias_function:
+            weight, bias = comfy.ops.cast_bias_weight(self, x)
+        return self._conv_forward(x, weight, bias)
+
+
 class Embedding(torch.nn.Embedding, comfy.ops.CastWeightBiasOp):
     comfy_cast_weights = True
     bias = None
