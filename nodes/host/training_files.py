@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ...hywu_core.errors import HYWUError
 from ...hywu_core.evaluation.items import check_name
-from ...hywu_core.files import atomic_path, open_tensors, parse_header, read_header, save_tensors
+from ...hywu_core.files import atomic_path, open_tensors, parse_header, save_tensors
+from ...hywu_core.generator.checkpoints import open_checkpoint
 from ...hywu_core.training.data import Pair, read_pairs
 from .paths import BUNDLED
 
@@ -125,7 +126,7 @@ def start_run(name: str, made_from: Mapping[str, Any]) -> str:
                 f"{folder}: was started from another {', another '.join(odd)}; set them back to go on, "
                 "or choose another name."
             )
-    if target.exists() and read_header(target).get("provenance", {}).get("run") != run:
+    if target.exists() and _run_of(target) != run:
         raise HYWUError(
             f"{target}: exists and is not of this training; choose another name, or move it away."
         )
@@ -133,6 +134,14 @@ def start_run(name: str, made_from: Mapping[str, Any]) -> str:
     with atomic_path(record, overwrite=True) as part:
         part.write_text(json.dumps({"run": run, "made_from": wanted}, indent=1), encoding="utf-8")
     return run
+
+
+def _run_of(target: Path) -> str | None:
+    """The run that wrote a generator; None for a file of another origin."""
+    try:
+        return open_checkpoint(target).config.provenance.get("run")
+    except HYWUError:
+        return None
 
 
 # -- cached tensors ----------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def check_weights(config: GeneratorConfig, device: torch.device, items: int) -> 
     with torch.device("meta"):
         count = sum(p.numel() for p in ParameterGenerator(config).parameters())
     stream = 4 * items * config.num_positions * config.d_model
-    least = BYTES_A_WEIGHT * count + STREAMS_A_BLOCK * stream
+    least = BYTES_A_WEIGHT * count + config.num_blocks * STREAMS_A_BLOCK * stream
     total = mm.get_total_memory(device)
     if least > total:
         raise HYWUError(_too_much("at least", least, total, device, f"{count:,} weights"))

@@ -1,0 +1,103 @@
+"""HY-WU Train Generator on a MODEL that isn't ours: a tiny Wan of random weights, by the stock loader."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+def figures(comfyui, folder: Path, which: str) -> dict:
+    done = subprocess.run(
+        [comfyui.python, HERE / "train_figures.py", comfyui.tree, HERE.parents[1], folder, which],
+        capture_output=True,
+        text=True,
+        timeout=1500,
+        env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")},
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("FIGURES")]
+    assert lines, done.stderr[-4000:]
+    return json.loads(lines[0].removeprefix("FIGURES"))
+
+
+@pytest.fixture(scope="module")
+def wan(comfyui, tmp_path_factory) -> dict:
+    return figures(comfyui, tmp_path_factory.mktemp("train"), "wan")
+
+
+def test_the_base_is_the_same_bit_by_bit(wan):
+    assert wan["base_same"]
+    assert wan["plain_same"]
+
+
+def test_the_report_says_what_was_trained(wan):
+    report = wan["report"]
+    assert report["base"].startswith("WanModel-")
+    assert "CONST" in report["sampling"]
+    assert (report["pairs"], report["examples"], report["steps"]) == (8, 8, 4)
+    assert 2e6 < report["generator_weights"] < 4e6
+    assert report["memory_estimate_bytes"] > 20 * report["generator_weights"]
+    assert wan["plot"] == [1, 360, 640, 3]
+    # source, target and edit of two instructions' first pairs and two more
+    assert wan["samples"] == [1, 4 * 68, 3 * 68, 3]
+
+
+def test_the_checkpoint_reloads_and_reproduces(wan):
+    assert wan["reload_same"]
+    assert wan["again_same"]
+    assert wan["finished_same"]
+    assert wan["matched"]["skipped"] == 0
+    assert wan["matched"]["matched"] == 20
+    assert wan["effect"] > 1e-4
+
+
+def test_an_interrupted_training_goes_on_to_the_same_weights(wan):
+    assert wan["interrupted"] == "interrupted"
+    assert wan["steps_before"] == 2
+    assert wan["state_kept"]
+    assert not wan["written_early"]
+    assert wan["resumed_same"]
+
+
+@pytest.mark.parametrize("kind", ["flow", "eps", "v_prediction"])
+def test_the_loss_is_that_of_the_models_own_output(wan, kind):
+    assert wan[f"loss_{kind}"] < 1e-3
+
+
+def test_recomputed_layers_give_the_same_gradients(wan):
+    assert wan["recomputed_runs"] == [1, 2]
+    assert wan["recomputed_gradient"] > 1e-4
+    assert wan["recomputed"] < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("outside", "lies outside"),
+        ("above", "no such folder or .jsonl file inside"),
+        ("empty", "no such folder or .jsonl file inside"),
+        ("name", "name can't be used"),
+        ("bundled", "choose another one"),
+        ("foreign", "is not of this training"),
+        ("other", "was started from another generator"),
+        ("steps", "steps 4 -> 9"),
+        ("memory", "takes at least"),
+        ("step", "4 examples at once"),
+        ("split", "can't be split evenly"),
+        ("vae", "connect the model's own VAE"),
+    ],
+)
+def test_errors_say_what_to_do(wan, case, words):
+    assert words in wan[f"error_{case}"]
+
+
+def test_two_contradictory_tasks(comfyui, tmp_path):
+    """The excess loss of one static LoRA over one a task falls by at least half with a generator."""
+    found = figures(comfyui, tmp_path, "conflict")
+    assert found["excess_shared"] > 0.005, found
+    assert found["falls_by"] > 0.5, found

@@ -1,0 +1,378 @@
+"""Run inside ComfyUI's tree by test_train.py: training through a Wan and an SD3 MODEL, figures as JSON.
+
+Arguments: ComfyUI's tree, this extension's folder, a folder to write to, and which figures: "wan" or
+"conflict".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import inside_comfyui as inside
+
+import architectures  # isort: skip
+import comfy.model_management as mm
+import folder_paths
+import torch
+from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
+from safetensors.torch import save_file
+
+import nodes as stock
+
+FOLDER, WHICH = Path(inside.ARGUMENTS[0]), inside.ARGUMENTS[1]
+folder_paths.set_input_directory(str(FOLDER / "input"))
+folder_paths.set_output_directory(str(FOLDER / "output"))
+folder_paths.models_dir = str(FOLDER / "models")
+folder_paths.add_model_folder_path("diffusion_models", str(FOLDER / "models"), is_default=True)
+NODES = inside.load_nodes()
+
+import train_tools as tools  # noqa: E402
+from hywu_nodes.hywu_core.generator.checkpoints import load_generator  # noqa: E402
+from hywu_nodes.hywu_core.generator.config import GeneratorConfig  # noqa: E402
+from hywu_nodes.hywu_core.layout import LoRALayout  # noqa: E402
+from hywu_nodes.hywu_core.training.base import Batch, frozen_digest  # noqa: E402
+from hywu_nodes.hywu_core.training.conflict.plan import GeneratorSize  # noqa: E402
+from hywu_nodes.hywu_core.training.schedule import TrainConfig  # noqa: E402
+from hywu_nodes.hywu_core.training.strategies import StaticLoRA  # noqa: E402
+from hywu_nodes.hywu_core.training.trainer import Trainer  # noqa: E402
+from hywu_nodes.nodes.host import training_files as files  # noqa: E402
+from hywu_nodes.nodes.host.training_base import HostBase  # noqa: E402
+from hywu_nodes.nodes.host.training_conditions import GraphEncoder  # noqa: E402
+from hywu_nodes.nodes.host.training_data import FixedCrops  # noqa: E402
+from hywu_nodes.nodes.host.training_memory import (  # noqa: E402
+    HeldNetwork,
+    autograd_through_host,
+    plain_patcher,
+    recomputed,
+)  # fmt: skip
+
+WIDGETS: dict[str, Any] = {
+    "name": "wan", "pairs": "colour", "generator_size": "XS", "rank": 2, "steps": 4, "batch_size": 4,
+    "accumulation": 1, "learning_rate": 1e-3, "image_size": tools.SIZE, "crops": 1,
+    "source_input": "both", "precision": "auto", "checkpointing": False, "sample_every": 0,
+    "sample_steps": 2, "seed": 0, "include": "", "exclude": "",
+}  # fmt: skip
+
+
+def load_model(name: str = "Wan 2.1") -> Any:
+    """The architecture with random weights, by the stock loader."""
+    weights = architectures.random_weights(architectures.build(name), torch.float32)
+    file = FOLDER / "models" / f"{name}.safetensors"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file({f"model.diffusion_model.{key}": value for key, value in weights.items()}, file)
+    folder_paths.filename_list_cache.clear()
+    return stock.UNETLoader().load_unet(file.name, "default")[0]
+
+
+def train(model: Any, vae: Any, clip: Any, **widgets: Any) -> tuple:
+    return NODES["HYWUTrainGenerator"]().train(model, vae, clip, **{**WIDGETS, **widgets})["result"]
+
+
+def checkpoint(name: str) -> Path:
+    return FOLDER / "models" / "hywu" / f"{name}.safetensors"
+
+
+def make_base(model: Any, vae: Any, clip: Any, source_input: str = "none") -> HostBase:
+    cache = files.TensorCache(FOLDER / "cache")
+    patcher = plain_patcher(model)
+    base = HostBase(patcher, vae, GraphEncoder(patcher, clip, None, cache), cache, source_input, 2)
+    base.load()
+    return base
+
+
+# -- one training, looked at from all sides --------------------------------------------------------
+
+
+def wan() -> dict[str, Any]:
+    tools.make_pairs(FOLDER / "input" / "colour")
+    with torch.inference_mode():  # as ComfyUI runs its nodes
+        model, vae, clip = load_model(), tools.wan_vae(), tools.ToyCLIP(4096)
+        before = frozen_digest(model.model)
+        generator, report, plot, samples = train(model, vae, clip)
+        found = {
+            "report": json.loads(report),
+            "base_same": frozen_digest(model.model) == before,
+            "plot": list(plot.shape),
+            "samples": list(samples.shape),
+            **reloaded(model, clip, generator),
+        }
+        first = checkpoint("wan").read_bytes()
+        train(model, vae, clip, name="again")
+        found["again_same"] = tensors_equal(checkpoint("again"), checkpoint("wan"))
+        found |= interrupted(model, vae, clip)
+        train(model, vae, clip)  # done already: nothing is trained, the file is written again
+        found["finished_same"] = len(checkpoint("wan").read_bytes()) == len(first)
+        found |= refusals(model, vae, clip)
+    found |= predictions(model, vae, clip)
+    found |= recomputed_gap(model, vae, clip)
+    return found
+
+
+def tensors_equal(one: Path, two: Path) -> bool:
+    a, b = (load_generator(path).state_dict() for path in (one, two))
+    return all(torch.equal(a[key], b[key]) for key in a)
+
+
+def reloaded(model: Any, clip: Any, generator: Any) -> dict[str, Any]:
+    """The node's generator and the one that Load Generator loads write the same LoRA, which fits."""
+    loaded = NODES["HYWULoadGenerator"]().load("wan.safetensors", "auto")[0]
+    image = torch.rand(1, 40, 40, 3, generator=torch.Generator().manual_seed(0))
+    loras = []
+    for made in (generator, loaded):
+        encode = NODES["HYWUConditionEncode"]()
+        condition = encode.encode(made, image, "make it warm", clip=clip)["result"][0]
+        loras.append(NODES["HYWUGenerateLoRA"]().generate(made, condition)["result"][0])
+    sample = architectures.sampler("Wan 2.1", stock.common_ksampler)
+    plain = sample(model)
+    applied = NODES["HYWUApplyLoRA"]().apply(model, loras[0], 1.0, "unmerged")["result"]
+    return {
+        "reload_same": all(torch.equal(loras[0][p].B, loras[1][p].B) for p in loras[0]),
+        "matched": json.loads(
+            NODES["HYWUApplyLoRA"]().apply(model, loras[0], 1.0, "merge")["ui"]["text"][0]
+        ),
+        "effect": float((sample(applied[0]) - plain).abs().max()),
+        "plain_same": torch.equal(sample(model), plain),
+    }
+
+
+def interrupted(model: Any, vae: Any, clip: Any) -> dict[str, Any]:
+    """Stopped after a step, by the flag that the stop button sets, and run again."""
+    calls = {"left": 2}
+    ask = mm.processing_interrupted
+
+    def stop_at_second() -> bool:
+        calls["left"] -= 1
+        return calls["left"] == 0
+
+    mm.processing_interrupted = stop_at_second
+    try:
+        train(model, vae, clip, name="stopped")
+        how = "went on"
+    except mm.InterruptProcessingException:
+        how = "interrupted"
+    finally:
+        mm.processing_interrupted = ask
+    log = (files.run_folder("stopped") / "log.csv").read_text().splitlines()
+    kept = (files.run_folder("stopped") / "state.safetensors").is_file()
+    written = checkpoint("stopped").exists()
+    train(model, vae, clip, name="stopped")
+    return {
+        "interrupted": how,
+        "steps_before": len(log) - 1,
+        "state_kept": kept,
+        "written_early": written,
+        "resumed_same": tensors_equal(checkpoint("stopped"), checkpoint("wan")),
+    }
+
+
+def refusals(model: Any, vae: Any, clip: Any) -> dict[str, str]:
+    """Errors in one sentence, and nothing of the user's touched."""
+    outside = FOLDER / "input" / "outside"
+    outside.mkdir()
+    row = {"source": "../../secret.png", "target": "../../secret.png", "instruction": "x"}
+    (outside / "pairs.jsonl").write_text(json.dumps(row))
+    foreign = checkpoint("foreign")
+    foreign.write_bytes(checkpoint("wan").read_bytes())
+    cases = {
+        "outside": {"pairs": "outside"},
+        "above": {"pairs": "../output"},
+        "empty": {"pairs": ""},
+        "name": {"name": "../x"},
+        "bundled": {"name": "bundled"},
+        "foreign": {"name": "foreign"},
+        "other": {"rank": 4},
+        "steps": {"steps": 9},
+        "split": {"name": "split", "accumulation": 3},
+    }
+    found = {
+        key: inside.error(lambda case=case: train(model, vae, clip, **case))
+        for key, case in cases.items()
+    }
+    found["vae"] = inside.error(
+        lambda: train(model, stock.VAELoader().load_vae("pixel_space")[0], clip, name="vae")
+    )
+    found |= short_of_memory(model, vae, clip)
+    return {f"error_{key}": text for key, text in found.items()}
+
+
+def short_of_memory(model: Any, vae: Any, clip: Any) -> dict[str, str]:
+    """On a machine said to have less than the weights need, and on one with less than a step needs."""
+    found, weights = {}, 20 * 3_737_216
+    for case, (function, size) in {
+        "memory": ("get_total_memory", weights),
+        "step": ("get_free_memory", weights + (8 << 20)),
+    }.items():
+        whole = getattr(mm, function)
+        setattr(mm, function, lambda *_, size=size, **__: size)
+        try:
+            found[case] = inside.error(lambda case=case: train(model, vae, clip, name=case))
+        finally:
+            setattr(mm, function, whole)
+    return found
+
+
+def predictions(model: Any, vae: Any, clip: Any) -> dict[str, float]:
+    """The loss against the error of the network's own output, written out for each kind of sampling."""
+    found = {}
+    for kind in ("flow", "eps", "v_prediction"):
+        with torch.inference_mode():
+            patched = (
+                model if kind == "flow" else ModelSamplingDiscrete().patch(model, kind, False)[0]
+            )
+        with autograd_through_host(), torch.no_grad():
+            base = make_base(patched, vae, clip)
+            batch = FixedCrops(files.training_pairs("colour")[0], 4, tools.SIZE, 1, 0)(0)
+            draws = base.draw(batch, 0)
+            seen = []
+            handle = base.module.register_forward_hook(
+                lambda m, a, out, seen=seen: seen.append(out)
+            )
+            loss = base.loss(base.module, batch, draws)
+            handle.remove()
+            clean, noise = base.model.process_latent_in(base.latents(batch.target)), draws["noise"]
+            sigmas = base.model.model_sampling.sigmas
+            sigma = sigmas[(draws["u"] * len(sigmas)).long()].view(-1, 1, 1, 1, 1)
+            cosine = (1 + sigma**2) ** -0.5
+            wanted = {
+                "flow": noise - clean,
+                "eps": noise,
+                "v_prediction": cosine * noise - sigma * cosine * clean,
+            }[kind]
+            own = (seen[0] - wanted).square().flatten(1).mean(1)
+            found[f"loss_{kind}"] = float(((loss - own) / own).abs().max())
+            base.patcher.detach()
+    return found
+
+
+def recomputed_gap(model: Any, vae: Any, clip: Any) -> dict[str, float]:
+    """Largest difference of a gradient with recomputed layers from the one without, relative.
+
+    Also how often a layer ran, and the least of the largest gradients of a parameter.
+    """
+    with autograd_through_host():
+        base = make_base(model, vae, clip)
+        strategy = make_generator(base, LoRALayout.of(base.module, 2))
+        torch.nn.init.normal_(strategy.trained.model.proj_out_B.weight, std=0.05)
+        batch = FixedCrops(files.training_pairs("colour")[0], 4, tools.SIZE, 1, 0)(0)
+        draws, gradients, runs = base.draw(batch, 0), [], []
+        layer = base.module.blocks[0].self_attn
+        layer.register_forward_pre_hook(lambda *_: runs[-1].append(1))
+        for again in (False, True):
+            strategy.trained.zero_grad()
+            strategy.trained.checkpointing = again
+            runs.append([])
+            layout = strategy.trained.config.layout
+            with recomputed(base.module, layout) if again else contextlib.nullcontext():
+                backward(strategy, batch, draws)
+            gradients.append([p.grad.clone() for p in strategy.trained.parameters()])
+        pairs = list(zip(*gradients, strict=True))
+        sizes = [float(x.abs().max()) for x, _ in pairs]
+        gaps = [float((x - y).abs().max()) for x, y in pairs]
+        return {
+            "recomputed": max(gap / max(size, 1e-9) for gap, size in zip(gaps, sizes, strict=True)),
+            "recomputed_runs": [len(r) for r in runs],
+            "recomputed_gradient": max(sizes),
+        }
+
+
+def backward(strategy: HeldNetwork, batch: Batch, draws: dict) -> None:
+    condition = strategy.base.encode(batch.source, batch.instruction)
+    with strategy.adapted(condition) as module:
+        loss = strategy.base.loss(module, batch, draws).mean()
+    loss.backward()
+    strategy.release()
+
+
+def make_generator(base: HostBase, layout: LoRALayout) -> HeldNetwork:
+    usual = GeneratorSize()
+    config = GeneratorConfig(
+        layout, dict(base.condition_parts), 192, layout.rank, 128, 64, 1,
+        lora_a_scale=usual.lora_a_scale, lora_b_scale=usual.lora_b_scale,
+        encoder=dict(base.encoder), base=base.name,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    return HeldNetwork(base, config, checkpointing=False)
+
+
+# -- two contradictory tasks ---------------------------------------------------------------------------
+
+STEPS, RANK, PICTURES, VALIDATION = 150, 2, 16, 10_000
+
+
+class Balanced:
+    """Four pictures a batch, each in both tasks, or in the one named; later steps are never trained on."""
+
+    def __init__(self, crops: FixedCrops, task: str = "") -> None:
+        self.crops, self.task = crops, task
+
+    def __call__(self, step: int) -> Batch:
+        generator = torch.Generator().manual_seed(step)
+        chosen = torch.randperm(PICTURES, generator=generator)[:4].tolist()
+        batch = self.crops.batch([2 * i + side for i in chosen for side in (0, 1)])
+        return batch.select([i for i, task in enumerate(batch.task) if self.task in ("", task)])
+
+
+def validation_loss(trainer: Trainer, batches: Balanced) -> float:
+    """Mean over batches of fresh noise, with the averaged weights."""
+    base, losses = trainer.base, []
+    with torch.no_grad(), trainer.average.swapped():
+        for step in range(VALIDATION, VALIDATION + 8):
+            whole = Balanced(batches.crops)(step)
+            draws = base.draw(whole, step)
+            kept = [i for i, task in enumerate(whole.task) if batches.task in ("", task)]
+            batch, draws = whole.select(kept), {k: v[kept] for k, v in draws.items()}
+            condition = None
+            if trainer.strategy.needs_condition:
+                condition = base.encode(batch.source, batch.instruction)
+            with trainer.strategy.adapted(condition) as module:
+                losses.append(float(base.loss(module, batch, draws).mean()))
+    return sum(losses) / len(losses)
+
+
+def conflict() -> dict[str, Any]:
+    """Validation losses of the generator, of one LoRA for both tasks and of one LoRA a task.
+
+    All see the same examples, noise, text conditioning and schedule. The shared LoRA gets the best of
+    three learning rates, the others one: what favours it.
+    """
+    tools.make_pairs(FOLDER / "input" / "colour", PICTURES)
+    with torch.inference_mode():
+        model, vae, clip = load_model(), tools.wan_vae(), tools.ToyCLIP(4096)
+    with autograd_through_host():
+        base = make_base(model, vae, clip)
+        crops = FixedCrops(files.training_pairs("colour")[0], 8, tools.SIZE, 1, 0)
+        layout = LoRALayout.of(base.module, RANK)
+
+        def run(name: str, rate: float, task: str = "") -> float:
+            torch.manual_seed(1)
+            batches = Balanced(crops, task)
+            if name == "hywu":
+                strategy = make_generator(base, layout)
+                first = crops.batch(range(8))
+                strategy.standardize([base.encode(first.source, first.instruction)])
+            else:
+                strategy = StaticLoRA(base, layout)
+            config = TrainConfig(STEPS, len(batches(0)), rate, warmup=20)
+            folder = FOLDER / "runs" / f"{name}{task}{rate:g}"
+            trainer = Trainer(base, strategy, batches, config, folder, device="cpu")
+            trainer.run()
+            loss = validation_loss(trainer, batches)
+            if name == "hywu":
+                strategy.release()
+            return loss
+
+        shared = {rate: run("shared", rate) for rate in (1e-2, 3e-2, 6e-2)}
+        single = {task: run("single", 3e-2, task) for task in tools.TASKS}
+        hywu = run("hywu", 2e-3)
+    floor = sum(single.values()) / len(single)
+    best = min(shared.values())
+    return {
+        "shared": shared, "single": single, "hywu": hywu, "excess_shared": best - floor,
+        "excess_hywu": hywu - floor, "falls_by": 1 - (hywu - floor) / (best - floor),
+    }  # fmt: skip
+
+
+inside.show({"wan": wan, "conflict": conflict}[WHICH]())

@@ -1,0 +1,87 @@
+"""Small real models and synthetic pairs for the tests of training inside ComfyUI; runs inside its tree."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import architectures
+import comfy.ldm.wan.vae
+import comfy.model_management as mm
+import comfy.sd
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+#: task -> (what is asked, what is added to red and taken from blue, in 0..1)
+TASKS = {"warm": ("make it warm", 0.3), "cold": ("make it cold", -0.3)}
+SIZE = 64
+
+
+class ToyText(nn.Module):
+    """Text encoder of random word vectors, 8 tokens a text."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.table = nn.Parameter(torch.randn(256, width, generator=generator), requires_grad=False)
+
+
+class ToyCLIP:
+    """What a CLIP socket carries, as far as training asks it."""
+
+    def __init__(self, width: int, pooled: int = 0) -> None:
+        self.cond_stage_model, self.pooled = ToyText(width), pooled
+
+    def tokenize(self, text: str) -> list[int]:
+        ids = [zlib.crc32(word.encode()) % 256 for word in text.split()][:8]
+        return ids + [0] * (8 - len(ids))
+
+    def encode_from_tokens_scheduled(self, tokens: list[int]) -> list:
+        made = self.cond_stage_model.table[torch.tensor(tokens)][None]
+        pooled = made.mean(1).repeat(1, 1 + self.pooled // made.shape[2])[:, : self.pooled]
+        return [[made, {"pooled_output": pooled if self.pooled else None}]]
+
+
+def wan_vae() -> comfy.sd.VAE:
+    """Wan 2.1's VAE, 8 wide, with random weights."""
+    model = comfy.ldm.wan.vae.WanVAE(
+        dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, attn_scales=[],
+        temperal_downsample=[False, True, True], dropout=0.0,
+    )  # fmt: skip
+    weights = architectures.random_weights(model, torch.float32)
+    weights["conv1.weight"] *= 20  # latents about as large as those of trained weights
+    return comfy.sd.VAE(sd=weights, device=mm.get_torch_device())
+
+
+def make_pairs(folder: Path, count: int = 4, tasks: tuple[str, ...] = tuple(TASKS)) -> Path:
+    """Pairs of smooth random pictures; each task changes the same sources the opposite way."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
+    rows: list[dict[str, Any]] = []
+    for i in range(count):
+        small = torch.rand(1, 3, 4, 4, generator=generator) * 0.4 + 0.3
+        image = nn.functional.interpolate(small, (SIZE, SIZE), mode="bicubic")[0].clamp(0, 1)
+        _save(image, folder / f"{i}.png")
+        for task in tasks:
+            text, shift = TASKS[task]
+            tint = torch.tensor([shift, 0.0, -shift])[:, None, None]
+            _save((image + tint).clamp(0, 1), folder / f"{i}_{task}.png")
+            rows.append(
+                {
+                    "source": f"{i}.png",
+                    "target": f"{i}_{task}.png",
+                    "instruction": text,
+                    "task": task,
+                }
+            )
+    path = folder / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def _save(image: Tensor, path: Path) -> None:
+    pixels = image.mul(255).round().byte().permute(1, 2, 0).numpy()
+    Image.fromarray(pixels).save(path)
