@@ -39,6 +39,7 @@ SIZES = {
     "PrimitiveStringMultiline": (WIDTH, 110),
     "CLIPTextEncode": (WIDTH, 110),
     "HYWUConditionEncode": (WIDTH, 200),
+    "HYWUTrainGenerator": (WIDTH, 1080),
 }
 #: Widgets at the end of stock nodes that newer ComfyUIs require. Older servers ignore them in a prompt,
 #: older frontends their values; no socket is written for them.

@@ -26,8 +26,12 @@ from workflows.pictures import THUMBNAIL, with_stand_in
 
 FOLDER = dev.ROOT / "workflows"
 NAMES = sorted(path.stem for path in (FOLDER / "layouts").glob("*.json"))
-#: The others are benchmarks: tests/host/test_evaluation_nodes.py runs them.
-EDITS = [name for name in NAMES if name != "wu_eval" and not name.startswith("benchmark_")]
+#: tests/host/test_evaluation_nodes.py runs the benchmarks, test_train_workflow.py the training.
+EDITS = [
+    name
+    for name in NAMES
+    if name not in ("wu_eval", "train_your_own") and not name.startswith("benchmark_")
+]
 INPUTS = FOLDER / "inputs"
 
 
