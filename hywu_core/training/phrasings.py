@@ -80,18 +80,17 @@ BRIGHTEN = (
     "more exposure", "brighten everything a lot",
     "this should be much brighter", "could the photo get a higher exposure",
 )  # fmt: skip
-PIXELATE = (
-    "pixelate the image", "turn the picture into a mosaic", "make it blocky",
-    "render this as big pixels", "add pixelation", "reduce it to square blocks",
-    "i want a mosaic effect", "pixelate", "please pixelate this photo", "more blocks",
-    "can you make it a mosaic", "a blocky pixelated version", "big square pixels",
-    "pixelate everything a lot",
-    "this should become a blocky mosaic", "could the photo turn to pixels",
+FOG = (
+    "add fog", "make it foggy", "put haze over the picture", "a misty version",
+    "let fog roll in", "make the air hazy", "i want it misty and pale", "fog", "please fog this photo",
+    "more haze", "can you make it foggy", "a hazy foggy version", "cover the scene in mist",
+    "thick fog everywhere",
+    "this should be much foggier", "could the photo get a thick haze",
 )  # fmt: skip
-DEPIXELATE = (
-    "depixelate the image", "remove the mosaic", "smooth away the blocks", "undo the pixelation",
-    "make the blocky picture natural", "clear the square blocks", "i want the mosaic gone",
-    "depixelate", "please depixelate this photo", "no blocks", "can you remove the pixels",
-    "a smooth version without blocks", "get rid of the pixelation", "take the mosaic away",
-    "this should lose its blocks", "could the pixelation be removed",
+DEHAZE = (
+    "dehaze the image", "remove the fog", "clear the air", "take the mist away",
+    "get rid of the haze", "lift the fog", "i want the haze gone", "dehaze",
+    "please dehaze this photo", "less fog", "can you clear the mist", "a version without haze",
+    "cut through the fog", "clear air and full colour",
+    "this should lose its haze", "could the fog be removed",
 )  # fmt: skip

@@ -86,17 +86,16 @@ def _age(x: Tensor, degree: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(columns, aged + 0.25 * degree, aged).clamp(0, 1)
 
 
-def _mosaic(x: Tensor, degree: Tensor, cell: int = 8) -> Tensor:
-    height, width = x.shape[2:]
-    small = F.adaptive_avg_pool2d(x, (max(1, height // cell), max(1, width // cell)))
-    return torch.lerp(x, F.interpolate(small, (height, width), mode="nearest"), degree)
+def _fog(x: Tensor, degree: Tensor | float) -> Tensor:
+    """Towards a bright gray; the usual model of haze (Koschmieder) at one depth."""
+    return x + degree * (0.85 - x)
 
 
 # -- conflict pairs: one distribution of sources for both directions ------------------------------
 
 
 def _blurred(x: Tensor, g: torch.Generator) -> Tensor:
-    return blur(x, uniform(x, 1.0, 2.0, g))
+    return blur(x, uniform(x, 0.7, 1.4, g))
 
 
 def _aged(x: Tensor, g: torch.Generator) -> Tensor:
@@ -108,8 +107,8 @@ def _exposed(x: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
     return x * exposure, exposure
 
 
-def _pixelated(x: Tensor, g: torch.Generator) -> Tensor:
-    return _mosaic(x, uniform(x, 0.25, 0.6, g), 4)
+def _hazy(x: Tensor, g: torch.Generator) -> Tensor:
+    return _fog(x, uniform(x, 0.2, 0.5, g))
 
 
 def _make_blur(x: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -141,13 +140,13 @@ def _make_brighten(x: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
     return _exposed(x, g)[0], x
 
 
-def _make_pixelate(x: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
-    source = _pixelated(x, g)
-    return source, _mosaic(source, torch.ones(x.shape[0], 1, 1, 1), 4)
+def _make_fog(x: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    # as thick whatever the source: how much to add must be read off the picture
+    return _hazy(x, g), _fog(x, 0.75)
 
 
-def _make_depixelate(x: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
-    return _pixelated(x, g), x
+def _make_dehaze(x: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    return _hazy(x, g), x
 
 
 # -- pretraining ----------------------------------------------------------------------------------
@@ -214,8 +213,8 @@ CONFLICT: dict[str, Task] = {
         _task("restore", _make_restore, "age", *phrasings.RESTORE),
         _task("darken", _make_darken, "brighten", *phrasings.DARKEN),
         _task("brighten", _make_brighten, "darken", *phrasings.BRIGHTEN),
-        _task("pixelate", _make_pixelate, "depixelate", *phrasings.PIXELATE),
-        _task("depixelate", _make_depixelate, "pixelate", *phrasings.DEPIXELATE),
+        _task("fog", _make_fog, "dehaze", *phrasings.FOG),
+        _task("dehaze", _make_dehaze, "fog", *phrasings.DEHAZE),
     )
 }
 

@@ -15,7 +15,7 @@ KNOWN = [(task.name, text) for task in TASKS.values() for text in task.seen]
     [
         "please blur this photo", "make my picture warmer", "Sharpen it a bit",
         "could you deblur the image", "convert this to black and white", "restore the photo!",
-        "do nothing", "increase brightness", "pixelated",
+        "do nothing", "increase brightness", "foggier",
     ],
 )  # fmt: skip
 def test_variants_of_what_was_trained_pass(text):
