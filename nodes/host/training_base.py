@@ -179,7 +179,8 @@ class HostBase:
 
     def batchable(self, texts: Sequence[str], like: Tensor) -> bool:
         """Whether the MODEL takes these texts in one batch; like: source latents of one item."""
-        rows = self.conds(texts, like.expand(len(texts), *like.shape[1:]), like)
+        many = like.expand(len(texts), *like.shape[1:])
+        rows = self.conds(texts, many, many)
         first = rows[0]
         return all(
             row.keys() == first.keys() and all(first[key].can_concat(row[key]) for key in first)

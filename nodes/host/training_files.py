@@ -23,7 +23,7 @@ from .paths import BUNDLED
 
 #: The pairs that come with the extension.
 SAMPLES = "samples"
-_SAMPLES = Path(__file__).parents[2] / "workflows" / "inputs" / "pairs"
+_SAMPLES = Path(__file__).resolve().parents[2] / "workflows" / "inputs" / "pairs"
 #: Folder of all trainings, below ComfyUI's output folder.
 FOLDER = "hywu_training"
 RECORD = "run.json"

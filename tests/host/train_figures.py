@@ -299,7 +299,7 @@ def make_generator(base: HostBase, layout: LoRALayout) -> HeldNetwork:
 
 # -- two contradictory tasks ---------------------------------------------------------------------------
 
-STEPS, RANK, PICTURES, VALIDATION = 150, 2, 16, 10_000
+STEPS, RANK, PICTURES, VALIDATION = 300, 2, 16, 10_000
 
 
 class Balanced:
