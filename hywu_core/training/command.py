@@ -66,8 +66,7 @@ def run(args: argparse.Namespace) -> int:
     torch.manual_seed(args.seed + 1)
     strategy = _strategy(args, base)
     if args.strategy == "hywu":
-        examples = [batches(step) for step in range(4)]
-        strategy.standardize([base.encode(b.source, b.instruction) for b in examples])
+        strategy.standardize_on(batches, 0)
     trainer = Trainer(
         base, strategy, batches, config, args.out,
         samples=batches(args.steps).select(range(min(8, args.batch_size))),

@@ -23,7 +23,10 @@ from ..generator.model import ParameterGenerator
 from ..injection import inject
 from ..layout import LoRALayout
 from ..lora import GeneratedLoRA
-from .base import BaseModel
+from .base import BaseModel, BatchSource
+
+#: Batches over which the conditions' means and deviations are taken.
+STATISTICS = 4
 
 
 class Strategy(Protocol):
@@ -72,6 +75,11 @@ class HyperNetwork:
             mean, std = torch.cat(rows).mean(0), torch.cat(rows).std(0)
             factor = torch.where(std > mean.abs() / 20, 1 / std.clamp_min(1e-4), 0.0)
             self._statistics[name] = (mean, factor)
+
+    def standardize_on(self, batches: BatchSource, first: int) -> None:
+        """`standardize` by the conditions of `STATISTICS` batches of a source, from step `first` on."""
+        examples = [batches(first + i) for i in range(STATISTICS)]
+        self.standardize([self.base.encode(b.source, b.instruction) for b in examples])
 
     def generate(self, condition: Condition) -> GeneratedLoRA:
         """The LoRAs of a condition's items."""

@@ -26,8 +26,6 @@ VALIDATION = 10_000_000
 #: The base's modules that are adapted: its image-and-text blocks; all strategies see the instruction
 #: through the base's own frozen text encoder.
 EXCLUDE = "text.*"
-#: Batches over which the conditions' means and deviations are taken.
-STATISTICS = 4
 
 
 class Runs:
@@ -61,8 +59,7 @@ class Runs:
         torch.manual_seed(self.plan.seed + 1)
         if run.strategy == "hywu":
             hywu = HyperNetwork(self.base, self.generator_config(run.rank))
-            batches = [self.batches(run)(VALIDATION + i) for i in range(STATISTICS)]
-            hywu.standardize([self.base.encode(b.source, b.instruction) for b in batches])
+            hywu.standardize_on(self.batches(run), VALIDATION)
             return hywu
         if run.strategy == "sft":
             return FullFineTuning(self.base)
