@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import urllib.request
 from collections import Counter
 from pathlib import Path
 
@@ -18,8 +19,9 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from hywu_core.cli import main
 from hywu_core.errors import HYWUError
-from hywu_core.evaluation.gsb import session
+from hywu_core.evaluation.gsb import command, session
 from hywu_core.evaluation.gsb.report import report
 from hywu_core.evaluation.gsb.server import serve
 from hywu_core.evaluation.gsb.store import Conflict, Store
@@ -267,6 +269,37 @@ def test_a_stopped_server_leaves_port_and_votes_and_can_start_again(tmp_path):
     with Server(folder) as again:
         state = json.loads(again.ask(S + "state", {"voter": "v"})[1])
         assert state["pair"]["id"] != pair
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a process can't send itself Ctrl-C alone on Windows")
+def test_serve_prints_the_link_and_ctrl_c_ends_it(tmp_path, monkeypatch, capsys):
+    folder, said, seen, printed = make(tmp_path), [], [], threading.Event()
+
+    def say(text: str) -> None:
+        said.append(text)
+        printed.set()
+
+    def visit_then_press_ctrl_c() -> None:
+        assert printed.wait(60)
+        page = said[0].removeprefix("Voting page: ").partition("#")[0]
+        try:
+            with urllib.request.urlopen(page, timeout=30) as answer:
+                seen.append(answer.read().decode())
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(command, "say", say)
+    visitor = threading.Thread(target=visit_then_press_ctrl_c)
+    visitor.start()
+    assert main(["eval", "gsb", "serve", str(folder), "--port", "0"]) == 130
+    visitor.join()
+    assert "interrupted" in capsys.readouterr().err
+    assert "<html" in seen[0]
+    store = Store(folder)
+    assert said[0].endswith(f"#session:{store.about['token']}")
+    store.close()
+    assert main(["eval", "gsb", "serve", str(tmp_path)]) == 1
+    assert "no voting session" in capsys.readouterr().err
 
 
 def test_fifty_voters_at_once_lose_and_double_nothing(server, tmp_path):
