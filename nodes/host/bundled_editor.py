@@ -113,7 +113,8 @@ class EditorModel(comfy.model_base.BaseModel):
         """Bytes: activations of the tiles that run at once, and some copies of the image."""
         config, items = self.diffusion_model.config, input_shape[0]
         tokens = (config.train_size // config.patch) ** 2 + config.text_words + 1
-        activations = max(TILES, items) * tokens * config.width * 24
+        per_tile = tokens * config.width * 24 + config.train_size**2 * config.channels * 8
+        activations = max(TILES, items) * per_tile
         return 4.0 * (activations + 8 * 6 * items * math.prod(input_shape[2:]))
 
 
