@@ -74,8 +74,8 @@ class Request:
     sample_every: int
     sample_steps: int
     seed: int
-    include: str
-    exclude: str
+    include: str = ""
+    exclude: str = ""
 
 
 @dataclass(frozen=True)

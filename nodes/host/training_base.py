@@ -54,7 +54,8 @@ class HostBase:
         self.vae_weights = fingerprint(vae.first_stage_model)
         #: The bundled editor predicts the clean picture; its velocity is only derived from that.
         self.predicts_clean = isinstance(self.module, HostEditor)
-        self._flat = False
+        #: Whether shorter texts are padded in a batch; only where the MODEL reads their masks.
+        self.pads = False
 
     @property
     def module(self) -> nn.Module:
@@ -162,7 +163,8 @@ class HostBase:
 
     def conds(self, texts: Sequence[str], source: Tensor, x: Tensor) -> list[dict[str, Any]]:
         """What the MODEL makes of each item's text and source image, as its samplers ask it."""
-        entries = pad_texts([self.graph_encoder.conditioning(text) for text in texts])
+        entries = [self.graph_encoder.conditioning(text) for text in texts]
+        entries = pad_texts(entries) if self.pads else entries
         rows = []
         for i, entry in enumerate(entries):
             latent, noise = source[i : i + 1], x[i : i + 1]
@@ -178,14 +180,23 @@ class HostBase:
         return rows
 
     def batchable(self, texts: Sequence[str], like: Tensor) -> bool:
-        """Whether the MODEL takes these texts in one batch; like: source latents of one item."""
+        """Whether the MODEL takes these texts in one batch, as they are or padded (see `pads`).
+
+        like: source latents of one item.
+        """
         many = like.expand(len(texts), *like.shape[1:])
-        rows = self.conds(texts, many, many)
-        first = rows[0]
-        return all(
-            row.keys() == first.keys() and all(first[key].can_concat(row[key]) for key in first)
-            for row in rows[1:]
-        )
+        for self.pads in (False, True):
+            rows = self.conds(texts, many, many)
+            first = rows[0]
+            equal = all(
+                row.keys() == first.keys() and all(first[key].can_concat(row[key]) for key in first)
+                for row in rows[1:]
+            )
+            # a MODEL that lets the mask fall would take the padding for text
+            if equal and (not self.pads or any("mask" in key for key in first)):
+                return True
+        self.pads = False
+        return False
 
     @contextlib.contextmanager
     def _running(self, module: nn.Module) -> Iterator[None]:

@@ -120,7 +120,7 @@ def stack(conditions: Sequence[Condition]) -> Condition:
 
 
 def pad_texts(conditionings: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Tokens of equal number where every text has a mask that says which of them count."""
+    """As many tokens in each text as in the longest, where every text has a mask of those that count."""
     longest = max(entry[TOKENS].shape[1] for entry in conditionings)
     masked = all(
         isinstance(mask := entry.get("attention_mask"), Tensor)
@@ -129,7 +129,7 @@ def pad_texts(conditionings: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
     )
     if not masked:
         return [dict(entry) for entry in conditionings]
-    padded = []
+    padded: list[dict[str, Any]] = []
     for entry in conditionings:
         missing = longest - entry[TOKENS].shape[1]
         padded.append(

@@ -26,7 +26,7 @@ from workflows.pictures import THUMBNAIL, with_stand_in
 
 FOLDER = dev.ROOT / "workflows"
 NAMES = sorted(path.stem for path in (FOLDER / "layouts").glob("*.json"))
-#: tests/host/test_evaluation_nodes.py runs the benchmarks, test_train_workflow.py the training.
+#: tests/host/test_evaluation_nodes.py runs the benchmarks, test_train_server.py the training.
 EDITS = [
     name
     for name in NAMES

@@ -1,7 +1,7 @@
 """Run inside ComfyUI's tree by test_train.py: training through a Wan and an SD3 MODEL, figures as JSON.
 
-Arguments: ComfyUI's tree, this extension's folder, a folder to write to, and which figures: "wan" or
-"conflict".
+Arguments: ComfyUI's tree, this extension's folder, a folder to write to, and which figures: "wan",
+"conflict", or "files" with the width of the text's tokens.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import inside_comfyui as inside
 
 import architectures  # isort: skip
 import comfy.model_management as mm
+import comfy.taesd.taesd
 import folder_paths
 import torch
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
@@ -375,4 +376,24 @@ def conflict() -> dict[str, Any]:
     }  # fmt: skip
 
 
-inside.show({"wan": wan, "conflict": conflict}[WHICH]())
+# -- files for a server ----------------------------------------------------------------------------------
+
+
+def server_files() -> dict[str, Any]:
+    """A tiny SD3 that reads the bundled CLIP's tokens, and a tiny VAE, in a server's model folders."""
+    width = int(inside.ARGUMENTS[2])
+    sd3 = architectures.ARCHITECTURES["SD3"]
+    sd3.options["context_embedder_config"]["params"]["in_features"] = width
+    weights = architectures.random_weights(architectures.build("SD3"), torch.float32)
+    models = FOLDER / "models"
+    save_file(
+        {f"model.diffusion_model.{key}": value for key, value in weights.items()},
+        models / "diffusion_models" / "tiny_sd3.safetensors",
+    )
+    vae = comfy.taesd.taesd.TAESD(latent_channels=16)
+    save_file(architectures.random_weights(vae, torch.float32), models / "vae" / "tiny.safetensors")
+    tools.make_pairs(FOLDER / "input" / "colour")
+    return {"parameters": sum(value.numel() for value in weights.values())}
+
+
+inside.show({"wan": wan, "conflict": conflict, "files": server_files}[WHICH]())

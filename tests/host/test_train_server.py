@@ -1,0 +1,143 @@
+"""Training in a real server: the shipped workflow, and a MODEL that isn't ours, stopped and gone on with."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import dev
+from hywu_core.editor.checkpoint import bundled, load_editor
+from hywu_core.files import read_header
+from hywu_core.headless.client import run_sync
+from hywu_core.headless.graph import find_node, read_graph
+from hywu_core.headless.local import get_json
+from hywu_core.training.state import FORMAT
+
+HERE = Path(__file__).parent
+_SPEC = importlib.util.spec_from_file_location("edit_graph", HERE / "edit_graph.py")
+g = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(g)
+
+WIDGETS = {
+    "pairs": "colour", "generator_size": "XS", "rank": 2, "batch_size": 4, "accumulation": 2,
+    "learning_rate": 1e-3, "image_size": 64, "crops": 1, "source_input": "none", "precision": "auto",
+    "checkpointing": True, "sample_every": 0, "sample_steps": 2, "seed": 0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tiny_sd3(server, weights, comfyui) -> None:
+    for folder in ("diffusion_models", "vae"):
+        (server.base / "models" / folder).mkdir(parents=True, exist_ok=True)
+    width = load_editor(bundled("editor")).config.width
+    command = [comfyui.python, HERE / "train_figures.py", comfyui.tree, HERE.parents[1]]
+    done = subprocess.run(
+        [*command, server.base, "files", str(width)], capture_output=True, text=True, timeout=300
+    )
+    assert "FIGURES" in done.stdout, done.stderr[-3000:]
+
+
+def training(name: str, steps: int) -> dict[str, dict]:
+    return {
+        "unet": g.node("UNETLoader", unet_name="tiny_sd3.safetensors", weight_dtype="default"),
+        "vae": g.node("VAELoader", vae_name="tiny.safetensors"),
+        "editor": g.node("HYWULoadBundledEditor"),
+        "train": g.node(
+            "HYWUTrainGenerator", model=["unet", 0], vae=["vae", 0], clip=["editor", 1], name=name,
+            steps=steps, **WIDGETS,
+        ),
+    }  # fmt: skip
+
+
+def sampled(server) -> np.ndarray:
+    """A picture of the base model as it is."""
+    graph = training("unused", 1)
+    del graph["train"]
+    graph |= {
+        "text": g.node("CLIPTextEncode", text="a", clip=["editor", 1]),
+        "latent": g.node("EmptySD3LatentImage", width=64, height=64, batch_size=1),
+        "sample": g.node(
+            "KSampler", model=["unet", 0], seed=5, steps=2, cfg=1.0,
+            sampler_name="euler", scheduler="simple", positive=["text", 0], negative=["text", 0],
+            latent_image=["latent", 0], denoise=1.0,
+        ),
+        "decode": g.node("VAEDecode", samples=["sample", 0], vae=["vae", 0]),
+        "save": g.node("SaveImage", images=["decode", 0], filename_prefix=f"base{time.time_ns()}"),
+    }  # fmt: skip
+    return g.pictures(server, g.run(server, graph)).numpy()
+
+
+def post(server, path: str) -> None:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    opener.open(
+        urllib.request.Request(f"{server.url}/{path}", data=b"{}", method="POST"), timeout=5
+    )
+
+
+def log_rows(server, name: str) -> int:
+    path = server.base / "output" / "hywu_training" / name / "log.csv"
+    return len(path.read_text().splitlines()) - 1 if path.exists() else 0
+
+
+def test_a_model_that_is_not_ours_is_trained_and_stays_as_it_is(server, tiny_sd3):
+    before = sampled(server)
+    outputs = g.run(server, training("sd3", 4), timeout=600)
+    report = g.said(outputs, "train")
+    assert report["base"].startswith("MMDiT-")
+    assert (report["steps"], report["parts"], report["skipped_rows"]) == (4, 2, [])
+    assert len(outputs["train"]["images"]) == 2
+    choices = get_json(f"{server.url}/object_info/HYWULoadGenerator", timeout=60)
+    assert "sd3.safetensors" in choices["HYWULoadGenerator"]["input"]["required"]["checkpoint"][0]
+    assert np.array_equal(sampled(server), before)
+
+
+def test_the_stop_button_keeps_a_state_and_the_same_graph_goes_on(server, tiny_sd3):
+    steps = 12
+
+    def stop_after_two_steps() -> None:
+        for _ in range(3000):
+            if log_rows(server, "stopped") >= 2:
+                post(server, "interrupt")
+                return
+            time.sleep(0.02)
+
+    thread = threading.Thread(target=stop_after_two_steps)
+    thread.start()
+    with pytest.raises(Exception, match="interrupt"):
+        run_sync(server.url, training("stopped", steps), timeout=600)
+    thread.join()
+    folder = server.base / "output" / "hywu_training" / "stopped"
+    state = read_header(folder / "state.safetensors")
+    assert state["format"] == FORMAT
+    assert 2 <= state["step"] < steps
+    assert not (server.base / "models" / "hywu" / "stopped.safetensors").exists()
+    report = g.said(g.run(server, training("stopped", steps), timeout=600), "train")
+    assert report["steps"] == log_rows(server, "stopped") == steps
+
+
+def test_the_shipped_workflow_trains_and_edits_in_one_run(server, weights):
+    graph = read_graph(dev.ROOT / "workflows" / "api" / "train_your_own.json")
+    widgets = graph[find_node(graph, "Train")]["inputs"]
+    assert widgets["pairs"] == "samples"
+    widgets |= {"steps": 6, "crops": 1, "image_size": 32}  # a few minutes otherwise
+    record, _ = run_sync(server.url, graph, timeout=900)
+    report = json.loads(record["outputs"][find_node(graph, "Train")]["text"][0])
+    assert report["base"] == "hywu-bundled-editor"
+    assert (report["pairs"], report["steps"], report["parts"]) == (8, 6, 1)
+    assert 2e6 < report["generator_weights"] < 4e6
+    edits = []
+    for title in ("Edited: golden", "Edited: moonlight"):
+        item = record["outputs"][find_node(graph, title)]["images"][0]
+        with Image.open(server.base / "output" / item["subfolder"] / item["filename"]) as file:
+            edits.append(np.asarray(file.convert("RGB"), dtype=np.float64))
+    assert edits[0].shape == edits[1].shape == (256, 256, 3)
+    assert np.abs(edits[0] - edits[1]).max() >= 1  # each instruction has a LoRA of its own
