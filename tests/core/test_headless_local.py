@@ -56,7 +56,7 @@ def test_it_answers_inside_the_block_and_is_gone_after_it(make, tmp_path, monkey
         get_json(f"{server.url}/system_stats")
     log = server.log_tail()
     assert "'--listen', '127.0.0.1'" in log
-    assert f"'--base-directory', '{tmp_path / 'base'}'" in log
+    assert f"'--base-directory', {str(tmp_path / 'base')!r}" in log
     assert "'--cpu', '--extra'" in log
     assert "PYTHONPATH None" in log
     assert {p.name for p in (tmp_path / "base").iterdir()} >= {"models", "input", "output", "user"}
