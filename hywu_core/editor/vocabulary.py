@@ -6,8 +6,8 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
-#: Two words count as one from this similarity on ("warm" and "warmer", "blur" and "blurry").
-THRESHOLD = 0.6
+#: Two words count as one from this similarity on ("warm" and "warmer", "foggy" and "foggier").
+THRESHOLD = 0.55
 
 #: Words that stand in requests of every kind and so tell nothing about what is asked.
 COMMON = frozenset(
