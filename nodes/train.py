@@ -31,7 +31,7 @@ class HYWUTrainGenerator:
     @classmethod
     def INPUT_TYPES(cls):
         return {
-            "required": {**_SOCKETS, **_widgets()},
+            "required": {**_SOCKETS, **_what(), **_schedule(), **_how()},
             "optional": {**_OPTIONAL_SOCKETS, **_PATTERNS},
         }
 
@@ -98,7 +98,8 @@ _PATTERNS = {
 }
 
 
-def _widgets():
+def _what():
+    """Widgets: which run, which pairs, which generator."""
     return {
         "name": (
             "STRING",
@@ -126,6 +127,12 @@ def _widgets():
             },
         ),
         "rank": _whole(4, 1, 512, "Rank of the LoRAs that the generator writes."),
+    }
+
+
+def _schedule():
+    """Widgets: how long, on how much at once, how fast."""
+    return {
         "steps": _whole(500, 1, 10_000_000, "Updates of the generator."),
         "batch_size": _whole(8, 1, 4096, "Examples of one update."),
         "accumulation": _whole(
@@ -140,6 +147,12 @@ def _widgets():
                 "tooltip": "Peak learning rate; 0 takes 5e-4. Lower it when the loss jumps.",
             },
         ),
+    }  # fmt: skip
+
+
+def _how():
+    """Widgets: the examples, the computation, the samples."""
+    return {
         "image_size": _whole(
             256, 16, 4096,
             "Side of the square crops in pixels. Take a size that the model was trained on, or less to be "

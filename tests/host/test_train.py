@@ -75,6 +75,19 @@ def test_recomputed_layers_give_the_same_gradients(wan):
     assert wan["recomputed"] < 1e-4
 
 
+def test_an_fp8_base_is_trained_through_in_bfloat16(wan):
+    assert wan["fp8_weights"]
+    assert wan["fp8_base_same"]
+    assert wan["fp8_precision"] == "bf16"
+    assert all(0 < loss < 10 for loss in wan["fp8_losses"])
+
+
+def test_with_clip_vision_the_generator_sees_the_picture(wan):
+    assert wan["seeing_parts"] == {"vision": 32, "text": 4096}
+    assert wan["seeing_note"] is None
+    assert "instruction only" in wan["report"]["note"]
+
+
 @pytest.mark.parametrize(
     ("case", "words"),
     [

@@ -107,6 +107,7 @@ def wan() -> dict[str, Any]:
         train(model, vae, clip)  # done already: nothing is trained, the file is written again
         found["finished_same"] = len(checkpoint("wan").read_bytes()) == len(first)
         found |= refusals(model, vae, clip)
+        found |= other_ways(vae, clip)
     found |= predictions(model, vae, clip)
     found |= recomputed_gap(model, vae, clip)
     return found
@@ -197,6 +198,26 @@ def refusals(model: Any, vae: Any, clip: Any) -> dict[str, str]:
     )
     found |= short_of_memory(model, vae, clip)
     return {f"error_{key}": text for key, text in found.items()}
+
+
+def other_ways(vae: Any, clip: Any) -> dict[str, Any]:
+    """An fp8 base, bfloat16 with recomputed layers, and a generator that sees the picture."""
+    seeing = tools.clip_vision(FOLDER)
+    fp8 = stock.UNETLoader().load_unet("Wan 2.1.safetensors", "fp8_e4m3fn")[0]
+    before = frozen_digest(fp8.model)
+    result = train(
+        fp8, vae, clip, name="fp8", clip_vision=seeing, precision="bfloat16", checkpointing=True
+    )
+    report = json.loads(result[1])
+    kinds = {str(value.dtype) for value in fp8.model.diffusion_model.parameters()}
+    return {
+        "fp8_weights": "torch.float8_e4m3fn" in kinds,
+        "fp8_base_same": frozen_digest(fp8.model) == before,
+        "fp8_losses": [report["loss_first_tenth"], report["loss_last_tenth"]],
+        "fp8_precision": report["precision"],
+        "seeing_parts": dict(result[0].config.condition),
+        "seeing_note": report.get("note"),
+    }
 
 
 def short_of_memory(model: Any, vae: Any, clip: Any) -> dict[str, str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import architectures
+import comfy.clip_vision
 import comfy.ldm.wan.vae
 import comfy.model_management as mm
 import comfy.sd
@@ -43,6 +44,25 @@ class ToyCLIP:
         made = self.cond_stage_model.table[torch.tensor(tokens)][None]
         pooled = made.mean(1).repeat(1, 1 + self.pooled // made.shape[2])[:, : self.pooled]
         return [[made, {"pooled_output": pooled if self.pooled else None}]]
+
+
+#: A CLIP vision model of two layers: 28 pixels in patches of 14.
+VISION = {
+    "model_type": "clip_vision_model", "hidden_act": "quick_gelu", "hidden_size": 32, "image_size": 28,
+    "intermediate_size": 64, "layer_norm_eps": 1e-5, "num_attention_heads": 2, "num_channels": 3,
+    "num_hidden_layers": 2, "patch_size": 14, "projection_dim": 16,
+}  # fmt: skip
+
+
+def clip_vision(folder: Path) -> comfy.clip_vision.ClipVisionModel:
+    """`VISION` with random weights; its description is written to `folder`."""
+    file = folder / "vision.json"
+    file.write_text(json.dumps(VISION), encoding="utf-8")
+    made = comfy.clip_vision.ClipVisionModel(str(file))
+    torch.manual_seed(0)
+    for parameter in made.model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return made
 
 
 def wan_vae() -> comfy.sd.VAE:
