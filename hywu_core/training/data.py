@@ -104,11 +104,13 @@ def photographs() -> dict[str, Tensor]:
     data = need("skimage.data", "for the evaluation photographs", "scikit-image")
     sklearn = need("sklearn.datasets", "for the evaluation photographs", "scikit-learn")
     arrays = {n: getattr(data, n)() for n in ("astronaut", "chelsea", "coffee", "rocket")}
-    try:
-        arrays["motorcycle"] = data.stereo_motorcycle()[0]
-    except (OSError, ModuleNotFoundError) as error:
-        # scikit-image keeps this one outside its wheel and would download it
-        logger.warning("motorcycle is left out of the photographs: %s", error)
+    # read where it lies: stereo_motorcycle() would download what a package leaves out
+    motorcycle = Path(data.__file__).with_name("motorcycle_left.png")
+    if motorcycle.is_file():
+        with Image.open(motorcycle) as file:
+            arrays["motorcycle"] = np.asarray(file.convert("RGB"))
+    else:
+        logger.warning("motorcycle is left out of the photographs: %s is not there", motorcycle)
     arrays |= {n: sklearn.load_sample_image(f"{n}.jpg") for n in ("china", "flower")}
     return {n: torch.from_numpy(np.array(a)).permute(2, 0, 1) for n, a in arrays.items()}
 

@@ -128,16 +128,15 @@ def test_small_training_images_are_left_out(packages, caplog):
         ImagePool(files[1:2])
 
 
-def test_the_photographs_are_real_and_without_the_one_that_is_not_installed(monkeypatch, caplog):
+def test_the_photographs_are_real_and_none_is_fetched(monkeypatch, caplog, tmp_path):
     skimage_data = pytest.importorskip("skimage.data", reason="the `train` extra has it")
     pytest.importorskip("sklearn.datasets", reason="the `train` extra has it")
-
-    def missing():
-        raise ModuleNotFoundError("No module named 'pooch'")
-
-    monkeypatch.setattr(skimage_data, "stereo_motorcycle", missing)
     found = data.photographs()
-    assert set(found) == {"astronaut", "chelsea", "coffee", "rocket", "china", "flower"}
+    bundled = {"astronaut", "chelsea", "coffee", "rocket", "china", "flower"}
+    assert set(found) == {*bundled, "motorcycle"}
     assert all(i.dtype == torch.uint8 and i.shape[0] == 3 for i in found.values())
     assert all(i.float().std() > 20 for i in found.values())
+
+    monkeypatch.setattr(skimage_data, "__file__", str(tmp_path / "__init__.py"))
+    assert set(data.photographs()) == bundled
     assert "motorcycle is left out" in caplog.text
