@@ -2,28 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-from pathlib import Path
-
 import pytest
-
-HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
-def figures(comfyui):
-    done = subprocess.run(
-        [comfyui.python, HERE / "apply_figures.py", comfyui.tree, HERE.parents[1]],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "2"},
-    )
-    found = [line for line in done.stdout.splitlines() if line.startswith("FIGURES")]
-    assert found, done.stderr[-3000:]
-    return json.loads(found[0].removeprefix("FIGURES"))
+def figures(run_inside):
+    return run_inside("apply_figures.py", threads=2)
 
 
 def test_merged_unmerged_and_stock_give_the_same(figures):

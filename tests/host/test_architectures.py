@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-from pathlib import Path
-
 import pytest
 
-HERE = Path(__file__).parent
 #: name -> (class in ComfyUI, number of stacks, whether an fp8 copy is compared)
 EXPECTED = {
     "SD 1.5": ("BaseModel", 2, False),
@@ -28,26 +22,17 @@ EQUAL = 1e-5
 
 
 @pytest.fixture(scope="module")
-def run(comfyui, tmp_path_factory):
+def run(run_inside, tmp_path_factory):
     """name -> figures; each architecture runs once, in a process of its own, which frees its memory."""
     found = {}
 
     def figures(name: str) -> dict:
         if name not in found:
             folder = tmp_path_factory.mktemp("architecture")
-            command = [comfyui.python, HERE / "architecture_figures.py", comfyui.tree]
-            done = subprocess.run(
-                [*command, HERE.parents[1], folder, name],
-                capture_output=True,
-                text=True,
-                timeout=900,
-                env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")},
-            )
+            shown = run_inside("architecture_figures.py", folder, name, timeout=900)
             for file in folder.iterdir():
                 file.unlink()  # gigabytes
-            lines = [line for line in done.stdout.splitlines() if line.startswith("FIGURES")]
-            assert lines, done.stderr[-3000:]
-            found[name] = json.loads(lines[0].removeprefix("FIGURES"))[name]
+            found[name] = shown[name]
         assert "error" not in found[name], found[name]["error"]
         return found[name]
 

@@ -2,28 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-from pathlib import Path
-
 import pytest
-
-HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
-def figures(comfyui, weights):
-    done = subprocess.run(
-        [comfyui.python, HERE / "editor_figures.py", comfyui.tree, HERE.parents[1]],
-        capture_output=True,
-        text=True,
-        timeout=400,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    found = [line for line in done.stdout.splitlines() if line.startswith("FIGURES")]
-    assert found, done.stderr[-3000:]
-    return json.loads(found[0].removeprefix("FIGURES"))
+def figures(run_inside, weights):
+    return run_inside("editor_figures.py", timeout=400, threads=1)
 
 
 @pytest.mark.parametrize("case", ["small", "large", "four", "lines"])

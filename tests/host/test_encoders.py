@@ -2,29 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-from pathlib import Path
-
 import pytest
-
-HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
-def figures(comfyui, weights, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("encoders")
-    done = subprocess.run(
-        [comfyui.python, HERE / "encoder_figures.py", comfyui.tree, HERE.parents[1], folder],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    found = [line for line in done.stdout.splitlines() if line.startswith("FIGURES")]
-    assert found, done.stderr[-3000:]
-    return json.loads(found[0].removeprefix("FIGURES"))
+def figures(run_inside, weights, tmp_path_factory):
+    return run_inside("encoder_figures.py", tmp_path_factory.mktemp("encoders"), threads=1)
 
 
 def test_parts_come_from_their_encoders_in_the_generators_order(figures):

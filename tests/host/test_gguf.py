@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
-from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
 #: Largest difference of two latents that count as equal, as a share of the largest value.
 EQUAL = 1e-5
 
 
 @pytest.fixture(scope="module")
-def figures(comfyui, tmp_path_factory):
-    python, folder = comfyui.python, tmp_path_factory.mktemp("gguf")
+def figures(comfyui, run_inside, tmp_path_factory):
+    python = comfyui.python
     if subprocess.run([python, "-c", "import gguf"], capture_output=True).returncode:
         pytest.skip(f"{python} has no package gguf; a ComfyUI of your own needs it for GGUF models")
-    done = subprocess.run(
-        [python, HERE / "gguf_figures.py", comfyui.tree, HERE.parents[1], folder],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")},
-    )
-    found = [line for line in done.stdout.splitlines() if line.startswith("FIGURES")]
-    assert found, done.stderr[-3000:]
-    return json.loads(found[0].removeprefix("FIGURES"))
+    return run_inside("gguf_figures.py", tmp_path_factory.mktemp("gguf"))
 
 
 @pytest.mark.parametrize("name", ["SD3, Q8_0", "Wan 2.1, Q4_0"])

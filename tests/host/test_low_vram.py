@@ -2,29 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-from pathlib import Path
-
 import pytest
-
-HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
-def figures(comfyui, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("low_vram")
-    done = subprocess.run(
-        [comfyui.python, HERE / "low_vram_figures.py", comfyui.tree, HERE.parents[1], folder],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")},
-    )
-    found = [line for line in done.stdout.splitlines() if line.startswith("FIGURES")]
-    assert found, done.stderr[-3000:]
-    return json.loads(found[0].removeprefix("FIGURES"))
+def figures(run_inside, tmp_path_factory):
+    return run_inside("low_vram_figures.py", tmp_path_factory.mktemp("low_vram"))
 
 
 @pytest.mark.parametrize("where", ["block", "load"])

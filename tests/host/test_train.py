@@ -2,32 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-from pathlib import Path
-
 import pytest
-
-HERE = Path(__file__).parent
-
-
-def figures(comfyui, folder: Path, which: str) -> dict:
-    done = subprocess.run(
-        [comfyui.python, HERE / "train_figures.py", comfyui.tree, HERE.parents[1], folder, which],
-        capture_output=True,
-        text=True,
-        timeout=1500,
-        env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")},
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("FIGURES")]
-    assert lines, done.stderr[-4000:]
-    return json.loads(lines[0].removeprefix("FIGURES"))
 
 
 @pytest.fixture(scope="module")
-def wan(comfyui, tmp_path_factory) -> dict:
-    return figures(comfyui, tmp_path_factory.mktemp("train"), "wan")
+def wan(run_inside, tmp_path_factory) -> dict:
+    return run_inside("train_figures.py", tmp_path_factory.mktemp("train"), "wan", timeout=1500)
 
 
 def test_the_base_is_the_same_bit_by_bit(wan):
@@ -109,8 +89,8 @@ def test_errors_say_what_to_do(wan, case, words):
     assert words in wan[f"error_{case}"]
 
 
-def test_two_contradictory_tasks(comfyui, tmp_path):
+def test_two_contradictory_tasks(run_inside, tmp_path):
     """The excess loss of one static LoRA over one a task falls by at least half with a generator."""
-    found = figures(comfyui, tmp_path, "conflict")
+    found = run_inside("train_figures.py", tmp_path, "conflict", timeout=1500)
     assert found["excess_shared"] > 0.005, found
     assert found["falls_by"] > 0.5, found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
 import threading
 import time
 import urllib.request
@@ -35,15 +34,11 @@ WIDGETS = {
 
 
 @pytest.fixture(scope="module")
-def tiny_sd3(server, weights, comfyui) -> None:
+def tiny_sd3(server, weights, run_inside) -> None:
     for folder in ("diffusion_models", "vae"):
         (server.base / "models" / folder).mkdir(parents=True, exist_ok=True)
     width = load_editor(bundled("editor")).config.width
-    command = [comfyui.python, HERE / "train_figures.py", comfyui.tree, HERE.parents[1]]
-    done = subprocess.run(
-        [*command, server.base, "files", str(width)], capture_output=True, text=True, timeout=300
-    )
-    assert "FIGURES" in done.stdout, done.stderr[-3000:]
+    run_inside("train_figures.py", server.base, "files", width)
 
 
 def training(name: str, steps: int) -> dict[str, dict]:
