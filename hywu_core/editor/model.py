@@ -29,8 +29,9 @@ class EditorConfig:
     """Hyperparameters. width must be divisible by heads, and a head by 4 (two rotary axes of pairs).
 
     patch: side of a patch in pixels. text_words: longest instruction, in words. buckets: embeddings
-    that the words' pieces are hashed to. train_size: side of the training crops; larger images are edited in tiles of that size.
-    pool: the condition has at most ``pool x pool`` image tokens. channels: of the pixel head.
+    that the words' pieces are hashed to. train_size: side of the training crops; larger images are
+    edited in tiles of that size. pool: the condition has at most ``pool x pool`` image tokens.
+    channels: of the pixel head.
     """
 
     width: int = 192
@@ -123,8 +124,8 @@ class TextBlock(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Words of the instruction -> tokens, each the mean of its byte n-grams' embeddings (fastText,
-    Bojanowski et al. 2017): words never seen share pieces with their relatives ("blurrier", "blur").
+    """Words of the instruction -> tokens, each the sum of its byte n-grams' embeddings over the root of
+    their number (after fastText, Bojanowski et al. 2017): words never seen share pieces with their relatives ("blurrier", "blur").
 
     Position 0 is a start token, so that "" has one token.
     """
@@ -267,7 +268,7 @@ class Editor(nn.Module):
 
     def predict(self, x: Tensor, t: Tensor, source: Tensor, text: Tensor, mask: Tensor) -> Tensor:
         """The clean image ``[B, 3, H, W]`` as source + correction. Any size of one pixel or more."""
-        pixels = self._pixels(x, source)
+        pixels = self._stacked(x, source)
         hidden, time, grid = self._run(pixels, t, text, mask)
         shift, scale = self.final_modulate(F.silu(time)).unsqueeze(1).chunk(2, dim=-1)
         tokens = norm(hidden[:, text.shape[1] :]) * (1 + scale) + shift
@@ -281,12 +282,12 @@ class Editor(nn.Module):
         ``[B, h*w, C]``, pooled to at most `pool` x `pool`.
         """
         t = source.new_zeros(source.shape[0])
-        hidden, _, grid = self._run(self._pixels(source, source), t, text, mask)
+        hidden, _, grid = self._run(self._stacked(source, source), t, text, mask)
         size = tuple(min(side, self.config.pool) for side in grid)
         image = hidden[:, text.shape[1] :].mT.unflatten(2, grid)
         return F.adaptive_avg_pool2d(image, size).flatten(2).mT
 
-    def _pixels(self, x: Tensor, source: Tensor) -> Tensor:
+    def _stacked(self, x: Tensor, source: Tensor) -> Tensor:
         """x over source, ``[B, 6, h*p, w*p]``."""
         if x.shape != source.shape:
             raise HYWUError(

@@ -28,9 +28,8 @@ from ...console import say
 from ...console import table as show_table
 from ...errors import HYWUError
 from ...files import atomic_path
-from ..editors import Editor
 from ..generate import generate_results
-from ..items import read_folder
+from ..items import ItemList, read_folder
 from ..judges.reference import ReferenceJudge
 from ..judging import judge_results, store_name
 from ..own import LABELS, OwnSet, experiment_plan, own_editors, own_table, write_items
@@ -76,10 +75,12 @@ def run(args: argparse.Namespace) -> int:
     questionnaire = load_questionnaire("wu-eval")
     scores: dict[str, list[MethodScores]] = {}
     for phrasing, file in items.files.items():
-        scores[phrasing] = [
-            _one(Results(args.out / phrasing / method, "folder"), file, editor, args.seed)
-            for method, editor in editors.items()
-        ]
+        rows = read_folder(file)
+        scores[phrasing] = []
+        for method, editor in editors.items():
+            results = Results(args.out / phrasing / method, "folder")
+            generate.tell(results, generate_results(results, rows, editor, file, args.seed))
+            scores[phrasing].append(_judged(results, rows, questionnaire))
         path = args.out / f"report_{phrasing}.html"
         report.write_reports(scores[phrasing], questionnaire, path, args.each)
     _write_table(args.out, scores, items, sum(p.numel() for p in base.parameters()), questionnaire)
@@ -87,14 +88,9 @@ def run(args: argparse.Namespace) -> int:
     return 0 if whole else shared.INCOMPLETE
 
 
-def _one(results: Results, file: Path, editor: Editor, seed: int) -> MethodScores:
-    """Generate, judge and score one method; what is there is kept."""
-    items, questionnaire, pixels = (
-        read_folder(file),
-        load_questionnaire("wu-eval"),
-        ReferenceJudge(),
-    )
-    generate.tell(results, generate_results(results, items, editor, file, seed))
+def _judged(results: Results, items: ItemList, questionnaire: Questionnaire) -> MethodScores:
+    """Judge and score one method; what is there is kept."""
+    pixels = ReferenceJudge()
     judged = judge_results(results, items, questionnaire, pixels)
     say(f"{results.root}: {judge.tell(judged)}")
     name = store_name(pixels, questionnaire)
