@@ -6,6 +6,8 @@ size, which has read nothing but such lists, can't know a synonym that it has ne
 
 from __future__ import annotations
 
+import torch
+
 #: Put around a trained phrasing at random: what stands around the words that matter should not.
 CARRIERS = (
     "please {}", "{} please", "can you {}", "{} if you can", "now {}", "just {}", "next: {}",
@@ -16,6 +18,23 @@ CARRIERS = (
 
 #: How often a trained phrasing gets a carrier.
 CARRIED = 0.7
+
+SYLLABLES = ("ba", "cor", "du", "el", "fi", "gra", "hu", "ix", "jo", "kem", "lu", "mar", "ni", "ost",
+             "pla", "qui", "ro", "sut", "te", "um", "vo", "wen", "xi", "yor", "zab")  # fmt: skip
+
+
+def nonsense(generator: torch.Generator) -> str:
+    """One to six words that mean nothing: a base that has seen such leaves a picture as it is when
+    asked for what it doesn't know.
+    """
+
+    def pick(count: int) -> int:
+        return int(torch.randint(count, (1,), generator=generator))
+
+    return " ".join(
+        "".join(SYLLABLES[pick(len(SYLLABLES))] for _ in range(1 + pick(3)))
+        for _ in range(1 + pick(6))
+    )
 
 
 BLUR = (

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import platform
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,10 +23,13 @@ from ..editor.sampling import edit
 from .base import Batch
 from .data import PACKAGES, ImagePool, split_files
 from .logs import Log, save_grid
+from .phrasings import nonsense
 from .schedule import Average, TrainConfig, lr_at
 from .state import load_state, save_state
 from .tasks import PRETRAINING, make_batch
 
+#: What is not known is left as it is: words without meaning ask for the identity.
+UNKNOWN = "unknown"
 STATE, WEIGHTS = "state.safetensors", "editor.safetensors"
 
 
@@ -129,10 +133,17 @@ def make_step(
 ) -> tuple[Batch, Tensor, Tensor]:
     """The examples, noise and times of a step: a function of (seed, step) alone."""
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-    names = list(PRETRAINING)
+    names = [*PRETRAINING, UNKNOWN]
     clean = pool.crops(config.batch_size, size, generator)
     picks = torch.randint(len(names), (config.batch_size,), generator=generator).tolist()
-    batch = make_batch(clean, [names[pick] for pick in picks], generator, carriers=True)
+    chosen = [names[pick] for pick in picks]
+    known = ["identity" if name == UNKNOWN else name for name in chosen]
+    batch = make_batch(clean, known, generator, carriers=True)
+    texts = [
+        nonsense(generator) if name == UNKNOWN else text
+        for name, text in zip(chosen, batch.instruction, strict=True)
+    ]
+    batch = replace(batch, instruction=tuple(texts))
     noise = torch.randn(clean.shape, generator=generator)
     # sampling starts at t = 1, where the error counts whole: half of the draws lie above 0.7
     times = torch.rand(config.batch_size, generator=generator).sqrt().clamp_min(1e-3)
@@ -155,7 +166,7 @@ def provenance(config: TrainConfig, step: int, commit: str) -> dict[str, object]
         "commit": commit,
         "steps": step,
         "training": config.to_json(),
-        "tasks": list(PRETRAINING),
+        "tasks": [*PRETRAINING, UNKNOWN],
         "data": dict(PACKAGES.values()),
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
     }
