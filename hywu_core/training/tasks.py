@@ -165,6 +165,10 @@ def _sharpen(x: Tensor) -> Tensor:
     return x + 0.8 * (x - blur(x, torch.ones(x.shape[0], 1, 1, 1)))
 
 
+def _structure(x: Tensor) -> Tensor:
+    return x + 0.6 * (x - blur(x, torch.full((x.shape[0], 1, 1, 1), 3.0)))
+
+
 def _emboss(x: Tensor) -> Tensor:
     y = F.pad(luminance(x), (1, 1, 1, 1), mode="replicate")
     return (0.5 + y[..., 2:, 2:] - y[..., :-2, :-2]).expand_as(x)
@@ -269,6 +273,9 @@ PRETRAINING: dict[str, Task] = {
               "show only the texture", "a high pass filter", "keep nothing but the details",
               "extract the fine structure", "only the details on gray", "apply a high pass",
               "isolate tiny features", "strip away every large tone"),
+        _task("structure", _fixed(_structure), "",
+              "add local contrast", "bring out the structure", "more local contrast", "an hdr look",
+              "make it gritty", "give it punchy structure", "tone mapped drama", "rugged and gritty"),
         _task("glow", _fixed(_glow), "",
               "add a glow", "make it glow", "a dreamy bloom", "add bloom", "a glowing look",
               "let the lights bloom", "ethereal shine", "halo around bright spots"),
