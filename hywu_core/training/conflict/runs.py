@@ -111,7 +111,7 @@ class Runs:
         return loss
 
     @torch.no_grad()
-    def validation_loss(self, trainer: Trainer, run: Run, count: int = 4) -> float:
+    def validation_loss(self, trainer: Trainer, run: Run, count: int = 16) -> float:
         """Mean loss with the averaged weights over a few batches that are not trained on."""
         batches, total = self.batches(run), 0.0
         with trainer.average.swapped():
