@@ -17,7 +17,7 @@ from hywu_core.files import read_header
 from hywu_core.formats import load_lora
 from hywu_core.generator.checkpoints import load_generator
 from hywu_core.training import data
-from hywu_core.training.conflict import evaluate, experiment, report
+from hywu_core.training.conflict import bundle, evaluate, experiment, report
 from hywu_core.training.conflict.plan import ConflictPlan, GeneratorSize
 
 TASKS = ("blur", "deblur")
@@ -198,3 +198,33 @@ def test_list_names_the_runs_and_does_nothing(hywu, tmp_path, capsys):
 def test_plans_that_cannot_be(hywu, tmp_path, capsys):
     assert hywu(tmp_path / "out", "--ranks", "1", "4") == 1
     assert "the main rank 2 must be among (1, 4)" in capsys.readouterr().err
+
+
+def test_bundled_weights_are_the_runs_of_the_main_rank(hywu, done, tmp_path):
+    assert hywu(done, "--bundle", str(tmp_path / "weights")) == 0
+    found = {path.name: path.read_bytes() for path in (tmp_path / "weights").iterdir()}
+    assert set(found) == {
+        "editor.safetensors", "generator.safetensors", "shared.safetensors",
+        "single_blur.safetensors", "single_deblur.safetensors", "figures.json",
+    }  # fmt: skip
+    assert found["generator.safetensors"] == (done / "weights/hywu_r2.safetensors").read_bytes()
+    assert (
+        found["single_blur.safetensors"]
+        == (done / "weights/single_blur_r2.safetensors").read_bytes()
+    )
+
+
+def test_nothing_is_bundled_before_all_is_there(hywu, done, tmp_path, capsys):
+    (tmp_path / "part").mkdir()
+    assert hywu(tmp_path / "part", "--bundle", str(tmp_path / "weights")) == 1
+    assert "hywu_r2.safetensors" in capsys.readouterr().err
+    assert not (tmp_path / "weights").exists()
+
+
+def test_weights_too_large_for_a_checkout_are_not_bundled(
+    hywu, done, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(bundle, "FILE_LIMIT", 1000)
+    assert hywu(done, "--bundle", str(tmp_path / "weights")) == 1
+    assert "at most 1,000 a file" in capsys.readouterr().err
+    assert not (tmp_path / "weights").exists()

@@ -8,6 +8,7 @@ examples:
   hywu conflict --out runs/conflict
   hywu conflict --out runs/conflict --only 'shared*' 'single*'   # a part, for a second process
   hywu conflict --out runs/quick --quick
+  hywu conflict --out runs/conflict --editor runs/editor/editor.safetensors --bundle hywu_core/editor/weights
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="a few minutes; figures mean nothing")
     parser.add_argument("--only", nargs="+", default=[], help="names or patterns of runs to do now")
     parser.add_argument("--report", action="store_true", help="report before all runs are done")
+    parser.add_argument(
+        "--bundle", type=Path, metavar="FOLDER", help="copy the weights there as the bundled ones"
+    )
     parser.add_argument("--list", action="store_true", help="list the runs and stop")
     parser.add_argument("--device", help="such as cpu (default: what accelerate finds)")
     parser.add_argument("--commit", default="", help="commit of the code, kept in the provenance")
@@ -45,6 +49,16 @@ def run(args: argparse.Namespace) -> int:
     plan = dataclasses.replace(plan, **{k: v for k, v in changes.items() if v is not None})
     if args.list:
         say("\n".join(run.name for run in plan.runs))
+        return 0
+    if args.bundle:
+        from ...editor.checkpoint import bundled
+        from .bundle import bundle
+
+        say(
+            "\n".join(
+                map(str, bundle(args.out, args.editor or bundled("editor"), plan, args.bundle))
+            )
+        )
         return 0
     experiment = make_experiment(args.out, plan, args.editor, args.device, args.commit)
     try:
