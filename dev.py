@@ -302,12 +302,8 @@ def test(args: argparse.Namespace, rest: list[str]) -> int:
     targets = [f"tests/{suite}" for suite in suites or ("core", "host", "browser")]
     # coverage of a selection would mislead, and so would that of the host's processes, not traced
     coverage = COVERAGE if "tests/core" in targets and not rest else ()
-    # a choice of tests is read as it runs; the whole takes as many processes as there are cores
-    cores = min(4, os.cpu_count() or 1)
-    parallel = ("-n", str(cores), "--dist", "loadfile") if cores > 1 and not rest else ()
-    command = [str(ensure_venv()), "-m", "pytest", *targets, *coverage, *parallel, *rest]
-    environment = {"OMP_NUM_THREADS": "1", **os.environ} if parallel else None
-    return subprocess.run(command, cwd=ROOT, env=environment).returncode
+    command = [str(ensure_venv()), "-m", "pytest", *targets, *coverage, *rest]
+    return subprocess.run(command, cwd=ROOT).returncode
 
 
 def host(args: argparse.Namespace, rest: list[str]) -> int:
