@@ -270,26 +270,16 @@ def server_of(host: Host, base: Path, **options) -> LocalServer:
 # ---------------------------------------------------------------- the commands
 
 
-def weights_are_there() -> bool:
-    """Whether this checkout, or the developer's folder of weights, has a trained generator."""
-    folder = os.environ.get("HYWU_WEIGHTS") or ROOT / "hywu_core" / "editor" / "weights"
-    return (Path(folder) / "generator.safetensors").is_file()
-
-
 def demo(args: argparse.Namespace, rest: list[str]) -> int:
     """One picture, two opposite edits, by a real ComfyUI server over its API."""
     host = prepare_host()
     started = time.monotonic()
     with server_of(host, HOST / "base") as server:
         note(f"ComfyUI {host.version} started in {server.seconds_to_start:.1f} s")
-        if weights_are_there():
-            out = ROOT / "output" / "demo"
-            command = [python_of(VENV), "-m", "workflows.demo", "--server", server.url]
-            photo = ["--image", args.image.absolute()] if args.image else []
-            run([*command, "--out", out, *photo, *rest], cwd=ROOT)
-        else:
-            note("this checkout has no trained weights yet: the engine alone, on random ones")
-            run([python_of(VENV), "-m", "docs.engine_demo"], cwd=ROOT)
+        out = ROOT / "output" / "demo"
+        command = [python_of(VENV), "-m", "workflows.demo", "--server", server.url]
+        photo = ["--image", args.image.absolute()] if args.image else []
+        run([*command, "--out", out, *photo, *rest], cwd=ROOT)
     note(f"done in {time.monotonic() - started:.0f} s, the server is stopped")
     return 0
 

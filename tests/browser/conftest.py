@@ -62,12 +62,12 @@ def _weights_helper():
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
-    """A running ComfyUI with this extension in it, bundled weights and folders of its own.
+    """A running ComfyUI with this extension in it, small random weights and folders of its own.
 
     The frontend is the one that ComfyUI comes with, or that of HYWU_FRONTEND (its static folder).
     """
     helper, changed = _weights_helper(), pytest.MonkeyPatch()
-    if not helper.shipped() and not os.environ.get(VARIABLE):
+    if not os.environ.get(VARIABLE):
         changed.setenv(VARIABLE, str(helper.make_random(tmp_path_factory.mktemp("weights"))))
     frontend = os.environ.get("HYWU_FRONTEND")
     arguments = ["--cpu", *(["--front-end-root", frontend] if frontend else [])]

@@ -1,4 +1,6 @@
-"""Bundled weights for the tests: those of the checkout, or random ones where it has none yet."""
+"""Random weights of a small editor in place of the bundled ones: the tests of nodes and graphs run in a
+fraction of the time, and what the real ones do is seen in test_shipped_weights.py.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from hywu_core.editor.checkpoint import BUNDLED, editor_identity, load_editor, save_editor
+from hywu_core.editor.checkpoint import editor_identity, load_editor, save_editor
 from hywu_core.editor.model import Editor, EditorConfig
 from hywu_core.generator.checkpoints import save_generator
 from hywu_core.generator.config import GeneratorConfig
@@ -16,11 +18,6 @@ from hywu_core.lora import GeneratedLoRA
 
 TASKS = ("blur", "deblur", "age", "restore")
 NAMES = ("editor", "generator", "shared", *(f"single_{task}" for task in TASKS))
-
-
-def shipped() -> bool:
-    """Whether the checkout has the bundled weights."""
-    return all(BUNDLED.with_name(f"{name}.safetensors").is_file() for name in NAMES)
 
 
 def make_random(folder: Path) -> Path:
