@@ -313,6 +313,8 @@ def host(args: argparse.Namespace, rest: list[str]) -> int:
 
 def workflows(args: argparse.Namespace, rest: list[str]) -> int:
     """Make workflows/*.json from workflows/api, and their pictures from real runs."""
+    # train_your_own would go on with an earlier call's training, on a base that may be another one now
+    shutil.rmtree(HOST / "workflows" / "output", ignore_errors=True)
     with server_of(prepare_host(), HOST / "workflows") as server:
         command = [python_of(VENV), "-m", "workflows.build", "--server", server.url]
         run([*command, *([] if args.no_pictures else ["--pictures"]), *rest], cwd=ROOT)
