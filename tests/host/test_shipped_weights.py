@@ -11,7 +11,6 @@ from hywu_core.editor.checkpoint import VARIABLE
 from hywu_core.headless.client import run_sync
 from hywu_core.headless.graph import read_graph
 from workflows.demo import sharpness
-from workflows.inputs.make import square
 
 FOLDER = dev.ROOT / "workflows"
 
@@ -43,8 +42,9 @@ def given(name: str) -> np.ndarray:
     return np.asarray(Image.open(FOLDER / "inputs" / name).convert("RGB"), dtype=np.float64)
 
 
-def psnr(one: np.ndarray, two: np.ndarray) -> float:
-    return float(20 * np.log10(255 / np.sqrt(np.square(one - two).mean())))
+def colourfulness(image: np.ndarray) -> float:
+    """Mean distance of the channels from their mean, in levels."""
+    return float(np.abs(image - image.mean(2, keepdims=True)).mean())
 
 
 def test_blur_and_deblur_go_opposite_ways(shipped):
@@ -57,14 +57,8 @@ def test_blur_and_deblur_go_opposite_ways(shipped):
     assert values[2] > 1.03 * values[1]
 
 
-def test_restore_comes_nearer_to_the_photograph_and_age_goes_away_from_it(shipped):
+def test_age_fades_the_colours_and_restore_brings_them_back(shipped):
     found = run(shipped, "conflict_age_restore")
-    source = given("hywu_astronaut_aged.png")
-    clean = square("astronaut")[0].permute(1, 2, 0).numpy() * 255.0
-    before = psnr(source, clean)
-    assert psnr(found["HY-WU: restore"], clean) > before + 1
-    assert psnr(found["HY-WU: age"], clean) < before - 1
-    red_over_blue = [
-        float(im[..., 0].mean() - im[..., 2].mean()) for im in (source, found["HY-WU: age"])
-    ]
-    assert red_over_blue[1] > red_over_blue[0]
+    source = colourfulness(given("hywu_astronaut_aged.png"))
+    assert colourfulness(found["HY-WU: age"]) < 0.9 * source
+    assert colourfulness(found["HY-WU: restore"]) > 1.1 * source
