@@ -125,7 +125,8 @@ class TextBlock(nn.Module):
 
 class TextEncoder(nn.Module):
     """Words of the instruction -> tokens, each the sum of its byte n-grams' embeddings over the root of
-    their number (after fastText, Bojanowski et al. 2017): words never seen share pieces with their relatives ("blurrier", "blur").
+    their number (after fastText, Bojanowski et al. 2017): words never seen share pieces with their
+    relatives ("blurrier", "blur").
 
     Position 0 is a start token, so that "" has one token.
     """

@@ -16,6 +16,7 @@ from PIL import Image, ImageFilter
 
 import dev
 from hywu_core.cli import main
+from hywu_core.editor.checkpoint import VARIABLE
 from hywu_core.headless.client import run_sync
 from hywu_core.headless.graph import find_node, read_graph
 from hywu_core.headless.local import get_json
@@ -260,6 +261,37 @@ def saves(graph: dict) -> list[str]:
 
 def sharpness(image: np.ndarray) -> float:
     return demo.sharpness(Image.fromarray(image.astype(np.uint8)))
+
+
+def colourfulness(image: np.ndarray) -> float:
+    """Mean distance of the channels from their mean, in levels."""
+    return float(np.abs(image - image.mean(2, keepdims=True)).mean())
+
+
+@pytest.fixture(scope="module")
+def real(comfyui: dev.Host, tmp_path_factory: pytest.TempPathFactory):
+    """A server on the weights that come along, whatever the other tests use."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv(VARIABLE, raising=False)
+        with dev.server_of(comfyui, tmp_path_factory.mktemp("real")) as running:
+            yield running
+
+
+def test_blur_and_deblur_go_opposite_ways(real):
+    found = run(real, api("conflict_blur_deblur"))
+    source = shipped("hywu_cat_soft.png")
+    blur, deblur = found["Result: blur"], found["Result: deblur"]
+    assert np.abs(blur - source).max() > 2
+    assert np.abs(deblur - source).max() > 2
+    assert sharpness(blur) < 0.8 * sharpness(source)
+    assert sharpness(deblur) > 1.03 * sharpness(source)
+
+
+def test_age_fades_the_colours_and_restore_brings_them_back(real):
+    found = run(real, api("conflict_age_restore"))
+    source = colourfulness(shipped("hywu_astronaut_aged.png"))
+    assert colourfulness(found["HY-WU: age"]) < 0.9 * source
+    assert colourfulness(found["HY-WU: restore"]) > 1.1 * source
 
 
 def test_sharpness_falls_with_blur_and_hardly_moves_with_noise():

@@ -1,5 +1,5 @@
 """Random weights of a small editor in place of the bundled ones: the tests of nodes and graphs run in a
-fraction of the time, and what the real ones do is seen in test_shipped_weights.py.
+fraction of the time, and what the real ones do is seen in test_workflows.py.
 """
 
 from __future__ import annotations
