@@ -196,7 +196,7 @@ class PixelHead(nn.Module):
 
     def __init__(self, config: EditorConfig, operations: Any) -> None:
         super().__init__()
-        self.patch, channels = config.patch, config.channels
+        channels = config.channels
         self.steer = operations.Linear(config.width, 6 * channels)
         self.filters = operations.Conv2d(6, channels, 5, padding=2)
         self.mix = nn.ModuleList(
@@ -206,15 +206,15 @@ class PixelHead(nn.Module):
 
     def forward(self, pixels: Tensor, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """pixels ``[B, 6, h*p, w*p]``, tokens ``[B, h*w, C]`` -> ``[B, 3, h*p, w*p]``."""
-        film = self.steer(tokens).mT.unflatten(2, grid)[:, :, :, None, :, None].chunk(6, dim=1)
+        # between the patches' centres the steering is interpolated: a step would show as a grid
+        film = self.steer(tokens).mT.unflatten(2, grid)
+        film = F.interpolate(film, pixels.shape[2:], mode="bilinear").chunk(6, dim=1)
         y = self.filters(pixels.to(tokens.dtype))
         for i, conv in enumerate(self.mix):
-            y = y + conv(F.silu(self._modulate(y, *film[2 * i : 2 * i + 2])))
-        return self.out(self._modulate(y, *film[4:]))
-
-    def _modulate(self, y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        patches = y.unflatten(3, (-1, self.patch)).unflatten(2, (-1, self.patch))
-        return (patches * (1 + scale) + shift).flatten(4).flatten(2, 3)
+            scale, shift = film[2 * i : 2 * i + 2]
+            y = y + conv(F.silu(y * (1 + scale) + shift))
+        scale, shift = film[4:]
+        return self.out(y * (1 + scale) + shift)
 
 
 class Editor(nn.Module):
@@ -237,7 +237,7 @@ class Editor(nn.Module):
             Block(width, config.heads, operations) for _ in range(config.depth)
         )
         self.final_modulate = operations.Linear(width, 2 * width)
-        self.image_out = operations.Linear(width, pixels)
+        self.image_out = operations.Linear(width, 4 * pixels)  # twice a patch's side: they overlap
         self.pixels = PixelHead(config, operations)
 
     @torch.no_grad()
@@ -273,7 +273,7 @@ class Editor(nn.Module):
         hidden, time, grid = self._run(pixels, t, text, mask)
         shift, scale = self.final_modulate(F.silu(time)).unsqueeze(1).chunk(2, dim=-1)
         tokens = norm(hidden[:, text.shape[1] :]) * (1 + scale) + shift
-        correction = unpatchify(self.image_out(tokens), grid, self.config.patch)
+        correction = overlap_add(self.image_out(tokens), grid, self.config.patch)
         correction = correction + self.pixels(pixels, tokens, grid)
         return source + correction[..., : source.shape[2], : source.shape[3]]
 
@@ -381,3 +381,32 @@ def unpatchify(x: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
     """Inverse of `patchify`."""
     x = x.unflatten(2, (-1, patch, patch)).unflatten(1, grid)  # b h w c p q
     return x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+
+def overlap_add(x: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
+    """Blend squares of twice a patch's side, each around its patch, by a raised cosine.
+
+    ``[B, h*w, C*(2p)*(2p)]`` -> ``[B, C, h*p, w*p]``. Without it neighbours meet in a visible step.
+    """
+    rise = torch.arange(2 * patch, device=x.device, dtype=torch.float32) + 0.5
+    window = (rise * (math.pi / (2 * patch))).sin().square()
+    squares = x.unflatten(2, (-1, 2, patch, 2, patch))  # b hw c (2 p) (2 q)
+    squares = squares * (window[:, None] * window).view(2, patch, 2, patch).to(x)
+    height, width = (side * patch for side in grid)
+    canvas = x.new_zeros(x.shape[0], squares.shape[2], height + patch, width + patch)
+    for row in (0, 1):
+        for column in (0, 1):
+            quarter = unpatchify(squares[:, :, :, row, :, column].flatten(2), grid, patch)
+            top, left = row * patch, column * patch
+            canvas[..., top : top + height, left : left + width] += quarter
+    cut = patch // 2
+    weight = [_covered(window, count)[cut : cut + count * patch].to(x) for count in grid]
+    canvas = canvas[..., cut : cut + height, cut : cut + width]
+    return canvas / (weight[0][:, None] * weight[1])
+
+
+def _covered(window: Tensor, count: int) -> Tensor:
+    """Sum of `count` windows, each half a window after the last: 1 but at both ends."""
+    first, second = window.chunk(2)
+    ones = (first + second).repeat(max(count - 1, 0))
+    return torch.cat([first, ones, second])

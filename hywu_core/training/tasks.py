@@ -95,7 +95,7 @@ def _fog(x: Tensor, degree: Tensor | float) -> Tensor:
 
 
 def _blurred(x: Tensor, g: torch.Generator) -> Tensor:
-    return blur(x, uniform(x, 0.7, 1.4, g))
+    return blur(x, uniform(x, 0.3, 1.4, g))
 
 
 def _aged(x: Tensor, g: torch.Generator) -> Tensor:
@@ -205,7 +205,7 @@ def _contrast(factor: float) -> Callable[[Tensor], Tensor]:
 
 
 def _task(name: str, make: Make, opposite: str, *texts: str) -> Task:
-    return Task(name, texts, make, opposite)
+    return Task(name, tuple(dict.fromkeys(texts)), make, opposite)
 
 
 CONFLICT: dict[str, Task] = {

@@ -19,7 +19,7 @@ from ..tasks import CONFLICT
 #: scales: one step of a generator's output head moves every value of every LoRA.
 LEARNING_RATES: Mapping[str, tuple[float, ...]] = MappingProxyType(
     {
-        "hywu": (1.5e-4, 3e-4, 6e-4),
+        "hywu": (3e-4, 6e-4, 1.2e-3),
         "shared": (3e-3, 1e-2, 3e-2),
         "shared_large": (3e-4, 1e-3, 3e-3),
         "sft": (1e-4, 3e-4, 1e-3),
@@ -47,7 +47,7 @@ class ConflictPlan:
     one untried. crops: crops of each evaluation image, each edited once a task.
     """
 
-    steps: int = 2000
+    steps: int = 2500
     batch_size: int = 24
     tasks: tuple[str, ...] = tuple(CONFLICT)
     main_rank: int = 2
