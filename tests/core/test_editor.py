@@ -9,6 +9,7 @@ from hywu_core.editor.checkpoint import load_editor, save_editor
 from hywu_core.editor.model import (
     Editor,
     EditorConfig,
+    overlap_add,
     patchify,
     split_words,
     unpatchify,
@@ -50,6 +51,25 @@ def test_patches_come_back():
     patches, grid = patchify(x, 4)
     assert grid == (2, 3)
     assert torch.equal(unpatchify(patches, grid, 4), x)
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (2, 3), (4, 1)])
+@pytest.mark.parametrize("patch", [4, 5])
+def test_overlapping_patches_are_blended_by_a_raised_cosine(grid, patch):
+    squares = torch.randn(2, grid[0] * grid[1], 3 * (2 * patch) ** 2)
+    window = ((torch.arange(2 * patch) + 0.5) * torch.pi / (2 * patch)).sin() ** 2
+    windows = (window[:, None] * window).flatten().repeat(3)
+    size = [(side + 1) * patch for side in grid]
+
+    def fold(x):
+        whole = torch.nn.functional.fold(x.mT, size, 2 * patch, stride=patch)
+        start = patch // 2
+        return whole[..., start:, start:][..., : grid[0] * patch, : grid[1] * patch]
+
+    wanted = fold(squares * windows) / fold(torch.ones_like(squares) * windows)
+    assert torch.allclose(overlap_add(squares, grid, patch), wanted, atol=1e-5)
+    flat = torch.full_like(squares, 0.25)
+    assert torch.allclose(overlap_add(flat, grid, patch), torch.tensor(0.25), atol=1e-5)
 
 
 def test_the_seed_decides(editor):
