@@ -49,6 +49,8 @@ CONSTRAINTS = ROOT / "requirements-host.txt"
 TORCH_TRIO = ("torch", "torchvision", "torchaudio")
 #: How much of the engine the tests run: one line for each file with gaps, and the total.
 COVERAGE = ("--cov=hywu_core", "--cov-report=term:skip-covered")
+#: Most processes that the tests run in; each may start a ComfyUI server of its own.
+TEST_PROCESSES = 4
 
 
 class DevError(Exception):
@@ -285,15 +287,23 @@ def demo(args: argparse.Namespace, rest: list[str]) -> int:
 
 
 def test(args: argparse.Namespace, rest: list[str]) -> int:
-    """pytest over tests/core, tests/host, tests/browser, or one of them; all of core shows its coverage."""
+    """pytest over tests/host, tests/browser, tests/core, or one of them; all of core shows its coverage.
+
+    Without further arguments the files are shared out among a few processes, one thread of torch each.
+    """
     suites = [rest.pop(0)] if rest and rest[0] in ("core", "host", "browser") else []
     if suites != ["core"]:
         prepare_host()
-    targets = [f"tests/{suite}" for suite in suites or ("core", "host", "browser")]
-    # coverage of a selection would mislead, and so would that of the host's processes, not traced
-    coverage = COVERAGE if "tests/core" in targets and not rest else ()
-    command = [str(ensure_venv()), "-m", "pytest", *targets, *coverage, *rest]
-    return subprocess.run(command, cwd=ROOT).returncode
+    # the longest files first, so that the processes end together
+    targets = [f"tests/{suite}" for suite in suites or ("host", "browser", "core")]
+    command, environment = [str(ensure_venv()), "-m", "pytest", *targets, *rest], dict(os.environ)
+    if not rest:
+        workers = min(os.cpu_count() or 1, TEST_PROCESSES)
+        command += ["-n", str(workers), "--dist", "loadfile", "--no-loadscope-reorder"]
+        environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        # coverage of a selection would mislead, and so would that of the host's processes, not traced
+        command += COVERAGE if "tests/core" in targets else ()
+    return subprocess.run(command, cwd=ROOT, env=environment).returncode
 
 
 def host(args: argparse.Namespace, rest: list[str]) -> int:
