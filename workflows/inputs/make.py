@@ -18,8 +18,8 @@ HERE = Path(__file__).parent
 SIZE = 256
 #: name -> photograph, the task whose source it becomes (None: as it is), the draw of its degree
 PHOTOGRAPHS = {
-    "hywu_cat_soft": ("chelsea", "deblur", 2),
-    "hywu_astronaut_aged": ("astronaut", "restore", 0),
+    "hywu_cat_soft": ("chelsea", "deblur", 5),
+    "hywu_astronaut_aged": ("astronaut", "restore", 1),
     "hywu_coffee": ("coffee", None, 0),
     "hywu_rocket": ("rocket", None, 0),
 }
