@@ -10,87 +10,14 @@ from collections.abc import Iterable
 THRESHOLD = 0.55
 
 #: Words that stand in requests of every kind and so tell nothing about what is asked.
-COMMON = frozenset(
-    [
-        "a",
-        "add",
-        "all",
-        "an",
-        "and",
-        "apply",
-        "as",
-        "at",
-        "be",
-        "bring",
-        "by",
-        "can",
-        "could",
-        "do",
-        "for",
-        "from",
-        "get",
-        "give",
-        "go",
-        "have",
-        "him",
-        "her",
-        "i",
-        "in",
-        "instead",
-        "into",
-        "is",
-        "it",
-        "its",
-        "itself",
-        "let",
-        "like",
-        "look",
-        "make",
-        "me",
-        "more",
-        "my",
-        "no",
-        "not",
-        "of",
-        "off",
-        "on",
-        "out",
-        "please",
-        "put",
-        "remove",
-        "replace",
-        "return",
-        "take",
-        "than",
-        "that",
-        "the",
-        "this",
-        "to",
-        "turn",
-        "up",
-        "want",
-        "what",
-        "with",
-        "you",
-        "image",
-        "picture",
-        "photo",
-        "photograph",
-        "shot",
-        "version",
-        "less",
-        "bit",
-        "little",
-        "old",
-        "new",
-        "by",
-        "one",
-        "two",
-        "same",
-        "under",
-        "over",
-    ]
-)
+_COMMON = """
+    a add all an and apply as at be bit bring by can could do don everything for free from get
+    give go has have her him i image in instead into is it its itself just less let like little
+    look lot make me more much must my need needs no not now of off on one out over photo
+    photograph picture please put remove replace return same see shot should so t take than that
+    the there this to too try turn two under up version very want we what will with would you
+"""
+COMMON = frozenset(_COMMON.split())
 
 
 def similarity(one: str, other: str) -> float:

@@ -54,11 +54,8 @@ def run(args: argparse.Namespace) -> int:
         from ...editor.checkpoint import bundled
         from .bundle import bundle
 
-        say(
-            "\n".join(
-                map(str, bundle(args.out, args.editor or bundled("editor"), plan, args.bundle))
-            )
-        )
+        written = bundle(args.out, args.editor or bundled("editor"), plan, args.bundle)
+        say("\n".join(map(str, written)))
         return 0
     experiment = make_experiment(args.out, plan, args.editor, args.device, args.commit)
     try:
