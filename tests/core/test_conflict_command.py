@@ -23,12 +23,12 @@ from hywu_core.training.conflict.plan import ConflictPlan, GeneratorSize
 TASKS = ("blur", "deblur")
 TINY = EditorConfig(width=24, depth=1, heads=2, text_depth=1, patch=8, train_size=32, pool=2)
 PLAN = dataclasses.replace(
-    ConflictPlan(), steps=2, batch_size=4, tasks=TASKS, ranks=(1, 2), tune_steps=0, crops=1,
+    ConflictPlan(), steps=2, sweep_steps=1, batch_size=4, tasks=TASKS, ranks=(1, 2), tune_steps=0, crops=1,
     generator=GeneratorSize(token_dim=24, d_model=16, head_dim=8), sampling_steps=1,
 )  # fmt: skip
 #: The order in which the plan does them.
 RUNS = ["hywu_r2", "shared_r2", "single_blur_r2", "single_deblur_r2", "shared_large", "sft",
-        "hywu_r1", "shared_r1"]  # fmt: skip
+        "hywu_r2_sweep", "shared_r2_sweep", "hywu_r1_sweep", "shared_r1_sweep"]  # fmt: skip
 
 
 def picture(seed: int) -> torch.Tensor:
@@ -79,12 +79,14 @@ def read(path):
 def test_every_run_leaves_weights_and_rows(done):
     for run in RUNS:
         header = read_header(done / "runs" / run / "state.safetensors")
-        assert header["step"] == 2
-        rows = {p: read(done / "results" / f"{run}.{p}.json") for p in ("seen", "held_out")}
-        assert [(r["image"], r["task"]) for r in rows["seen"]] == [
-            (image, task) for image in ("coffee", "camera", "drawing.png") for task in TASKS
-        ]
-        assert all(np.isfinite(r["psnr"]) and -1 <= r["ssim"] <= 1 for r in rows["held_out"])
+        sweep = run.endswith("_sweep")
+        assert header["step"] == (1 if sweep else 2)
+        for phrasing in ("seen",) if sweep else ("seen", "held_out"):
+            rows = read(done / "results" / f"{run}.{phrasing}.json")
+            assert [(r["image"], r["task"]) for r in rows] == [
+                (image, task) for image in ("coffee", "camera", "drawing.png") for task in TASKS
+            ]
+            assert all(np.isfinite(r["psnr"]) and -1 <= r["ssim"] <= 1 for r in rows)
     generator = load_generator(done / "weights" / "hywu_r2.safetensors")
     assert generator.config.layout.rank == 2
     provenance = generator.config.provenance
@@ -99,7 +101,8 @@ def test_every_run_leaves_weights_and_rows(done):
 def test_the_large_shared_lora_has_about_the_generators_size(done):
     trained = read(done / "figures.json")["trained"]
     assert list(trained) == RUNS
-    one = trained["shared_r1"]["trained_values"]
+    one = trained["shared_r1_sweep"]["trained_values"]
+    assert trained["shared_r2_sweep"]["trained_values"] == 2 * one
     assert trained["shared_r2"]["trained_values"] == 2 * one
     gap = trained["shared_large"]["trained_values"] - trained["hywu_r2"]["trained_values"]
     assert abs(gap) <= one
@@ -141,14 +144,17 @@ def test_the_pictures_show_edits_and_figures(done):
 def test_only_a_part_then_a_report_says_what_is_missing(hywu, tmp_path, capsys):
     out = tmp_path / "part"
     assert hywu(out, "--only", "single_*", "shared_r2") == 0
-    assert "not done yet: hywu_r2, shared_large, sft, hywu_r1, shared_r1" in capsys.readouterr().out
+    lacking = ", ".join(["shared_large", "sft", *RUNS[-4:]])
+    assert f"not done yet: hywu_r2, {lacking}" in capsys.readouterr().out
     assert hywu(out, "--report") == 1
     assert "rank 2, and hywu_r2 must be done first" in capsys.readouterr().err
     assert not list(out.glob("report.md*"))
     assert hywu(out, "--only", "hywu_r2") == 0
     assert hywu(out, "--report") == 0
     page = (out / "report.md").read_text(encoding="utf-8")
-    assert "**Not done yet:** shared_large, sft, hywu_r1, shared_r1." in page
+    assert f"**Not done yet:** {lacking}." in page
+    assert "## Ranks" not in page
+    assert not (out / "ranks.png").exists()
     assert "SFT" not in page
 
 

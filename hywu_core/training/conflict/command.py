@@ -27,6 +27,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--editor", type=Path, help="the frozen base (default: the bundled editor)")
     parser.add_argument("--steps", type=int, help=f"of each run (default {ConflictPlan.steps})")
     parser.add_argument(
+        "--sweep-steps", type=int, help=f"of the sweep's runs (default {ConflictPlan.sweep_steps})"
+    )
+    parser.add_argument(
         "--ranks", type=int, nargs="+", help=f"of the sweep (default {ConflictPlan.ranks})"
     )
     parser.add_argument("--seed", type=int, default=0, help="of weights, crops and noise")
@@ -45,7 +48,12 @@ def run(args: argparse.Namespace) -> int:
     import dataclasses
 
     plan = ConflictPlan.quick() if args.quick else ConflictPlan()
-    changes = {"steps": args.steps, "ranks": args.ranks and tuple(args.ranks), "seed": args.seed}
+    changes = {
+        "steps": args.steps,
+        "sweep_steps": args.sweep_steps,
+        "ranks": args.ranks and tuple(args.ranks),
+        "seed": args.seed,
+    }
     plan = dataclasses.replace(plan, **{k: v for k, v in changes.items() if v is not None})
     if args.list:
         say("\n".join(run.name for run in plan.runs))

@@ -55,15 +55,16 @@ class Experiment:
 
     def _evaluate(self, run: Run, trainer: Trainer) -> None:
         adapt = by_strategy(self.base, trainer.strategy)
-        self._rows(run.name, adapt, "seen", keep=run.rank in (self.plan.main_rank, 0))
+        self._rows(run.name, adapt, "seen", keep=not run.sweep)
+        if run.sweep:
+            return
         self._rows(run.name, adapt, "held_out")
-        main = run.rank == self.plan.main_rank
-        if run.strategy == "hywu" and main:
+        if run.strategy == "hywu":
             self._rows("base", unadapted(self.base), "seen", keep=True)
             rows = measure(self.data.seen.source, self.data, "seen")
             write_json(self._path("unchanged", "seen"), rows)
             self._controls(trainer)
-        if run.strategy == "shared" and main:
+        if run.strategy == "shared":
             self._gradients(trainer)
 
     def _controls(self, trainer: Trainer) -> None:
@@ -134,7 +135,8 @@ class Experiment:
 
     def missing(self) -> list[str]:
         """Runs that are not evaluated yet."""
-        return [run.name for run in self.plan.runs if not self._done(run.name, "held_out")]
+        last = {True: "seen", False: "held_out"}
+        return [run.name for run in self.plan.runs if not self._done(run.name, last[run.sweep])]
 
     def edits(self, name: str) -> Tensor | None:
         """Kept edits ``[N, 3, H, W]`` in 0..1 of a strategy at the main rank."""

@@ -43,11 +43,13 @@ class GeneratorSize:
 @dataclass(frozen=True)
 class ConflictPlan:
     """tasks come in contradictory pairs. main_rank: of the main table (about 1 % of the editor's width);
-    ranks: of the sweep. tune_steps: length of a run that tries a learning rate, 0 to take the middle
+    ranks: of the sweep, where all are trained for sweep_steps, a part of the main runs' steps.
+    tune_steps: length of a run that tries a learning rate, 0 to take the middle
     one untried. crops: crops of each evaluation image, each edited once a task.
     """
 
     steps: int = 2500
+    sweep_steps: int = 500
     batch_size: int = 24
     tasks: tuple[str, ...] = tuple(CONFLICT)
     main_rank: int = 2
@@ -74,12 +76,21 @@ class ConflictPlan:
 
     @property
     def runs(self) -> list[Run]:
-        """Every training of the experiment, the main rank first."""
-        ranks = [self.main_rank, *(rank for rank in self.ranks if rank != self.main_rank)]
-        runs = [Run("hywu", ranks[0]), Run("shared", ranks[0])]
-        runs += [Run("single", ranks[0], task) for task in self.tasks]
+        """Every training of the experiment, those of the main table first."""
+        rank = self.main_rank
+        runs = [Run("hywu", rank), Run("shared", rank)]
+        runs += [Run("single", rank, task) for task in self.tasks]
         runs += [Run("shared_large", 0), Run("sft", 0)]
-        return runs + [Run(name, rank) for rank in ranks[1:] for name in ("hywu", "shared")]
+        ranks = [rank, *(other for other in self.ranks if other != rank)]
+        return runs + [Run(s, r, sweep=True) for r in ranks for s in ("hywu", "shared")]
+
+    @property
+    def main_runs(self) -> list[Run]:
+        """What the main table compares at the main rank."""
+        return [run for run in self.runs if run.rank == self.main_rank and not run.sweep]
+
+    def steps_of(self, run: Run) -> int:
+        return self.sweep_steps if run.sweep else self.steps
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -89,20 +100,25 @@ class ConflictPlan:
         """The whole experiment in a few minutes on two cores; its figures mean nothing."""
         small = GeneratorSize(token_dim=192, d_model=64, head_dim=32, num_blocks=1)
         return replace(
-            cls(), steps=12, batch_size=8, ranks=(1, 2), generator=small, tune_steps=2, crops=1,
+            cls(), steps=12, sweep_steps=6, batch_size=8, ranks=(1, 2), generator=small, tune_steps=2, crops=1,
             sampling_steps=2, max_images=3,
         )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training: strategy (a key of `LEARNING_RATES`), rank (0 where the strategy sets it), task."""
+    """One training: strategy (a key of `LEARNING_RATES`), rank (0 where the strategy sets it), task.
+
+    sweep: of the sweep over ranks, in which only the seen phrasings are evaluated.
+    """
 
     strategy: str
     rank: int
     task: str = ""
+    sweep: bool = False
 
     @property
     def name(self) -> str:
-        parts = [self.strategy, self.task, f"r{self.rank}" if self.rank else ""]
+        rank, sweep = f"r{self.rank}" if self.rank else "", "sweep" if self.sweep else ""
+        parts = [self.strategy, self.task, rank, sweep]
         return "_".join(part for part in parts if part)

@@ -44,7 +44,8 @@ def write_report(experiment: Experiment, folder: Path) -> Path:
         "gradients": {**gradients, **_mean_cosines(gradients, opposites)},
     }
     write_json(folder / "figures.json", facts)
-    draw_ranks(facts["all_images"]["ranks"], folder / "ranks.png")
+    if facts["all_images"]["ranks"]:
+        draw_ranks(facts["all_images"]["ranks"], folder / "ranks.png")
     draw_cosines(gradients["tasks"], gradients["cosines"], folder / "gradients.png")
     _draw_edits(experiment, summary, folder / "edits.png")
     with atomic_path(folder / "report.md", overwrite=True) as part:
@@ -55,7 +56,7 @@ def write_report(experiment: Experiment, folder: Path) -> Path:
 def _check_main_rank(experiment: Experiment, folder: Path) -> None:
     """HY-WU, Shared and Single at the main rank must be done, and the gradients with Shared."""
     plan, missing = experiment.plan, set(experiment.missing())
-    needed = [run for run in plan.runs if run.rank == plan.main_rank]
+    needed = plan.main_runs
     lacking = [run.name for run in needed if run.name in missing]
     if not lacking and not (folder / "results" / "gradients.json").exists():
         lacking = [run.name for run in needed if run.strategy == "shared"]
@@ -211,15 +212,7 @@ def _rest(facts: Mapping[str, Any]) -> list[str]:
         for k, v in facts["trained"].items()
     ]
     return [
-        "## Ranks, PSNR in dB",
-        _rows(
-            ("rank", "HY-WU", "Shared", "HY-WU - Shared"),
-            [
-                (rank, *(_interval(x) for x in v.values()))
-                for rank, v in facts["all_images"]["ranks"].items()
-            ],
-        ),
-        "![PSNR over rank](ranks.png)",
+        *_ranks(facts),
         "## Gradients at the Shared LoRA",
         f"Mean cosine of all pairs of tasks {cosines['mean_of_all_pairs']:.2f}, of opposite tasks "
         f"{cosines['mean_of_opposite_tasks']:.2f}. (The HY-WU authors report about -0.30 on "
@@ -229,6 +222,19 @@ def _rest(facts: Mapping[str, Any]) -> list[str]:
         "![edits](edits.png)",
         "## Trainings",
         _rows(("run", "learning rate", "steps", "examples", "trained values", "seconds"), trained),
+    ]
+
+
+def _ranks(facts: Mapping[str, Any]) -> list[str]:
+    """The sweep, as far as it is done."""
+    ranks = facts["all_images"]["ranks"]
+    if not ranks:
+        return []
+    lines = [(rank, *(_interval(x) for x in v.values())) for rank, v in ranks.items()]
+    return [
+        f"## Ranks, PSNR in dB (all trained for {facts['plan']['sweep_steps']} steps)",
+        _rows(("rank", *next(iter(ranks.values()))), lines),
+        "![PSNR over rank](ranks.png)",
     ]
 
 

@@ -131,7 +131,7 @@ class Runs:
         """Train a run to its end, or load it when it is done. Raises KeyboardInterrupt when stopped."""
         rate = self.learning_rate(run)
         say(f"{run.name}: learning rate {rate:g}")
-        trainer = self._trainer(run, rate, self.plan.steps, self.folder / "runs" / run.name)
+        trainer = self._trainer(run, rate, self.plan.steps_of(run), self.folder / "runs" / run.name)
         if not trainer.run():
             raise KeyboardInterrupt
         weights = self.folder / "weights" / f"{run.name}.safetensors"

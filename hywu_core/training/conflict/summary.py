@@ -82,7 +82,7 @@ class Summary:
         ranks = [
             rank
             for rank in sorted(self.plan.ranks)
-            if {f"hywu_r{rank}", f"shared_r{rank}"} <= self.results.keys()
+            if {f"hywu_r{rank}_sweep", f"shared_r{rank}_sweep"} <= self.results.keys()
         ]
         controls = ("unchanged", "hywu_shuffled", "hywu_mean", "hywu_task_mean", "base")
         return {
@@ -121,14 +121,15 @@ class Summary:
             "held_out_phrasings": {
                 label: self.phrasing_loss(name)._asdict() for label, name in main.items()
             },
-            "ranks": {
-                str(rank): {
-                    "HY-WU": self.mean(f"hywu_r{rank}")._asdict(),
-                    "Shared": self.mean(f"shared_r{rank}")._asdict(),
-                    "HY-WU - Shared": self.difference(f"hywu_r{rank}", f"shared_r{rank}")._asdict(),
-                }
-                for rank in ranks
-            },
+            "ranks": {str(rank): self._at_rank(rank) for rank in ranks},
+        }
+
+    def _at_rank(self, rank: int) -> dict[str, Any]:
+        hywu, shared = f"hywu_r{rank}_sweep", f"shared_r{rank}_sweep"
+        return {
+            "HY-WU": self.mean(hywu)._asdict(),
+            "Shared": self.mean(shared)._asdict(),
+            "HY-WU - Shared": self.difference(hywu, shared)._asdict(),
         }
 
     def _table(self, metric: str) -> dict[str, dict[str, Any]]:
