@@ -197,6 +197,11 @@ def report(name: str, size: Size, figures: dict[str, dict], matmul_tflops: float
     say()
     say(f"{name}: {size.words}; target {size.target}")
     table(rows, header)
+    for variant_name, f in figures.items():
+        kinds = f.get("profile", {}).get("seconds_by_kind", {})
+        if kinds:
+            spent = ", ".join(f"{kind} {1000 * s:.4g}" for kind, s in kinds.items())
+            say(f"ms by kind of kernel, {variant_name}: {spent}")
 
 
 @torch.no_grad()
