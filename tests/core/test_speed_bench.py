@@ -82,6 +82,11 @@ def test_errors_that_rounding_does_not_explain_are_failures():
     assert not found(eager=1e-7, ours=2e-7, fp8=0.04)
     assert len(found(eager=1e-7, ours=1e-4, fp8=0.09)) == 2
     assert not found(ours=0.016, fp8=0.041)
+    assert len(found(eager=0.017, ours=float("nan"))) == 1
+    figures = {"relative_error_at_reduced_size": {}, "sizes": {"flux": {"variants": {}}}}
+    for difference, count in ((0.02, 0), (0.3, 1), (float("nan"), 1)):
+        figures["sizes"]["flux"]["variants"]["ours"] = {"difference_from_eager": difference}
+        assert len(cuda.failures(figures)) == count
 
 
 def test_figures_are_compared_with_the_targets():

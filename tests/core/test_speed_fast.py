@@ -132,7 +132,7 @@ def test_one_compilation_serves_all_blocks():
     compile_blocks(generator, backend=counting, dynamic=False)
     try:
         for _ in range(2):
-            assert all(map(torch.allclose, grids(generator, condition), expected))
+            torch.testing.assert_close(grids(generator, condition), expected, rtol=1e-4, atol=1e-5)
         assert len(graphs) == 2  # the first block's has no prefix
     finally:
         torch.compiler.reset()
