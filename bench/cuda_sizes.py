@@ -52,11 +52,11 @@ def shrunk(config: GeneratorConfig) -> GeneratorConfig:
     )
 
 
-def reduced() -> GeneratorConfig:
+def reduced(num_blocks: int = 8) -> GeneratorConfig:
     """Small enough for float64, large enough that rounding adds up as at full size."""
     modules = (Module("qkv", 512, 768), Module("proj", 512, 512), Module("experts.w1", 256, 512, 4))
     layout = LoRALayout((Stack(tuple(f"model.layers.{i}" for i in range(4)), modules),), 16, 64.0)
-    return GeneratorConfig(layout, {"hidden_states": 128}, 128, 4, 256, 64, 8, "bfloat16")
+    return GeneratorConfig(layout, {"hidden_states": 128}, 128, 4, 256, 64, num_blocks, "bfloat16")
 
 
 def dense_config() -> GeneratorConfig:

@@ -17,8 +17,11 @@ KINDS = {
     "attention": ("flash", "fmha", "attention", "softmax", "sdpa"),
     "matmul": ("gemm", "cutlass", "cublas", "nvjet", "matmul", "addmm", "::mm", "linear", "xmma"),
     "copy": ("memcpy", "memset", "copy", "catarray", "cat"),
-    "elementwise": ("elementwise", "triton", "norm", "mul", "add", "silu", "vectorized", "reduce"),
-}
+    "elementwise": (
+        "elementwise", "triton", "norm", "mul", "add", "silu", "vectorized", "reduce", "rotate",
+        "quantize",
+    ),
+}  # fmt: skip
 
 
 def seconds_of(function: Callable[[], Any], device: torch.device) -> float:
@@ -62,17 +65,24 @@ def timed(
     }
 
 
+def held_bytes(device: torch.device) -> int:
+    """Bytes of all tensors on the device now; 0 where that isn't counted."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.synchronize(device)
+    return torch.cuda.memory_allocated(device)
+
+
 def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
-    """Most bytes held on the device during one call, beyond what was held before."""
+    """Most bytes held during one call: on CUDA all that are held, elsewhere those that came newly."""
     if device.type != "cuda":
         return cpu_peak_memory(function)
     torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     result = function()
     torch.cuda.synchronize(device)
     del result
-    return torch.cuda.max_memory_allocated(device) - before
+    return torch.cuda.max_memory_allocated(device)
 
 
 def rates(device: torch.device, size: int, dtype: torch.dtype) -> dict[str, float]:

@@ -30,7 +30,8 @@ def rope(positions: Tensor, dim: int, precision: str) -> Tensor:
 
 def apply_rope(x: Tensor, table: Tensor) -> Tensor:
     """x: ``[B, H, L, hd]``; table: ``[L, hd / 2, 2, 2]``."""
-    pairs = x.float().unflatten(-1, (-1, 1, 2))
+    wide = x if x.dtype == torch.float64 else x.float()
+    pairs = wide.unflatten(-1, (-1, 1, 2))
     out = table[..., 0] * pairs[..., 0] + table[..., 1] * pairs[..., 1]
     return out.flatten(-2).to(x.dtype)
 

@@ -2,9 +2,10 @@
 
     python3 dev.py bench generator [--json FILE] [--repeats N] [--skip-load]
 
-CPU: d_model 512, head_dim 64, 10 blocks, 8 layers x 80 tokens, rank 16, accumulation 4, float32, a
-condition of 1,000 tokens. With a CUDA device also the official default size with random bfloat16
-weights. Then the peak host memory of loading 2 GB in four shards.
+CPU, float32: the bundled generator's size with a condition of 160 tokens, and d_model 512, head_dim 64, 10
+blocks, 8 layers x 80 tokens, rank 16, accumulation 4, with one of 1,000. With a CUDA device also the
+official default size with random bfloat16 weights. Then the peak host memory of loading 2 GB in four
+shards.
 """
 
 from __future__ import annotations
@@ -18,12 +19,11 @@ from pathlib import Path
 
 import torch
 
-from hywu_core import Condition, GeneratorConfig, LoRALayout, ParameterGenerator
+from hywu_core import GeneratorConfig, LoRALayout, ParameterGenerator
 from hywu_core.console import say, table
-from hywu_core.generator.checkpoints import file_tensors, save_official
+from hywu_core.generator.checkpoints import save_official
 from hywu_core.layout import Module, Stack
 
-from .eager import EagerGenerator
 from .measure import paired, peak_memory, summary, write_json
 
 
@@ -68,30 +68,48 @@ def make(config: GeneratorConfig, device: str = "cpu", dtype=torch.float32) -> P
 
 @torch.no_grad()
 def cpu(repeats: int) -> dict:
-    config = cpu_config()
-    generator = make(config)
-    eager = EagerGenerator(config).eval()
-    eager.load_state_dict(dict(file_tensors(generator)))
-    tokens = torch.randn(1, 1000, 512)
-    condition = Condition.of(tokens)
-    functions = {
-        "plain eager": lambda: eager(tokens),
-        "ours": lambda: generator.generate_grids(condition),
-    }
-    # before anything is cached: our figure includes the constant prefix that later calls find made
-    memory = {name: peak_memory(function) for name, function in functions.items()}
-    expected, grid = eager(tokens), generator.generate_grids(condition)[0]
-    error = ((grid - expected).norm() / expected.norm()).item()
-    del expected, grid
-    times = paired(functions, repeats)
-    pairs = len(times["ours"]["wall_s"])
-    result = summary(times, "plain eager")
-    say(f"CPU, {config.num_positions:,} positions, relative difference {error:.1e}, {pairs} pairs")
+    """Both sizes that a CPU runs, each against the eager reference, in one table."""
+    from .cuda_sizes import CPU_SIZES, SIZES, random_condition
+    from .cuda_variants import reference, relative_difference
+
+    found, rows = {}, []
+    for size in CPU_SIZES:
+        config = SIZES[size].config()
+        generator = make(config)
+        device = torch.device("cpu")
+        condition = random_condition(config, SIZES[size].condition_tokens, device, torch.float32)
+        functions = {
+            "plain eager": reference(generator, condition),
+            "ours": lambda g=generator, c=condition: g.generate_grids(c),
+        }
+        # before anything is cached: our figure includes the constant prefix that later calls find made
+        memory = {name: peak_memory(function) for name, function in functions.items()}
+        error = relative_difference(functions["ours"](), functions["plain eager"]())
+        times = paired(functions, repeats)
+        pairs = len(times["ours"]["wall_s"])
+        result = summary(times, "plain eager")
+        say(
+            f"{size}: {SIZES[size].words}; {config.num_positions:,} positions, relative difference "
+            f"{error:.1e}, {pairs} pairs"
+        )
+        rows += _rows(size, result, memory)
+        found[size] = {
+            "relative_difference": error, "pairs": pairs, "time": result, "peak_bytes": memory,
+        }  # fmt: skip
+    header = (
+        "size", "forward", "wall s", "faster", "CPU s", "faster", "peak activations MiB", "of eager",
+    )  # fmt: skip
+    table(rows, header)
+    return found
+
+
+def _rows(size: str, result: dict, memory: dict[str, int]) -> list[tuple[str, ...]]:
     rows = []
     for name, clocks in result.items():
         wall, used = clocks["wall_s"], clocks["cpu_s"]
         rows.append(
             (
+                size,
                 name,
                 f"{wall['median']:.3f}",
                 f"{wall['speedup']:.2f}x",
@@ -101,15 +119,14 @@ def cpu(repeats: int) -> dict:
                 f"{memory[name] / memory['plain eager']:.2f}",
             )
         )
-    header = ("forward", "wall s", "faster", "CPU s", "faster", "peak activations MiB", "of eager")
-    table(rows, header)
-    return {"relative_difference": error, "pairs": pairs, "time": result, "peak_bytes": memory}
+    return rows
 
 
 @torch.no_grad()
 def cuda_official(condition_tokens: int = 4000) -> dict:
     generator = make(official_config(), "cuda", torch.bfloat16)
     tokens = torch.randn(1, condition_tokens, 4096, device="cuda", dtype=torch.bfloat16)
+    generator(tokens)  # kernels are built, libraries make their handles
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

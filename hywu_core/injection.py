@@ -183,7 +183,7 @@ class _Adapter:
                 f"{self.path} gets a batch of {x.shape[0]}, which the index of "
                 f"{len(self.index)} items does not divide."
             )
-        index = self.index.to(x.device)
+        self.index = index = _moved(self.index, x.device)
         return index if repeats == 1 else index.repeat_interleave(repeats)
 
 
@@ -216,7 +216,10 @@ class _GroupedAdapter(_Adapter):
                 f"{self.path}: {a.shape[0]} LoRAs, but the rows of an expert module don't tell which "
                 "image they belong to; pass items=, or use one LoRA at a time."
             )
-        which = items if self.index is None else self.index.to(items.device)[items]
+        which = items
+        if self.index is not None:
+            self.index = _moved(self.index, items.device)
+            which = self.index[items]
         order, group_ends = item_groups(which, ends, a.shape[0])
         hidden = grouped_linear(x[order], a.flatten(0, 1), group_ends) * self.s
         delta = torch.empty_like(output)
@@ -273,7 +276,12 @@ def _as_index(lora: GeneratedLoRA, index: Sequence[int] | Tensor | None) -> Tens
         raise HYWUError(
             f"index names the LoRAs {bad or 'of no item'}; there are {lora.batch_size}, counted from 0."
         )
-    return torch.tensor(list(index), dtype=torch.int64)
+    return _moved(torch.tensor(list(index), dtype=torch.int64), lora.device)
+
+
+def _moved(index: Tensor, device: torch.device) -> Tensor:
+    """On a device; the host doesn't wait for a copy to a GPU."""
+    return index.to(device, non_blocking=device.type == "cuda")
 
 
 # -- merged -------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import HYWUError
-from .layers import fused_kernels
+from .layers import fused_kernels, rounds_to_e4m3
 from .model import ParameterGenerator
 
 log = logging.getLogger(__name__)
@@ -117,13 +117,13 @@ def to_fp8(generator: ParameterGenerator) -> ParameterGenerator:
 
 @functools.cache
 def scaled_mm_works(device: torch.device) -> bool:
-    """Whether the device multiplies e4m3 with row-wise scales; tried once, on 16 values a side."""
+    """Whether the device multiplies e4m3 with row-wise scales; tried once, on one tile or so."""
     if device.type != "cuda" or not hasattr(torch, "_scaled_mm"):
         return False
     try:
-        a = torch.ones(16, 16, device=device).to(E4M3)
-        ones = torch.ones(16, 1, device=device)
-        bias = torch.ones(16, device=device, dtype=torch.bfloat16)
+        a = torch.ones(256, 256, device=device).to(E4M3)
+        ones = torch.ones(256, 1, device=device)
+        bias = torch.ones(256, device=device, dtype=torch.bfloat16)
         torch._scaled_mm(
             a,
             a.t(),
@@ -140,7 +140,9 @@ def scaled_mm_works(device: torch.device) -> bool:
 
 
 def _kernels(device: torch.device) -> ModuleType | None:
-    return None if torch.compiler.is_compiling() else fused_kernels(device)
+    if device.type != "cuda" or torch.compiler.is_compiling() or not rounds_to_e4m3(device):
+        return None
+    return fused_kernels(device)
 
 
 def uses_fp8(module: nn.Module) -> bool:

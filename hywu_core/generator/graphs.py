@@ -32,7 +32,15 @@ class _Graph:
     outputs: list[Tensor]
     replay: Callable[[], None]
     weights: tuple
+    places: list[tuple[dict[str, Tensor | None], str, Tensor, int]]
     kept: tuple
+
+    def reads(self, weights: tuple) -> bool:
+        """Whether all weights still lie where the graph reads them."""
+        return self.weights == weights and all(
+            owner.get(name) is tensor and tensor.data_ptr() == pointer
+            for owner, name, tensor, pointer in self.places
+        )
 
 
 class GraphedGenerator:
@@ -50,6 +58,7 @@ class GraphedGenerator:
         self._graphs: OrderedDict[tuple, _Graph] = OrderedDict()
         self._lock = threading.Lock()
         self._done: torch.cuda.Event | None = None
+        self._streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None
 
     def __call__(self, condition: Condition | Tensor) -> GeneratedLoRA:
         """As `ParameterGenerator.forward`; the LoRA's tensors are its own."""
@@ -57,7 +66,7 @@ class GraphedGenerator:
         condition = Condition.of(condition, next(iter(generator.config.condition)))
         if not self.suits(condition):
             return generator(condition)
-        with self._lock:
+        with self._lock, torch.cuda.device_of(generator.model.norm_input.weight):
             self._wait()
             graph = self._graph(condition)
             for name, tokens in condition.parts.items():
@@ -89,7 +98,7 @@ class GraphedGenerator:
         )
         weights = self.generator.weights_key()
         found = self._graphs.pop(key, None)
-        if found is None or found.weights != weights:
+        if found is None or not found.reads(weights):
             del found  # its memory serves the new one
             found = self._capture(condition, weights)
         self._graphs[key] = found
@@ -109,18 +118,21 @@ class GraphedGenerator:
             outputs, replay = self._record(lambda: generator.generate_grids(inputs))
         # what the graph reads must outlive it: tables and the constant prefix are the generator's
         kept = (generator._tables.copy(), generator._prefix)
-        return _Graph(inputs, outputs, replay, weights, kept)
+        return _Graph(inputs, outputs, replay, weights, _places(generator), kept)
 
     def _record(self, run: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Callable[[], None]]:
         """Run once for good, and return the outputs and what repeats the run into them."""
-        side = torch.cuda.Stream()
+        if self._streams is None:  # libraries keep a workspace a stream, so always the same ones
+            self._streams = torch.cuda.Stream(), torch.cuda.Stream()
+        side, recording = self._streams
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(2):  # kernels are built, libraries make their handles, tables and prefix
                 run()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # what other threads do with the device (allocate, sample) is none of this recording
+        with torch.cuda.graph(graph, stream=recording, capture_error_mode="thread_local"):
             outputs = run()
         return outputs, graph.replay
 
@@ -132,6 +144,17 @@ class GraphedGenerator:
     def _mark(self) -> None:
         if self.generator.model.norm_input.weight.is_cuda:
             self._done = torch.cuda.current_stream().record_event()
+
+
+def _places(generator: ParameterGenerator) -> list[tuple[dict, str, Tensor, int]]:
+    """(where a module keeps it, name, tensor, address) of every weight."""
+    return [
+        (owner, name, tensor, tensor.data_ptr())
+        for module in generator.modules()
+        for owner in (module._parameters, module._buffers)
+        for name, tensor in owner.items()
+        if tensor is not None
+    ]
 
 
 def compile_blocks(generator: ParameterGenerator, **options: Any) -> ParameterGenerator:

@@ -2,7 +2,8 @@
 
 Each reads and writes its tensors once, where eager torch takes three to six passes. They take any
 strides in the leading dimensions, so that no view of the residual stream has to be copied first.
-tests/core/test_speed_kernels.py compares them with torch in Triton's interpreter.
+tests/core/test_speed_kernels.py compares them with torch in Triton's interpreter, and compiles them for
+real devices. Triton launches on the current device, torch on the tensor's: hence the `device_of`.
 """
 
 from __future__ import annotations
@@ -47,11 +48,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, bias: Tensor | None = None) 
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dim = x.shape[-1]
     block = triton.next_power_of_2(dim)
-    _rms_norm[(out.numel() // dim,)](
-        x, weight, weight if bias is None else bias, out, x.shape[1], x.shape[2],
-        x.stride(0), x.stride(1), x.stride(2), dim, eps,
-        HAS_BIAS=bias is not None, BLOCK=block, num_warps=min(16, max(1, block // 512)),
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _rms_norm[(out.numel() // dim,)](
+            x, weight, weight if bias is None else bias, out, x.shape[1], x.shape[2],
+            x.stride(0), x.stride(1), x.stride(2), dim, eps,
+            HAS_BIAS=bias is not None, BLOCK=block, num_warps=min(16, max(1, block // 512)),
+        )  # fmt: skip
     return out
 
 
@@ -94,11 +96,12 @@ def rotate_(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
     second = second.expand(length, count, dim // 4, 2)
     pairs = triton.next_power_of_2(dim // 2)
     block = max(1, min(triton.next_power_of_2(heads), 1024 // pairs))
-    _rotate[(length * count, triton.cdiv(heads, block))](
-        x, first, second, count, heads, dim // 2, x.stride(0), x.stride(1), x.stride(2),
-        first.stride(0), first.stride(1), second.stride(0), second.stride(1),
-        HEADS=block, PAIRS=pairs,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _rotate[(length * count, triton.cdiv(heads, block))](
+            x, first, second, count, heads, dim // 2, x.stride(0), x.stride(1), x.stride(2),
+            first.stride(0), first.stride(1), second.stride(0), second.stride(1),
+            HEADS=block, PAIRS=pairs,
+        )  # fmt: skip
     return x
 
 
@@ -128,5 +131,6 @@ def quantize_rows(x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> tuple[
     out = torch.empty(rows, dim, dtype=dtype, device=x.device)
     scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
     block = min(4096, triton.next_power_of_2(dim))
-    _quantize_rows[(rows,)](x, out, scales, DIM=dim, LIMIT=E4M3_MAX, BLOCK=block, num_warps=8)
+    with torch.cuda.device_of(x):
+        _quantize_rows[(rows,)](x, out, scales, DIM=dim, LIMIT=E4M3_MAX, BLOCK=block, num_warps=8)
     return out, scales

@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 
 EPS = 1e-6
 
+#: Attention kernels take no more sequences at once: a CUDA grid's second and third dimensions end there.
+MOST_SEQUENCES = 65535
+
 
 @dataclass(frozen=True)
 class Context:
@@ -173,7 +176,8 @@ class Block(nn.Module):
             out = _attention(q, k, qkv[:, :, 2 * heads :], None)
             return out.view(view.shape)
 
-        return _residual(x, norm, attend, resolved["W_o"], batch * length, context)
+        most = MOST_SEQUENCES // batch
+        return _residual(x, norm, attend, resolved["W_o"], batch * length, context, most)
 
     def cross(
         self, streams: list[Tensor], tables: list[StackTables], context: Context
@@ -279,16 +283,19 @@ def _residual(
     out: tuple[Any, Tensor | None],
     rows_each: int,
     context: Context,
+    most: int | None = None,
 ) -> Tensor:
     """``x + linear(branch(norm(x)))`` over ``x [B, M, L, d]``, in chunks along M when in place.
 
     branch: takes the norm as a function (so that its result lives no longer than it must), the chunk
-    and the chunk's start. rows_each: rows of d values that one index of M holds.
+    and the chunk's start. rows_each: rows of d values that one index of M holds. most: indices of M
+    that a chunk may hold at most, where not only memory says.
     """
     if not context.in_place:
         return x + linear(branch(lambda: norm(x), x, 0), *out)
     weight, bias = out
-    step = even_step(x.shape[1], context.chunk_rows // rows_each)
+    fitting = context.chunk_rows // rows_each
+    step = even_step(x.shape[1], fitting if most is None else min(fitting, most))
     for start in range(0, x.shape[1], step):
         view = x[:, start : start + step]
         adds = view.is_contiguous() and isinstance(weight, Tensor)
@@ -318,6 +325,12 @@ def _normed(
 
 
 @functools.cache
+def rounds_to_e4m3(device: torch.device) -> bool:
+    """Whether a CUDA device has instructions for e4m3; Triton builds no kernel with it elsewhere."""
+    return torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+@functools.cache
 def fused_kernels(device: torch.device) -> ModuleType | None:
     """The Triton kernels for a device, or None: no CUDA, no Triton, or none that can be built.
 
@@ -333,7 +346,7 @@ def fused_kernels(device: torch.device) -> ModuleType | None:
         table = torch.ones(1, 1, 4, 2, device=device)
         kernels.rms_norm(x, x[0, 0, 0], EPS, x[0, 0, 0])
         kernels.rotate_(x, table, table)
-        if torch.cuda.get_device_capability(device) >= (8, 9):
+        if rounds_to_e4m3(device):
             kernels.quantize_rows(x.view(1, 16))
     except ImportError:
         return None

@@ -25,6 +25,9 @@ SLOTS = 2
 #: Chunks are not made smaller than this many rows of the residual stream.
 LEAST_ROWS = 64
 
+#: Most bytes of one page-locked buffer: torch rounds each up to a power of two.
+LARGEST_PINNED = 4 << 30
+
 #: Start of every tensor in a flat buffer, in bytes: what vectorized loads want.
 ALIGNMENT = 256
 
@@ -167,8 +170,8 @@ def tensor_bytes(module: nn.Module) -> int:
 class BlockStreamer:
     """Runs a generator's blocks out of host memory, the next ones copied while one computes.
 
-    The blocks' tensors move into one flat host buffer a block (page-locked for CUDA), so that a block
-    is one copy; they stay valid there for saving. Some blocks can be kept on the device besides.
+    The blocks' tensors move into a flat piece of a host buffer (page-locked for CUDA), so that a block is
+    one copy; they stay valid there for saving. Some blocks can be kept on the device besides.
     On CUDA copies run on a stream of their own; elsewhere the same code copies in line.
     Generations take turns: a slot serves one at a time.
 
@@ -186,7 +189,7 @@ class BlockStreamer:
         self._hosts: list[Tensor] = []
         if read is None:
             with torch.inference_mode(False):
-                self._hosts = [_pack(block, pin=device.type == "cuda") for block in blocks]
+                self._hosts = _pack_all(self._blocks, pin=device.type == "cuda")
         self._resident: dict[int, _Slot] = {}
         self._slots: list[_Slot] = []
         self._lock = threading.Lock()
@@ -296,9 +299,33 @@ def _view(flat: Tensor, start: int, like: Tensor) -> Tensor:
     return flat[start : start + like.nbytes].view(like.dtype).view(like.shape)
 
 
-def _pack(block: nn.Module, pin: bool) -> Tensor:
-    """Move a block's tensors into one flat host buffer ``[bytes]``; they become views of it."""
-    flat = torch.empty(_flat_bytes(block), dtype=torch.uint8, pin_memory=pin)
+def blocks_a_buffer(block_bytes: int, num_blocks: int) -> int:
+    """How many blocks share a page-locked buffer, so that rounding it up wastes least."""
+
+    def waste(count: int) -> float:
+        size = count * block_bytes
+        return (1 << (size - 1).bit_length()) / size
+
+    most = max(1, min(num_blocks, LARGEST_PINNED // block_bytes))
+    return min(range(1, most + 1), key=waste)
+
+
+def _pack_all(blocks: list[nn.Module], pin: bool) -> list[Tensor]:
+    """Move the blocks' tensors to host memory; returns a flat buffer ``[bytes]`` a block."""
+    size = max(map(_flat_bytes, blocks))
+    step = -(-size // ALIGNMENT) * ALIGNMENT
+    group = blocks_a_buffer(step, len(blocks))
+    hosts = []
+    for first in range(0, len(blocks), group):
+        members = blocks[first : first + group]
+        whole = torch.empty(len(members) * step, dtype=torch.uint8, pin_memory=pin)
+        for block, flat in zip(members, whole.split(step), strict=True):
+            hosts.append(_pack(block, flat[: _flat_bytes(block)]))
+    return hosts
+
+
+def _pack(block: nn.Module, flat: Tensor) -> Tensor:
+    """Move a block's tensors into ``flat [bytes]``; they become views of it."""
     with torch.no_grad():
         for owner, leaf, start, tensor in list(_places(block)):
             view = _view(flat, start, tensor)

@@ -8,8 +8,9 @@ import time
 import pytest
 import torch
 
+from bench import cuda_sizes, measure
 from bench import generator as bench
-from bench import measure
+from bench.cuda_sizes import CPU_SIZES, SIZES
 from bench.eager import EagerGenerator
 from hywu_core import Condition, GeneratorConfig, LoRALayout
 from hywu_core.generator.checkpoints import file_tensors
@@ -137,3 +138,15 @@ def test_the_forward_stays_under_half_the_memory_of_the_twin():
     for kept in ("prefix computed", "prefix cached"):
         ours = measure.peak_memory(lambda: generator.generate_grids(condition))
         assert 0 < ours < theirs / 2, (kept, ours, theirs)
+
+
+def test_both_sizes_stand_in_one_table(monkeypatch, capsys):
+    tiny = {name: SIZES[name].tiny() for name in CPU_SIZES}
+    monkeypatch.setattr(cuda_sizes, "SIZES", tiny)
+    found = bench.cpu(1)
+    assert set(found) == {"bundled", "engine"}
+    lines = capsys.readouterr().out.splitlines()
+    for size, figures in found.items():
+        assert figures["relative_difference"] < 1e-5
+        assert sum(line.startswith(f"{size} ") for line in lines) == 2  # plain eager, ours
+        assert set(figures["peak_bytes"]) == set(figures["time"]) == {"plain eager", "ours"}

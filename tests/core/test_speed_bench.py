@@ -9,6 +9,7 @@ import torch
 
 from bench import cuda, cuda_sizes, device
 from bench.cuda_sizes import SIZES
+from bench.cuda_targets import verdicts
 from bench.cuda_variants import VARIANTS, reference, relative_difference
 from bench.generator import make
 
@@ -41,10 +42,71 @@ def test_the_whole_course_runs_on_a_cpu(tmp_path, monkeypatch, capsys):
                 continue
             assert 0 < result["min_s"] <= result["median_s"] <= result["max_s"]
             assert result["peak_over_weights_bytes"] > 0
+            weights = result["peak_bytes"] - result["peak_over_weights_bytes"]
+            assert weights == result["weights_bytes"] > 0
             if variant != "eager":
                 limit = 0.1 if variant == "fp8" else 1e-5
                 assert result["difference_from_eager"] < limit, (name, variant)
-        assert size["variants"]["eager"]["profile"]["seconds_by_kind"]["matmul"] > 0
+        for variant in ("eager", "ours", "fp8"):
+            assert size["variants"][variant]["profile"]["seconds_by_kind"]["matmul"] > 0
+    assert len(figures["targets"]) == 11
+
+
+def test_a_variant_that_fails_costs_no_other_its_figures(tmp_path, monkeypatch, capsys):
+    def broken(generator, condition):
+        def run():
+            raise RuntimeError("no kernel image\nis available")
+
+        return run
+
+    monkeypatch.setitem(VARIANTS, "fp8", broken)
+    monkeypatch.setattr(cuda, "CALLS", 1)
+    path = tmp_path / "figures.json"
+    arguments = "cuda --device cpu --tiny --sizes flux --variants eager fp8 ours --json"
+    monkeypatch.setattr("sys.argv", [*arguments.split(), str(path)])
+    with pytest.raises(SystemExit) as ended:
+        cuda.main()
+    assert "fp8 of flux: failed: RuntimeError: no kernel image" in str(ended.value)
+    variants = json.loads(path.read_text())["sizes"]["flux"]["variants"]
+    assert variants["fp8"] == {"failed": "failed: RuntimeError: no kernel image"}
+    assert variants["ours"]["difference_from_eager"] < 1e-5
+    assert "is available" in capsys.readouterr().err
+
+
+def test_errors_that_rounding_does_not_explain_are_failures():
+    def found(**errors):
+        return cuda.failures({"relative_error_at_reduced_size": errors, "sizes": {}})
+
+    assert not found(eager=0.017, ours=0.016, fp8=0.041, graph="graphs are for small generators")
+    assert len(found(eager=0.017, ours=0.03, fp8=0.09)) == 2
+    assert not found(eager=1e-7, ours=2e-7, fp8=0.04)
+    assert len(found(eager=1e-7, ours=1e-4, fp8=0.09)) == 2
+    assert not found(ours=0.016, fp8=0.041)
+    assert len(found(eager=0.017, ours=float("nan"))) == 1
+    figures = {"relative_error_at_reduced_size": {}, "sizes": {"flux": {"variants": {}}}}
+    for difference, count in ((0.02, 0), (0.3, 1), (float("nan"), 1)):
+        figures["sizes"]["flux"]["variants"]["ours"] = {"difference_from_eager": difference}
+        assert len(cuda.failures(figures)) == count
+
+
+def test_figures_are_compared_with_the_targets():
+    def variants(**times):
+        return {"variants": {n: {"median_s": s} for n, s in times.items()}}
+
+    figures = {
+        "rates": {"matmul_tflops": 800.0},
+        "relative_error_at_reduced_size": {"ours": 0.017, "fp8": 0.041},
+        "sizes": {
+            "official": variants(eager=5.2, ours=4.5, fp8=4.0),
+            "flux": variants(ours=0.03, graph=0.02),
+            "bundled": variants(ours=0.004, graph=0.0031),
+        },
+    }
+    ours = figures["sizes"]["official"]["variants"]["ours"]
+    ours |= {"tflops": 600.0, "peak_over_weights_bytes": 3_500_000_000}
+    met = [verdict.met for verdict in verdicts(figures)]
+    none = "not measured"
+    assert met == ["yes", "yes", "no", "yes", "yes", "yes", none, none, none, "yes", "no"]
 
 
 def test_the_sizes_are_those_they_claim():

@@ -10,9 +10,10 @@ from bench.cuda_sizes import random_condition, reduced
 from bench.cuda_variants import relative_difference, variant
 from bench.generator import make
 from hywu_core import Condition, GeneratorConfig, HYWUError, LoRALayout, inject
+from hywu_core.generator import fp8, layers
 from hywu_core.generator.checkpoints import save_generator
 from hywu_core.generator.fp8 import Fp8Linear, quantize_rows, to_fp8
-from hywu_core.generator.graphs import GRAPHS, GraphedGenerator
+from hywu_core.generator.graphs import GRAPHS, GraphedGenerator, compile_blocks
 from hywu_core.layout import Module, Stack
 
 CPU = torch.device("cpu")
@@ -94,6 +95,16 @@ def test_fp8_names_what_it_cannot_round():
         to_fp8(ParameterGenerator(small(), host))
 
 
+def test_devices_without_e4m3_round_with_torch(monkeypatch):
+    """Triton builds no e4m3 kernel for them, though it does the others."""
+    built = object()
+    monkeypatch.setattr(fp8, "fused_kernels", lambda device: built)
+    for index, (capability, kernels) in enumerate([((8, 0), None), ((8, 9), built)]):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        assert fp8._kernels(torch.device("cuda", 90 + index)) is kernels
+    assert fp8._kernels(CPU) is None
+
+
 # -- compiled blocks and graphs -------------------------------------------------------------------
 
 
@@ -105,6 +116,26 @@ def test_compiled_blocks_compute_the_same():
         for _ in range(2):
             for value, right in zip(run(), expected, strict=True):
                 torch.testing.assert_close(value, right, rtol=1e-4, atol=1e-5)
+
+
+def test_one_compilation_serves_all_blocks():
+    """Beyond 8 of them dynamo would give up and run the other blocks as they are, without a word."""
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    generator = make(small(num_blocks=10))
+    condition = random_condition(small(), 9, CPU, torch.float32)
+    expected = grids(generator, condition)
+    compile_blocks(generator, backend=counting, dynamic=False)
+    try:
+        for _ in range(2):
+            torch.testing.assert_close(grids(generator, condition), expected, rtol=1e-4, atol=1e-5)
+        assert len(graphs) == 2  # the first block's has no prefix
+    finally:
+        torch.compiler.reset()
 
 
 class Replayed(GraphedGenerator):
@@ -142,10 +173,17 @@ def test_graphs_are_kept_by_shape_and_results_are_their_own():
     generator.model.hw_pos[0].weight.mul_(1.5)  # the prefix is another one
     assert torch.equal(replayed(conditions[0])["d.0.qkv"].A, generator(conditions[0])["d.0.qkv"].A)
     assert replayed.recorded == 3
+    feed_forward = generator.model.blocks[1].feed_forward
+    feed_forward.fc1.weight = nn.Parameter(feed_forward.fc1.weight * 1.5, requires_grad=False)
+    assert torch.equal(replayed(conditions[0])["d.0.qkv"].A, generator(conditions[0])["d.0.qkv"].A)
+    assert replayed.recorded == 4
+    feed_forward.fc2.weight.data = feed_forward.fc2.weight * 2  # as ComfyUI moves weights
+    assert torch.equal(replayed(conditions[0])["d.0.qkv"].A, generator(conditions[0])["d.0.qkv"].A)
+    assert replayed.recorded == 5
     for n in range(10, 10 + GRAPHS):
         replayed(random_condition(small(), n, CPU, torch.float32))
     assert len(replayed._graphs) == GRAPHS
-    assert replayed.recorded == 3 + GRAPHS
+    assert replayed.recorded == 5 + GRAPHS
 
 
 def test_without_cuda_the_generator_is_called_as_it_is():
@@ -157,6 +195,24 @@ def test_without_cuda_the_generator_is_called_as_it_is():
         assert torch.equal(
             graphed(condition)["s.1.linear1"].B, generator(condition)["s.1.linear1"].B
         )
+
+
+def test_attention_takes_no_more_sequences_than_a_grid_has(monkeypatch):
+    generator = make(small())
+    condition = random_condition(small(), 9, CPU, torch.float32)
+    expected = grids(generator, condition)
+    batches = []
+    attention = layers._attention
+
+    def watched(q, k, v, mask):
+        batches.append(q.shape[0])
+        return attention(q, k, v, mask)
+
+    monkeypatch.setattr(layers, "_attention", watched)
+    monkeypatch.setattr(layers, "MOST_SEQUENCES", 2)
+    generator.forget()
+    torch.testing.assert_close(grids(generator, condition), expected)
+    assert max(batches) == 2
 
 
 # -- residence ------------------------------------------------------------------------------------

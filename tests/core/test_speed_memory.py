@@ -18,7 +18,7 @@ from hywu_core import (
     load_generator,
 )
 from hywu_core.generator.checkpoints import save_generator
-from hywu_core.generator.memory import SLOTS, Sizes, plan_memory
+from hywu_core.generator.memory import SLOTS, Sizes, blocks_a_buffer, plan_memory
 from hywu_core.generator.model import CHUNK_BYTES
 from hywu_core.layout import Module, Stack
 
@@ -85,6 +85,18 @@ def test_streamed_blocks_give_the_same_bits(resident, dtype):
         assert generator.streaming == (resident < 5)
     generator.memory_budget = None
     assert same(grids(generator, condition()), expected[1])
+
+
+def test_page_locked_buffers_waste_little_to_rounding():
+    """torch rounds each up to a power of two, which a block's size is far from."""
+    for block, num_blocks in ((604_110_848, 24), (671_000_000, 24), (50 << 20, 6), (7 << 30, 3)):
+        group = blocks_a_buffer(block, num_blocks)
+        assert 1 <= group <= num_blocks
+        held = sum(
+            1 << (min(group, num_blocks - first) * block - 1).bit_length()
+            for first in range(0, num_blocks, group)
+        )
+        assert held <= 1.2 * num_blocks * block, (block, group)
 
 
 def test_only_two_slots_hold_what_is_streamed():
