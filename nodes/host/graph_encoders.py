@@ -33,6 +33,7 @@ def encode(
     parts, masks = {}, {}
     for part, width in generator.config.condition.items():
         _check_sources(generator, part, width, inputs)
+    for part, width in generator.config.condition.items():
         parts[part], mask = tokens(part, generator.config.encoder, pixels, texts, inputs)
         if mask is not None:
             masks[part] = mask
@@ -43,7 +44,8 @@ def encode(
             )
     origin: dict[str, Any] = {"instruction": list(texts), "encoder": "comfyui"}
     if hidden_states.PART in parts:
-        origin["model"] = hidden_states.identity(inputs["model"], inputs["vae"])
+        connected = hidden_states.identity(inputs["model"], inputs["vae"])
+        origin["model"] = {**generator.config.encoder["model"], **connected}
     facts = [list(texts), tuple(pixels.shape), list(parts), origin.get("model")]
     sha = hashlib.sha256(repr(facts).encode())
     sha.update(pixels.contiguous().numpy().tobytes())

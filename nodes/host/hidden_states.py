@@ -116,14 +116,20 @@ def encode(
     The MODEL runs as it is given, with whatever lies on it. Raises HYWUError.
     """
     check(facts, model)
-    rows = []
-    bar = comfy.utils.ProgressBar(len(texts))
-    for image, text in zip(pixels.split(1), texts, strict=True):
-        mm.throw_exception_if_processing_interrupted()
-        at = latent(scaled(image, facts["pixels"]))
-        rows.append(_tokens(facts, model, at, said(text)))
-        bar.update(1)
-    return torch.cat(rows)
+    bar = comfy.utils.ProgressBar(2 * len(texts))
+
+    def each(make: Callable[..., Any], *items: Sequence[Any]) -> Iterator[Any]:
+        for given in zip(*items, strict=True):
+            mm.throw_exception_if_processing_interrupted()
+            yield make(*given)
+            bar.update(1)
+
+    # all texts, all latents, then all runs: on a small card each model comes and goes once
+    entries = [said(text) for text in texts]
+    side = facts["pixels"]
+    latents = list(each(lambda image: latent(scaled(image, side)), pixels.split(1)))
+    rows = each(lambda at, entry: _tokens(facts, model, at, entry), latents, entries)
+    return torch.cat(list(rows))
 
 
 def scaled(image: Tensor, pixels: int) -> Tensor:

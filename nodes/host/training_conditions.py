@@ -51,7 +51,9 @@ class GraphEncoder:
         if self.by_editor:
             self.inputs = {"model": model}
             self.identity = {"type": "bundled_editor", "editor": diffusion.identity}
-            self.parts = {n: t.shape[2] for n, t in self._by_editor(PROBE, "a").parts.items()}
+            with torch.inference_mode():
+                made = self._by_editor(PROBE, "a")
+            self.parts = {name: tokens.shape[2] for name, tokens in made.parts.items()}
             return
         names = []
         if "model" in reads:

@@ -129,6 +129,14 @@ def z_image() -> Any:
     )  # fmt: skip
 
 
+def qwen() -> Any:
+    """Its blocks give text and image one by one."""
+    return narrow(
+        comfy.supported_models.QwenImage, image_model="qwen_image", num_layers=2, in_channels=64,
+        num_attention_heads=1, joint_attention_dim=64,
+    )  # fmt: skip
+
+
 def models() -> dict[str, Any]:
     """Name -> a function that makes it."""
     return {
@@ -137,6 +145,8 @@ def models() -> dict[str, Any]:
         "SD 1.5": lambda: Model("sd15", unet(1, 1), small_vae(4), 768),
         "UNet": lambda: Model("unet", unet(1, 0), small_vae(4), 768),
         "Flux": lambda: Model("flux", flux(), small_vae(16), 64, 32),
+        "HunyuanImage 2.1": lambda: Model("hunyuan", loaded("HunyuanImage 2.1"), small_vae(64), 64),
+        "Qwen-Image": lambda: Model("qwen", qwen(), tools.wan_vae(), 64),
         "Z-Image": lambda: Model("z", z_image(), small_vae(16), 32),
     }
 
@@ -203,6 +213,8 @@ def wrong(wan: Model, generator: HostGenerator) -> dict[str, str]:
     }
     lost = wan.generator(layer="blocks.7")
     found["layer"] = inside.error(lambda: encode(lost, "a", one, **wan.inputs))
+    made = encode(generator, "a", one, **wan.inputs)["result"][0]
+    found["origin"] = inside.error(lambda: NODES["HYWUGenerateLoRA"]().generate(lost, made))
     official = HostGenerator(lost_encoder(wan), torch.float32)
     found["official"] = inside.error(lambda: encode(official, "a", one, **wan.inputs))
     return found

@@ -11,6 +11,8 @@ ARCHITECTURES = {
     "SD 1.5": ("output_blocks.3.1.transformer_blocks.0", [3, 48, 32]),
     "UNet": ("output_blocks.3.0", [3, 48, 32]),
     "Flux": ("single_blocks.1", [3, 15, 128]),
+    "HunyuanImage 2.1": ("single_blocks.1", [3, 48, 256]),
+    "Qwen-Image": ("transformer_blocks.1", [3, 15, 128]),
     "Z-Image": ("layers.1", [3, 15, 256]),
 }
 
@@ -39,13 +41,23 @@ def test_image_and_instruction_change_it_and_nothing_else_does(figures, name):
     assert found["by_text"] > 1e-3
 
 
-def test_the_images_tokens_are_told_apart_from_the_texts(figures):
-    """Text first in Flux; in Z-Image both are padded to 32 tokens, so that neither end is the image's."""
-    assert figures["Flux"]["place"][-1] == [0, 8, 23, [1, 5, 3]]
-    assert figures["Z-Image"]["place"][-1] == [0, 32, 47, [1, 5, 3]]
-    # SD3's last block gives no text any more, Wan's and a UNet's have none in their sequence
-    assert figures["SD3"]["place"][-1] == [0, 0, 15, [1, 5, 3]]
-    assert figures["Wan 2.1"]["place"][-1] == [0, 0, 15, [1, 5, 3]]
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("Flux", [0, 8, 23, [1, 5, 3]]),  # after 8 tokens of text
+        ("HunyuanImage 2.1", [0, 0, 60, [1, 10, 6]]),  # before the text
+        ("Qwen-Image", [1, 0, 15, [1, 5, 3]]),  # the block's second output
+        ("Z-Image", [0, 32, 47, [1, 5, 3]]),  # text and image are padded to 32 tokens each
+        ("SD3", [0, 0, 15, [1, 5, 3]]),  # the last block gives no text
+        ("Wan 2.1", [0, 0, 15, [1, 5, 3]]),
+        ("SD 1.5", [0, 0, 60, [1, 10, 6]]),
+    ],
+)
+def test_the_images_tokens_are_told_apart(figures, name, place):
+    assert figures[name]["place"][-1] == place
+
+
+def test_the_tokens_are_those_that_the_models_last_layer_gets(figures):
     assert figures["hand"] < 1e-6
 
 
@@ -58,6 +70,7 @@ def test_the_images_tokens_are_told_apart_from_the_texts(figures):
         ("clip", "connect clip."),
         ("model", "connect model."),
         ("channels", "connect the model's own VAE"),
+        ("origin", "made by the model's layer 'blocks.1'"),
         ("official", "which no encoder of a graph makes"),
     ],
 )
