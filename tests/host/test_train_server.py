@@ -112,8 +112,9 @@ def test_a_generator_reads_the_models_own_hidden_states(server, tiny_sd3):
             instruction="make it warm", **inputs,
         ),
         "generate": g.node("HYWUGenerateLoRA", generator=["load", 0], condition=["encode", 0]),
+        # four steps of training: a LoRA that hardly shows in 8 bits as it is
         "apply": g.node(
-            "HYWUApplyLoRA", model=["unet", 0], lora=["generate", 0], strength=1.0, mode="auto"
+            "HYWUApplyLoRA", model=["unet", 0], lora=["generate", 0], strength=20.0, mode="auto"
         ),
         "text": g.node("CLIPTextEncode", text="make it warm", clip=["editor", 1]),
         "latent": g.node("VAEEncode", pixels=["photo", 0], vae=["vae", 0]),
