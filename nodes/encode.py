@@ -56,15 +56,17 @@ class HYWUConditionEncode:
                 "model": (
                     "MODEL",
                     {
-                        "tooltip": "Only a check: a connected MODEL must be the editor that the bundled "
-                        "generator was trained for. The encoder brings its own copy, without any LoRA."
+                        "tooltip": "The base model, for checkpoints that read its own hidden states; it "
+                        "runs once for each image, with whatever LoRAs lie on it. For the bundled "
+                        "generator only a check: its encoder brings its own copy of the editor."
                     },
                 ),
                 "clip": (
                     "CLIP",
                     {
                         "tooltip": "A text encoder, for checkpoints that read the part 'text' from one of "
-                        "ComfyUI's CLIPs. Not needed for the bundled generator."
+                        "ComfyUI's CLIPs, or hidden states of a model. Not needed for the bundled "
+                        "generator."
                     },
                 ),
                 "clip_vision": (
@@ -74,11 +76,20 @@ class HYWUConditionEncode:
                         "of ComfyUI's CLIP vision models. Not needed for the bundled generator."
                     },
                 ),
+                "vae": (
+                    "VAE",
+                    {
+                        "tooltip": "The base model's VAE, for checkpoints that read hidden states of a "
+                        "model. Not needed for the bundled generator."
+                    },
+                ),
             },
         }
 
-    def encode(self, generator, image, instruction, model=None, clip=None, clip_vision=None):
+    def encode(
+        self, generator, image, instruction, model=None, clip=None, clip_vision=None, vae=None
+    ):
         condition, report = encoders.encode(
-            generator, image, instruction, model=model, clip=clip, clip_vision=clip_vision
+            generator, image, instruction, model=model, clip=clip, clip_vision=clip_vision, vae=vae
         )
         return text_output(report, (condition,))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .host import layouts, training, training_base, training_files
+from .host import layouts, training, training_base, training_conditions, training_files
 from .host.previews import preview
 from .reports import text_output
 from .sockets import CATEGORY, GENERATOR
@@ -32,7 +32,7 @@ class HYWUTrainGenerator:
     def INPUT_TYPES(cls):
         return {
             "required": {**_SOCKETS, **_what(), **_schedule(), **_how()},
-            "optional": {**_OPTIONAL_SOCKETS, **_PATTERNS},
+            "optional": {**_OPTIONAL_SOCKETS, **_PATTERNS, **_READS},
         }
 
     @classmethod
@@ -67,7 +67,7 @@ _SOCKETS = {
         "CLIP",
         {
             "tooltip": "The model's text encoder. The instruction goes through it to the model, and to the "
-            "generator (except for the bundled editor, whose hidden states the generator reads)."
+            "generator (except where it reads hidden states, as of the bundled editor)."
         },
     ),
 }
@@ -94,6 +94,19 @@ _PATTERNS = {
     "exclude": (
         "STRING",
         {"default": "", "tooltip": "No modules whose path matches one of these patterns."},
+    ),
+}
+
+_READS = {
+    "reads": (
+        list(training_conditions.READS),
+        {
+            "default": training_conditions.READS[0],
+            "tooltip": "What the generator reads. 'encoders': clip, and clip_vision where connected. "
+            "'model': the MODEL's own hidden states of picture and instruction, at most 64 tokens; "
+            "Condition Encode then takes model, vae and clip. Or both. The bundled editor always gives "
+            "its hidden states.",
+        },
     ),
 }
 

@@ -21,7 +21,7 @@ from ...hywu_core.editor.model import split_words
 from ...hywu_core.editor.vocabulary import unknown_instruction
 from ...hywu_core.errors import HYWUError
 from ..instructions import for_images
-from . import graph_encoders
+from . import graph_encoders, hidden_states
 from .bundled_editor import HostEditor, load_host_editor, rgb
 from .generators import HostGenerator
 from .paths import bundled_stamp
@@ -54,7 +54,7 @@ def encode(
     condition = encoder(generator, pixels, texts, inputs)
     if not bool(condition.is_finite()):
         raise HYWUError("The condition has NaN or infinite values; look at the image for them.")
-    warnings = _warnings(generator, texts)
+    warnings = _warnings(generator, texts, condition)
     for warning in warnings:
         log.warning("HY-WU: %s", warning)
     report = {
@@ -67,9 +67,11 @@ def encode(
     return condition, json.dumps(report, ensure_ascii=False)
 
 
-def _warnings(generator: HostGenerator, texts: Sequence[str]) -> list[str]:
+def _warnings(generator: HostGenerator, texts: Sequence[str], condition: Condition) -> list[str]:
     """What is not an error but will not do what the user hopes."""
     found = []
+    if model := condition.origin.get("model"):
+        found += hidden_states.differences(generator.config.encoder["model"], model)
     limit = _bundled().model.config.text_words if _is_bundled(generator) else None
     phrasings = generator.config.provenance.get("phrasings") or {}
     known = [(task, text) for task, texts in phrasings.items() for text in texts]

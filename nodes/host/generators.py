@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 #: The precision whose weights are e4m3 with a scale a row; products are in the device's own.
 FP8_WEIGHTS = "fp8-weights"
+#: Fact of a condition's origin -> where the checkpoint says it of its encoder.
+ORIGINS = (("encoder", "type"), ("editor", "editor"))
 
 
 def activation_bytes(config: GeneratorConfig, batch: int, tokens: int, itemsize: int) -> int:
@@ -176,8 +178,13 @@ def generate(generator: HostGenerator, condition: Condition) -> tuple[GeneratedL
 
 def _check_origin(generator: HostGenerator, condition: Condition) -> None:
     """Two encoders can have tokens of one width and yet mean different things."""
-    for name, key in (("encoder", "type"), ("editor", "editor")):
-        made, wanted = condition.origin.get(name), generator.config.encoder.get(key)
+    origin, encoder = condition.origin, generator.config.encoder
+    pairs = [(name, origin.get(name), encoder.get(key)) for name, key in ORIGINS]
+    own = [facts.get("model") or {} for facts in (origin, encoder)]
+    pairs += [
+        (f"model's {key}", *(facts.get(key) for facts in own)) for key in ("network", "layer")
+    ]
+    for name, made, wanted in pairs:
         if None not in (made, wanted) and made != wanted:
             raise HYWUError(
                 f"The condition was made by the {name} '{made}', this generator was trained on those "

@@ -1,9 +1,10 @@
-"""Conditions from the encoders of a graph: a CLIP for the part `text`, a CLIP_VISION for `vision`."""
+"""Conditions from a graph: a CLIP for the part `text`, a CLIP_VISION for `vision`, a MODEL for its own."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import comfy.model_management as mm
@@ -14,36 +15,77 @@ from torch import Tensor
 
 from ...hywu_core.condition import Condition
 from ...hywu_core.errors import HYWUError
+from . import hidden_states
+from .latents import encode_latent
 
-#: Part of the condition -> input of the node that brings its encoder.
-INPUTS = {"text": "clip", "vision": "clip_vision"}
+#: Part of the condition -> inputs of the node that bring its encoder, the encoder itself first.
+INPUTS = {
+    "text": ("clip",),
+    "vision": ("clip_vision",),
+    hidden_states.PART: ("model", "vae", "clip"),
+}
 
 
 def encode(
-    generator: Any, pixels: Tensor, texts: Sequence[str], inputs: dict[str, Any]
+    generator: Any, pixels: Tensor, texts: Sequence[str], inputs: Mapping[str, Any]
 ) -> Condition:
     """pixels ``[B, 3, H, W]`` in 0..1. Raises HYWUError on an encoder that is missing or too wide."""
     parts, masks = {}, {}
     for part, width in generator.config.condition.items():
-        source = INPUTS.get(part)
-        if source is None or inputs.get(source) is None:
-            raise HYWUError(
-                f"The generator reads the condition part '{part}' ({width} wide)"
-                + (f"; connect {source}." if source else ", which no encoder of a graph makes.")
-            )
-        if part == "text":
-            parts[part], masks[part] = _texts(inputs[source], texts)
-        else:
-            parts[part] = _images(inputs[source], pixels)
+        _check_sources(generator, part, width, inputs)
+    for part, width in generator.config.condition.items():
+        parts[part], mask = tokens(part, generator.config.encoder, pixels, texts, inputs)
+        if mask is not None:
+            masks[part] = mask
         if parts[part].shape[2] != width:
             raise HYWUError(
-                f"The connected {source} gives tokens {parts[part].shape[2]} wide, the generator reads "
-                f"'{part}' {width} wide; connect the encoder that it was trained with."
+                f"The connected {INPUTS[part][0]} gives tokens {parts[part].shape[2]} wide, the generator "
+                f"reads '{part}' {width} wide; connect the encoder that it was trained with."
             )
-    sha = hashlib.sha256(repr((list(texts), tuple(pixels.shape), list(parts))).encode())
+    origin: dict[str, Any] = {"instruction": list(texts), "encoder": "comfyui"}
+    if hidden_states.PART in parts:
+        connected = hidden_states.identity(inputs["model"], inputs["vae"])
+        origin["model"] = {**generator.config.encoder["model"], **connected}
+    facts = [list(texts), tuple(pixels.shape), list(parts), origin.get("model")]
+    sha = hashlib.sha256(repr(facts).encode())
     sha.update(pixels.contiguous().numpy().tobytes())
-    origin = {"instruction": list(texts), "encoder": "comfyui"}
     return Condition(parts, masks, sha.hexdigest()[:32], origin)
+
+
+def tokens(
+    part: str, encoder: Mapping[str, Any], pixels: Tensor, texts: Sequence[str],
+    inputs: Mapping[str, Any],
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """A part's tokens ``[B, L, C]`` and their mask. encoder: what the checkpoint says about it.
+
+    inputs may bring `said` and `latent` (see `hidden_states`), where texts and latents are kept.
+    """
+    if part == "text":
+        return _texts(inputs["clip"], texts)
+    if part == "vision":
+        return _images(inputs["clip_vision"], pixels), None
+    model, vae, clip = (inputs[name] for name in INPUTS[part])
+
+    @lru_cache(None)
+    def said(text: str) -> Any:
+        return clip.encode_from_tokens_scheduled(clip.tokenize(text))[0]
+
+    said = inputs.get("said", said)
+    latent = inputs.get("latent", partial(encode_latent, model.model, vae))
+    return hidden_states.encode(encoder["model"], model, pixels, texts, said, latent), None
+
+
+def _check_sources(generator: Any, part: str, width: int, inputs: Mapping[str, Any]) -> None:
+    """HYWUError names the inputs of a part's encoder that aren't connected."""
+    sources = INPUTS.get(part, ())
+    if part == hidden_states.PART and not generator.config.encoder.get("model"):
+        sources = ()
+    what = f"The generator reads the condition part '{part}' ({width} wide)"
+    if not sources:
+        raise HYWUError(f"{what}, which no encoder of a graph makes.")
+    if missing := [source for source in sources if inputs.get(source) is None]:
+        ways = ", which its base model makes of picture and text" if len(sources) > 1 else ""
+        raise HYWUError(f"{what}{ways}; connect {', '.join(missing)}.")
 
 
 def _texts(clip: Any, texts: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,7 @@ from . import training_files as files
 from .generators import HostGenerator
 from .layouts import SIZES, TOKEN_DIM, patterns
 from .training_base import HostBase
-from .training_conditions import GraphEncoder
+from .training_conditions import READS, GraphEncoder
 from .training_data import FixedCrops
 from .training_memory import (
     HeldNetwork,
@@ -76,6 +76,7 @@ class Request:
     seed: int
     include: str = ""
     exclude: str = ""
+    reads: str = READS[0]
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,9 @@ class _Training:
         )
         cache = files.TensorCache(self.folder / "cache")
         patcher = plain_patcher(model)
-        encoder = GraphEncoder(patcher, clip, clip_vision, cache)
+        encoder = GraphEncoder(
+            patcher, clip, clip_vision, cache, request.reads, vae, request.image_size
+        )
         self.base = HostBase(
             patcher, vae, encoder, cache, request.source_input, request.sample_steps
         )
@@ -181,14 +184,18 @@ class _Training:
 
     def _prepare_examples(self) -> None:
         """Encode every crop once: latents, conditions and texts, kept on disk."""
-        bar = comfy.utils.ProgressBar(len(self.crops))
-        for batch in self.crops.singles():
-            mm.throw_exception_if_processing_interrupted()
-            for image in (batch.source, batch.target):
-                self.base.latent(image)
-            self.base.graph_encoder.condition(batch.source, batch.instruction[0])
-            self.base.graph_encoder.conditioning(batch.instruction[0])
-            bar.update(1)
+        base, encoder = self.base, self.base.graph_encoder
+        bar = comfy.utils.ProgressBar(3 * len(self.crops))
+        # one model after another: the VAE, the text encoder, what the generator reads
+        for make in (
+            lambda one: base.latents(torch.cat([one.source, one.target])),
+            lambda one: encoder.conditioning(one.instruction[0]),
+            lambda one: encoder.condition(one.source, one.instruction[0]),
+        ):
+            for batch in self.crops.singles():
+                mm.throw_exception_if_processing_interrupted()
+                make(batch)
+                bar.update(1)
         self.sampled = self.crops.samples(SAMPLES)
 
     def _examples(self, count: int) -> Condition:
@@ -295,6 +302,6 @@ class _Training:
             "seconds": round(time.perf_counter() - self.started, 1),
             "folder": str(Path(files.FOLDER) / self.folder.name),
         }
-        if "vision" not in self.base.condition_parts and not self.base.predicts_clean:
+        if set(self.base.condition_parts) == {"text"}:
             facts["note"] = "Without clip_vision the generator reads the instruction only."
         return json.dumps(facts, ensure_ascii=False)

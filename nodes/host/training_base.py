@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from ...hywu_core.condition import Condition
-from ...hywu_core.errors import HYWUError
 from ...hywu_core.training.base import Batch, Draws
 from ...hywu_core.training.editor_base import NAME
 from .bundled_editor import HostEditor
+from .identity import base_fingerprint
+from .latents import CachedLatents
 from .training_conditions import GraphEncoder, pad_texts, stack
-from .training_files import TensorCache, digest, fingerprint
+from .training_files import TensorCache
 
 #: How the base gets the source image -> names of the conditioning entries with its latent.
 SOURCES = {
@@ -48,10 +49,12 @@ class HostBase:
         sample_steps: int,
     ) -> None:  # fmt: skip
         self.patcher, self.model, self.vae = patcher, patcher.model, vae
-        self.graph_encoder, self.cache = encoder, cache
+        self.graph_encoder = encoder
+        #: Picture ``[1, 3, H, W]`` in 0..1 -> its latent.
+        self.latent = CachedLatents(self.model, vae, cache)
         self.source_input, self.sample_steps = source_input, sample_steps
-        self.weights = fingerprint(self.module)
-        self.vae_weights = fingerprint(vae.first_stage_model)
+        self.weights = base_fingerprint(patcher)
+        self.vae_weights = self.latent.weights
         #: The bundled editor predicts the clean picture; its velocity is only derived from that.
         self.predicts_clean = isinstance(self.module, HostEditor)
         #: Whether shorter texts are padded in a batch; only where the MODEL reads their masks.
@@ -212,28 +215,7 @@ class HostBase:
 
     def latents(self, images: Tensor) -> Tensor:
         """``[B, 3, H, W]`` in 0..1 -> the VAE's latents, on the CPU."""
-        return torch.cat([self.latent(image) for image in images.cpu().split(1)])
-
-    def latent(self, image: Tensor) -> Tensor:
-        key = digest("latent", self.vae_weights, image)
-        return self.cache.get(key, lambda: self._encode(image))[0]["latent"]
-
-    @torch.inference_mode()
-    def _encode(self, image: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        latent = self.vae.encode(image.movedim(1, -1)).float().cpu()
-        form = self.model.latent_format
-        dimensions = getattr(form, "latent_dimensions", 2)
-        if dimensions == 3 and latent.ndim == 4:
-            latent = latent.unsqueeze(2)
-        wanted = getattr(form, "latent_channels", latent.shape[1])
-        if latent.ndim != 2 + dimensions or latent.shape[1] != wanted:
-            raise HYWUError(
-                f"The VAE's latents are {tuple(latent.shape)}, the MODEL {type(self.model).__name__} "
-                f"takes {wanted} channels in {dimensions} dimensions; connect the model's own VAE."
-            )
-        if not bool(torch.isfinite(latent).all()):
-            raise HYWUError("The VAE gives NaN or infinite latents; run it with --fp32-vae.")
-        return {"latent": latent}, {}
+        return torch.cat([self.latent(image) for image in images.split(1)])
 
     @torch.inference_mode()
     def _decode(self, latent: Tensor) -> Tensor:

@@ -12,46 +12,73 @@ from torch import Tensor
 
 from ...hywu_core.condition import Condition
 from ...hywu_core.errors import HYWUError
-from . import encoders, graph_encoders
+from . import encoders, graph_encoders, hidden_states
 from .bundled_editor import HostEditor
-from .training_files import TensorCache, digest, fingerprint
+from .identity import fingerprint
+from .latents import CachedLatents
+from .training_files import TensorCache, digest
 
 #: Key of a conditioning's main tensor among its cached ones.
 TOKENS = "cross_attn"
+#: What the generator may read of a MODEL that isn't the bundled editor.
+READS = ("encoders", "model", "model and encoders")
+#: A picture by which widths are found.
+PROBE = torch.zeros(1, 3, 64, 64)
+
+
+#: What the generator reads of a MODEL that isn't the bundled editor.
+READS = ("encoders", "model", "model and encoders")
 
 
 class GraphEncoder:
-    """What the generator reads: the bundled editor's own hidden states, or CLIP and CLIP_VISION.
+    """What the generator reads: the bundled editor's hidden states, or what `reads` says.
 
-    identity and parts go into the checkpoint, by which Condition Encode makes the same conditions.
+    reads: one of `READS`. For the MODEL's own hidden states it takes the VAE and the side of the
+    pictures that are trained on. identity and parts go into the checkpoint, by which Condition Encode
+    makes the same conditions.
     """
 
-    def __init__(self, model: Any, clip: Any, clip_vision: Any, cache: TensorCache) -> None:
+    def __init__(
+        self, model: Any, clip: Any, clip_vision: Any, cache: TensorCache, reads: str = READS[0],
+        vae: Any = None, side: int = 0,
+    ) -> None:  # fmt: skip
         self.cache, self.clip = cache, clip
-        self.inputs = {"clip": clip, "clip_vision": clip_vision}
+        self.inputs: dict[str, Any] = {"clip": clip}
         self.text_weights = fingerprint(clip.cond_stage_model)
         self.identity: dict[str, Any] = {"type": "comfyui", "clip": self.text_weights}
         diffusion = model.model.diffusion_model
-        if isinstance(diffusion, HostEditor):
+        self.by_editor = isinstance(diffusion, HostEditor)
+        if self.by_editor:
             self.inputs = {"model": model}
             self.identity = {"type": "bundled_editor", "editor": diffusion.identity}
-        elif clip_vision is not None:
-            self.identity["clip_vision"] = fingerprint(clip_vision.model)
-        self.parts = self._widths()
+            with torch.inference_mode():
+                made = self._by_editor(PROBE, "a")
+            self.parts = {name: tokens.shape[2] for name, tokens in made.parts.items()}
+            return
+        names = []
+        if "model" in reads:
+            latent = CachedLatents(model.model, vae, cache)
+            self.inputs |= {"model": model, "vae": vae, "said": self._said, "latent": latent}
+            self.identity["model"] = hidden_states.describe(model, vae, side, self._said, latent)
+            names.append(hidden_states.PART)
+        if "encoders" in reads:
+            if clip_vision is not None:
+                self.inputs["clip_vision"] = clip_vision
+                self.identity["clip_vision"] = fingerprint(clip_vision.model)
+                names.append("vision")
+            names.append("text")
+        self.parts = {name: self._width(name) for name in names}
 
     @torch.inference_mode()
-    def _widths(self) -> dict[str, int]:
-        """Part name -> width, found by encoding something small."""
-        pixels = torch.zeros(1, 3, 64, 64)
-        if "model" in self.inputs:
-            made = self._by_editor(pixels, "a")
-            return {name: tokens.shape[2] for name, tokens in made.parts.items()}
-        parts = {}
-        if self.inputs["clip_vision"] is not None:
-            vision = graph_encoders._images(self.inputs["clip_vision"], pixels)
-            parts["vision"] = vision.shape[2]
-        parts["text"] = graph_encoders._texts(self.clip, ["a"])[0].shape[2]
-        return parts
+    def _width(self, part: str) -> int:
+        """Found by encoding something small."""
+        made = graph_encoders.tokens(part, self.identity, PROBE, ["a"], self.inputs)
+        return made[0].shape[2]
+
+    def _said(self, text: str) -> list[Any]:
+        """An entry of a CONDITIONING."""
+        facts = self.conditioning(text)
+        return [facts.pop(TOKENS), facts]
 
     def condition(self, pixels: Tensor, text: str) -> Condition:
         """pixels ``[1, 3, H, W]`` in 0..1 -> the condition of one item, on the CPU."""
@@ -64,10 +91,12 @@ class GraphEncoder:
     @torch.inference_mode()
     def _make(self, pixels: Tensor, text: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         pixels = pixels.cpu().float()
-        if "model" in self.inputs:
+        if self.by_editor:
             made = self._by_editor(pixels, text)
         else:
-            asked = SimpleNamespace(config=SimpleNamespace(condition=self.parts))
+            asked = SimpleNamespace(
+                config=SimpleNamespace(condition=self.parts, encoder=self.identity)
+            )
             made = graph_encoders.encode(asked, pixels, [text], self.inputs)
         if not bool(made.is_finite()):
             raise HYWUError(f"The condition of '{text[:60]}' has NaN or infinite values.")

@@ -12,7 +12,7 @@ from typing import Any
 
 import folder_paths
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...hywu_core.errors import HYWUError
 from ...hywu_core.evaluation.items import check_name
@@ -193,18 +193,3 @@ def digest(*parts: Any) -> str:
             part = raw.flatten().view(torch.uint8).numpy().tobytes()
         sha.update(part if isinstance(part, bytes) else repr(part).encode())
     return sha.hexdigest()[:32]
-
-
-@torch.no_grad()
-def fingerprint(module: nn.Module) -> str:
-    """Which weights these are: names, shapes, dtypes and some values of each tensor.
-
-    A hash of all of them would take minutes for a large model.
-    """
-    sha = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        sha.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
-        flat = value.detach().flatten()
-        some = flat[:: max(1, flat.numel() // 64)][:64].cpu().contiguous()
-        sha.update(some.view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()[:16]

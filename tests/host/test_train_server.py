@@ -16,7 +16,7 @@ from PIL import Image
 import dev
 from hywu_core.editor.checkpoint import bundled, load_editor
 from hywu_core.files import read_header
-from hywu_core.headless.client import run_sync
+from hywu_core.headless.client import NodeFailed, run_sync
 from hywu_core.headless.graph import find_node, read_graph
 from hywu_core.headless.local import get_json
 from hywu_core.training.state import FORMAT
@@ -94,6 +94,52 @@ def test_a_model_that_is_not_ours_is_trained_and_stays_as_it_is(server, tiny_sd3
     choices = get_json(f"{server.url}/object_info/HYWULoadGenerator", timeout=60)
     assert "sd3.safetensors" in choices["HYWULoadGenerator"]["input"]["required"]["checkpoint"][0]
     assert np.array_equal(sampled(server, "after"), before)
+
+
+def test_a_generator_reads_the_models_own_hidden_states(server, tiny_sd3):
+    """Trained, loaded, encoded, generated, applied and sampled in one server."""
+    graph = training("hidden", 4)
+    graph["train"]["inputs"]["reads"] = "model"
+    g.run(server, graph, timeout=600)
+    g.put_photo(server.base / "input", "hidden.png", 64)
+    del graph["train"]
+    inputs = {"model": ["unet", 0], "clip": ["editor", 1], "vae": ["vae", 0]}
+    graph |= {
+        "load": g.node("HYWULoadGenerator", checkpoint="hidden.safetensors", precision="auto"),
+        "photo": g.node("LoadImage", image="hidden.png"),
+        "encode": g.node(
+            "HYWUConditionEncode", generator=["load", 0], image=["photo", 0],
+            instruction="make it warm", **inputs,
+        ),
+        "generate": g.node("HYWUGenerateLoRA", generator=["load", 0], condition=["encode", 0]),
+        # four steps of training: a LoRA that hardly shows in 8 bits as it is
+        "apply": g.node(
+            "HYWUApplyLoRA", model=["unet", 0], lora=["generate", 0], strength=20.0, mode="auto"
+        ),
+        "text": g.node("CLIPTextEncode", text="make it warm", clip=["editor", 1]),
+        "latent": g.node("VAEEncode", pixels=["photo", 0], vae=["vae", 0]),
+    }  # fmt: skip
+    for tag, model in (("base", ["unet", 0]), ("edit", ["apply", 0])):
+        graph |= {
+            f"sample_{tag}": g.node(
+                "KSampler", model=model, seed=5, steps=2, cfg=1.0, sampler_name="euler",
+                scheduler="simple", positive=["text", 0], negative=["text", 0],
+                latent_image=["latent", 0], denoise=1.0,
+            ),
+            f"decode_{tag}": g.node("VAEDecode", samples=[f"sample_{tag}", 0], vae=["vae", 0]),
+            f"save_{tag}": g.node(
+                "SaveImage", images=[f"decode_{tag}", 0], filename_prefix=f"hidden_{tag}"
+            ),
+        }  # fmt: skip
+    outputs = g.run(server, graph)
+    report = g.said(outputs, "encode")
+    assert (report["tokens"], report["warnings"]) == (16, [])
+    assert g.said(outputs, "apply")["skipped"] == 0
+    base, edit = (g.pictures(server, outputs, f"save_{tag}") for tag in ("base", "edit"))
+    assert g.levels(base, edit) >= 1
+    del graph["encode"]["inputs"]["vae"]
+    with pytest.raises(NodeFailed, match="connect vae"):
+        run_sync(server.url, graph, timeout=120)
 
 
 def test_the_stop_button_keeps_a_state_and_the_same_graph_goes_on(server, tiny_sd3):

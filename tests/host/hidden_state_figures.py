@@ -1,0 +1,382 @@
+"""Run inside ComfyUI's tree by test_hidden_states.py: a MODEL's own hidden states as the condition.
+
+Arguments: ComfyUI's tree, this extension's folder, a folder to write to.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import inside_comfyui as inside
+
+import architectures  # isort: skip
+import comfy.model_management as mm
+import comfy.model_patcher
+import comfy.sd
+import comfy.supported_models
+import comfy.taesd.taesd
+import folder_paths
+import torch
+from safetensors.torch import save_file
+
+import nodes as stock
+
+FOLDER = Path(inside.ARGUMENTS[0])
+folder_paths.set_input_directory(str(FOLDER / "input"))
+folder_paths.set_output_directory(str(FOLDER / "output"))
+folder_paths.models_dir = str(FOLDER / "models")
+for kind in ("diffusion_models", "loras"):
+    folder_paths.add_model_folder_path(kind, str(FOLDER / "models"), is_default=True)
+NODES = inside.load_nodes()
+
+import train_tools as tools  # noqa: E402
+from hywu_nodes.hywu_core.generator.checkpoints import save_generator  # noqa: E402
+from hywu_nodes.hywu_core.generator.config import GeneratorConfig  # noqa: E402
+from hywu_nodes.hywu_core.generator.model import ParameterGenerator  # noqa: E402
+from hywu_nodes.hywu_core.layout import LoRALayout  # noqa: E402
+from hywu_nodes.hywu_core.lora import GeneratedLoRA  # noqa: E402
+from hywu_nodes.hywu_core.training.base import frozen_digest  # noqa: E402
+from hywu_nodes.nodes.host import hidden_states, training_files  # noqa: E402
+from hywu_nodes.nodes.host.generators import HostGenerator  # noqa: E402
+from hywu_nodes.nodes.host.training_conditions import GraphEncoder  # noqa: E402
+from hywu_nodes.nodes.host.training_data import FixedCrops  # noqa: E402
+
+SIDE = tools.SIZE
+PICTURES = torch.rand(3, 80, 48, 3, generator=torch.Generator().manual_seed(0))
+
+
+class Model:
+    """A MODEL of random weights with a text encoder and a VAE that fit it."""
+
+    def __init__(self, name: str, model: Any, vae: Any, text: int, pooled: int = 0) -> None:
+        self.name, self.model, self.vae = name, model, vae
+        self.clip = tools.ToyCLIP(text, pooled)
+        self.inputs = {"model": model, "vae": vae, "clip": self.clip}
+
+    @property
+    def network(self) -> torch.nn.Module:
+        return self.model.model.diffusion_model
+
+    def generator(self, **changed: Any) -> HostGenerator:
+        """Random weights that read this MODEL's hidden states; `changed` facts of the encoder."""
+        cache = training_files.TensorCache(FOLDER / "cache")
+        encoder = GraphEncoder(self.model, self.clip, None, cache, "model", self.vae, SIDE)
+        facts = {**encoder.identity, "model": {**encoder.identity["model"], **changed}}
+        layout = LoRALayout.of(self.network, 2)
+        config = GeneratorConfig(layout, encoder.parts, 32, 2, 64, 32, 1, encoder=facts)
+        torch.manual_seed(0)
+        made = ParameterGenerator(config)
+        made.reset_parameters()
+        torch.nn.init.normal_(made.model.proj_out_B.weight, std=0.05)
+        path = save_generator(made, FOLDER / f"{self.name}.safetensors", overwrite=True)
+        return HostGenerator(path, torch.float32)
+
+
+def loaded(name: str) -> Any:
+    """The architecture with random weights, by the stock loader."""
+    weights = architectures.random_weights(architectures.build(name), torch.float32)
+    file = FOLDER / "models" / f"{name}.safetensors"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file({f"model.diffusion_model.{key}": value for key, value in weights.items()}, file)
+    folder_paths.filename_list_cache.clear()
+    return stock.UNETLoader().load_unet(file.name, "default")[0]
+
+
+def narrow(kind: type, **options: Any) -> Any:
+    """A MODEL of one of ComfyUI's kinds, narrower than its loader makes it."""
+    config = kind(options)
+    config.set_inference_dtype(torch.float32, None)
+    model = config.get_model({}, "")
+    weights = architectures.random_weights(model.diffusion_model, torch.float32)
+    model.diffusion_model.load_state_dict(weights, strict=False)
+    return comfy.model_patcher.ModelPatcher(model, mm.get_torch_device(), torch.device("cpu"))
+
+
+def small_vae(channels: int) -> comfy.sd.VAE:
+    vae = comfy.taesd.taesd.TAESD(latent_channels=channels)
+    return comfy.sd.VAE(sd=architectures.random_weights(vae, torch.float32))
+
+
+def flux() -> Any:
+    return narrow(
+        comfy.supported_models.Flux, image_model="flux", guidance_embed=True, in_channels=16,
+        out_channels=16, hidden_size=128, mlp_ratio=4.0, num_heads=2, depth=1, depth_single_blocks=2,
+        axes_dim=[16, 24, 24], theta=10000, patch_size=2, qkv_bias=True,
+        vec_in_dim=32, context_in_dim=64,
+    )  # fmt: skip
+
+
+def unet(inner: int, outer: int) -> Any:
+    """SD 1.5's, 32 channels wide, with that many transformer blocks in its two levels, as SDXL's differ."""
+    return narrow(
+        comfy.supported_models.SD15, image_size=32, in_channels=4, out_channels=4, model_channels=32,
+        num_res_blocks=[1, 1], channel_mult=(1, 2), num_heads=2, context_dim=768,
+        transformer_depth=[outer, inner], transformer_depth_middle=1,
+        transformer_depth_output=[outer] * 2 + [inner] * 2, use_spatial_transformer=True, legacy=False,
+        use_temporal_attention=False,
+    )  # fmt: skip
+
+
+def z_image() -> Any:
+    """Pads its text and its image to 32 tokens, in one sequence."""
+    return narrow(
+        comfy.supported_models.Lumina2, image_model="lumina2", in_channels=16, cap_feat_dim=32,
+        n_layers=2, n_refiner_layers=1, qk_norm=True, patch_size=2, dim=256, n_heads=4, n_kv_heads=4,
+        axes_dims=[16, 24, 24], axes_lens=[1536, 512, 512], rope_theta=256.0, ffn_dim_multiplier=2.0,
+        z_image_modulation=True, time_scale=1000.0, pad_tokens_multiple=32,
+    )  # fmt: skip
+
+
+def qwen() -> Any:
+    """Its blocks give text and image one by one."""
+    return narrow(
+        comfy.supported_models.QwenImage, image_model="qwen_image", num_layers=2, in_channels=64,
+        num_attention_heads=1, joint_attention_dim=64,
+    )  # fmt: skip
+
+
+def models() -> dict[str, Any]:
+    """Name -> a function that makes it."""
+    return {
+        "Wan 2.1": lambda: Model("wan", loaded("Wan 2.1"), tools.wan_vae(), 4096),
+        "SD3": lambda: Model("sd3", loaded("SD3"), small_vae(16), 64, 2048),
+        "SD 1.5": lambda: Model("sd15", unet(1, 1), small_vae(4), 768),
+        "UNet": lambda: Model("unet", unet(1, 0), small_vae(4), 768),
+        "Flux": lambda: Model("flux", flux(), small_vae(16), 64, 32),
+        "HunyuanImage 2.1": lambda: Model("hunyuan", loaded("HunyuanImage 2.1"), small_vae(64), 64),
+        "Qwen-Image": lambda: Model("qwen", qwen(), tools.wan_vae(), 64),
+        "Z-Image": lambda: Model("z", z_image(), small_vae(16), 32),
+    }
+
+
+def encode(generator: Any, text: str, pictures: Any = PICTURES, **inputs: Any) -> Any:
+    return NODES["HYWUConditionEncode"]().encode(generator, pictures, text, **inputs)
+
+
+def tokens(*arguments: Any, **inputs: Any) -> torch.Tensor:
+    return encode(*arguments, **inputs)["result"][0].parts[hidden_states.PART]
+
+
+def gap(one: torch.Tensor, two: torch.Tensor) -> float:
+    return float((one - two).abs().max() / one.abs().max())
+
+
+# -- every architecture ------------------------------------------------------------------------------------
+
+
+def looked_at(make: Any) -> dict[str, Any]:
+    made = make()
+    generator = made.generator()
+    facts = generator.config.encoder["model"]
+    texts = "make it warm\nmake it cold\nmake it warm"
+    batch = tokens(generator, texts, **made.inputs)
+    single = tokens(generator, "make it cold", PICTURES[1:2], **made.inputs)
+    same = PICTURES[:1].expand(2, -1, -1, -1)
+    asked = tokens(generator, "make it warm\nmake it cold", same, **made.inputs)
+    return {
+        "layer": facts["layer"],
+        "shape": list(batch.shape),
+        "width": dict(generator.config.condition),
+        "again": gap(batch, tokens(generator, texts, **made.inputs)),
+        "item": gap(batch[1:2], single),
+        "by_image": gap(batch[0], batch[2]),
+        "by_text": gap(asked[0], asked[1]),
+        "place": image_place(made),
+        "hooks_left": sum(len(m._forward_hooks) for m in made.network.modules()),
+    }
+
+
+def image_place(made: Model) -> list[Any]:
+    """What was found for the last latent; and how far the place moves tokens of the image only."""
+    found = list(hidden_states._places.get(made.network, {}).values())
+    return [[p.member, p.start, p.stop, list(p.grid)] if p else None for p in found]
+
+
+# -- one, from all sides -------------------------------------------------------------------------------------
+
+
+def wrong(wan: Model, generator: HostGenerator) -> dict[str, str]:
+    sd3 = models()["SD3"]()
+    one = PICTURES[:1]
+    cases = {
+        "base": {**wan.inputs, "model": sd3.model},
+        "vae": {**wan.inputs, "vae": None},
+        "clip": {**wan.inputs, "clip": None},
+        "model": {**wan.inputs, "model": None},
+        "channels": {**wan.inputs, "vae": small_vae(4)},
+    }
+    found = {
+        name: inside.error(lambda inputs=inputs: encode(generator, "a", one, **inputs))
+        for name, inputs in cases.items()
+    }
+    lost = wan.generator(layer="blocks.7")
+    found["layer"] = inside.error(lambda: encode(lost, "a", one, **wan.inputs))
+    made = encode(generator, "a", one, **wan.inputs)["result"][0]
+    found["origin"] = inside.error(lambda: NODES["HYWUGenerateLoRA"]().generate(lost, made))
+    official = HostGenerator(lost_encoder(wan), torch.float32)
+    found["official"] = inside.error(lambda: encode(official, "a", one, **wan.inputs))
+    return found
+
+
+def lost_encoder(wan: Model) -> Path:
+    """A checkpoint of ComfyUI's encoders that says nothing about a model."""
+    layout = LoRALayout.of(wan.network, 2)
+    parts = {hidden_states.PART: 128}
+    config = GeneratorConfig(layout, parts, 32, 2, 64, 32, 1, encoder={"type": "comfyui"})
+    made = ParameterGenerator(config)
+    made.reset_parameters()
+    return save_generator(made, FOLDER / "lost.safetensors", overwrite=True)
+
+
+def with_lora(wan: Model, generator: HostGenerator) -> dict[str, Any]:
+    """The same LoRA merged and unmerged on the MODEL, and taken off again."""
+
+    def made(model: Any) -> tuple[Any, list[str]]:
+        result = encode(generator, "make it warm", PICTURES[:1], **{**wan.inputs, "model": model})
+        report = json.loads(result["ui"]["text"][0])
+        return result["result"][0], report["warnings"]
+
+    draw = torch.Generator().manual_seed(5)
+    layout = LoRALayout.of(wan.network, 2)
+    pairs = {
+        t.path: (
+            torch.randn(1, 2, t.module.in_features, generator=draw) * t.module.in_features**-0.5,
+            torch.randn(1, t.module.out_features, 2, generator=draw) * 0.15,
+        )
+        for t in layout.targets()
+    }
+    layers = {t.path: layout.stacks[t.stack].layers[t.layer] for t in layout.targets()}
+    lora = GeneratedLoRA.from_pairs(pairs, 2.0, layers=layers)
+
+    def on(strength: float, mode: str) -> Any:
+        return NODES["HYWUApplyLoRA"]().apply(wan.model, lora, strength, mode)["result"][0]
+
+    plain, quiet = made(wan.model)
+    merged, warned = made(on(1.0, "merge"))
+    unmerged, _ = made(on(1.0, "unmerged"))
+    # the shared weights hold the merged LoRA now, unless they are given back first
+    mm.load_models_gpu([on(1.0, "merge")])
+    dirty, dirty_warned = made(wan.model)
+    part = hidden_states.PART
+    prints = [
+        made(on(strength, mode))[0].fingerprint
+        for strength, mode in ((1.0, "merge"), (1.0, "merge"), (0.5, "merge"), (1.0, "unmerged"))
+    ]
+    return {
+        "quiet": quiet,
+        "warned": warned,
+        "dirty_warned": dirty_warned,
+        "effect": gap(plain.parts[part], merged.parts[part]),
+        "unmerged": gap(merged.parts[part], unmerged.parts[part]),
+        "back": gap(plain.parts[part], dirty.parts[part]),
+        "print_back": plain.fingerprint == dirty.fingerprint,
+        "print_same": prints[0] == prints[1] == merged.fingerprint,
+        "prints": len({plain.fingerprint, *prints}),
+    }
+
+
+def placed_by_hand(flux_model: Model) -> dict[str, Any]:
+    """The tokens that are taken, against those that the network itself cuts out for its last layer."""
+    generator, seen = flux_model.generator(), []
+    handle = flux_model.network.final_layer.register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].clone())
+    )
+    picture = PICTURES[:1, :48, :48]
+    found = tokens(generator, "make it warm", picture, **flux_model.inputs)
+    handle.remove()
+    whole = seen[0].float().mT.unflatten(2, (SIDE // 16, SIDE // 16))
+    wanted = torch.nn.functional.adaptive_avg_pool2d(whole, 8 if SIDE > 128 else SIDE // 16)
+    return {"hand": gap(found, wanted.flatten(2).mT), "runs": len(seen)}
+
+
+def stopped(wan: Model, generator: HostGenerator) -> dict[str, Any]:
+    """The stop button between two pictures."""
+    calls = {"left": 2}
+    ask = mm.throw_exception_if_processing_interrupted
+
+    def stop_at_second() -> None:
+        calls["left"] -= 1
+        if calls["left"] == 0:
+            raise mm.InterruptProcessingException()
+
+    mm.throw_exception_if_processing_interrupted = stop_at_second
+    try:
+        encode(generator, "make it warm", **wan.inputs)
+        how = "went on"
+    except mm.InterruptProcessingException:
+        how = "interrupted"
+    finally:
+        mm.throw_exception_if_processing_interrupted = ask
+    return {"stopped": how}
+
+
+# -- trained -----------------------------------------------------------------------------------------------
+
+WIDGETS: dict[str, Any] = {
+    "name": "own", "pairs": "colour", "generator_size": "XS", "rank": 2, "steps": 4, "batch_size": 4,
+    "accumulation": 1, "learning_rate": 1e-3, "image_size": SIDE, "crops": 1, "source_input": "both",
+    "precision": "auto", "checkpointing": False, "sample_every": 0, "sample_steps": 2, "seed": 0,
+}  # fmt: skip
+
+
+def trained(wan: Model, reads: str) -> dict[str, Any]:
+    """Train, load the checkpoint, encode, generate, apply, sample."""
+    before = frozen_digest(wan.model.model)
+    name = reads.replace(" ", "_")
+    node = NODES["HYWUTrainGenerator"]()
+    done = node.train(
+        wan.model, wan.vae, wan.clip, clip_vision=tools.clip_vision(FOLDER), reads=reads,
+        **{**WIDGETS, "name": name},
+    )["result"]  # fmt: skip
+    cached = len(list((training_files.run_folder(name) / "cache").glob("*.safetensors")))
+    generator = NODES["HYWULoadGenerator"]().load(f"{name}.safetensors", "auto")[0]
+    inputs = {**wan.inputs, "clip_vision": tools.clip_vision(FOLDER)}
+    picture = PICTURES[:1, :48, :48]
+    result = encode(generator, "make it warm", picture, **inputs)
+    other = encode(generator, "make it cold", picture, **inputs)["result"][0]
+    loras = [
+        NODES["HYWUGenerateLoRA"]().generate(generator, condition)["result"][0]
+        for condition in (result["result"][0], other)
+    ]
+    sample = architectures.sampler("Wan 2.1", stock.common_ksampler)
+    plain = sample(wan.model)
+    applied = NODES["HYWUApplyLoRA"]().apply(wan.model, loras[0], 1.0, "unmerged")["result"][0]
+    report = json.loads(done[1])
+    return {
+        "parts": dict(generator.config.condition),
+        "facts": generator.config.encoder["model"],
+        "losses": [report["loss_first_tenth"], report["loss_last_tenth"]],
+        "note": report.get("note"),
+        "warnings": json.loads(result["ui"]["text"][0])["warnings"],
+        "base_same": frozen_digest(wan.model.model) == before,
+        "cached": cached,
+        "effect": float((sample(applied) - plain).abs().max()),
+        "by_text": max(float((loras[0][p].B - loras[1][p].B).abs().max()) for p in loras[0]),
+        "training_condition": gap_to_training(wan, generator, name),
+    }
+
+
+def gap_to_training(wan: Model, generator: HostGenerator, name: str) -> float:
+    """The condition of a training's crop against that of Condition Encode for the same picture."""
+    crop = FixedCrops(training_files.training_pairs("colour")[0], 1, SIDE, 1, 0).batch([0])
+    cache = training_files.TensorCache(training_files.run_folder(name) / "cache")
+    encoder = GraphEncoder(wan.model, wan.clip, None, cache, "model", wan.vae, SIDE)
+    kept = encoder.condition(crop.source, crop.instruction[0]).parts[hidden_states.PART]
+    inputs = {**wan.inputs, "clip_vision": tools.clip_vision(FOLDER)}
+    picture = crop.source.movedim(1, -1)
+    return gap(kept, tokens(generator, crop.instruction[0], picture, **inputs))
+
+
+with torch.inference_mode():  # as ComfyUI runs its nodes
+    tools.make_pairs(FOLDER / "input" / "colour")
+    figures: dict[str, Any] = {name: looked_at(make) for name, make in models().items()}
+    wan = models()["Wan 2.1"]()
+    generator = wan.generator()
+    figures["errors"] = wrong(wan, generator)
+    figures["lora"] = with_lora(wan, generator)
+    figures |= placed_by_hand(models()["Flux"]()) | stopped(wan, generator)
+    for reads in ("model", "model and encoders"):
+        figures[reads] = trained(wan, reads)
+inside.show(figures)
