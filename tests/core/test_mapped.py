@@ -162,4 +162,5 @@ def test_streaming_holds_under_a_quarter_of_the_weights(tmp_path):
     print({"weights": weights, "working": plan.working_bytes, **peaks})
     assert weights > 1e8
     assert peaks["resident"] > 0.95 * weights  # the measurement sees weights
+    assert peaks["resident"] < 1.2 * weights + plan.working_bytes  # never two copies of them
     assert peaks["streamed"] < 0.25 * weights + plan.working_bytes
