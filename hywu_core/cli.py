@@ -28,6 +28,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "comfy": (".headless.command", "run a workflow on a ComfyUI server"),
 }
 
+#: What torch's error says where a device or the host has no memory left; it has no class common to all.
+NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
 EPILOG = "`hywu COMMAND --help` explains one command and shows an example."
 
 
@@ -68,6 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(
             f"hywu {args.command}: {error.strerror or error}: {error.filename or ''}\n"
         )
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not any(w in str(error) for w in NO_MEMORY):
+            raise
+        sys.stderr.write(f"hywu {args.command}: not enough memory for this\n")
         return 1
     except KeyboardInterrupt:
         sys.stderr.write(f"hywu {args.command}: interrupted\n")

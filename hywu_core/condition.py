@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .batch import Items, batch_index
 from .errors import HYWUError
 
 #: The single part of an official condition: hidden states of the base model's last layer.
@@ -72,6 +73,11 @@ class Condition:
         return next(iter(self.parts.values())).shape[0]
 
     @property
+    def widths(self) -> dict[str, int]:
+        """Width of every part, in their order."""
+        return {name: tokens.shape[-1] for name, tokens in self.parts.items()}
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of all parts together, masked ones included."""
         return sum(tokens.shape[1] for tokens in self.parts.values())
@@ -86,10 +92,12 @@ class Condition:
         masks = {name: mask.to(device=device) for name, mask in self.masks.items()}
         return replace(self, parts=parts, masks=masks)
 
-    def select(self, items: int | slice | Sequence[int] | Tensor) -> Condition:
-        """One item (the batch dimension stays), or several. The fingerprint gets the selection."""
-        index = slice(items, items + 1 or None) if isinstance(items, int) else items
-        chosen = torch.arange(self.batch_size)[index].tolist()
+    def select(self, items: Items) -> Condition:
+        """One item (the batch dimension stays), or several. The fingerprint gets the selection.
+
+        Raises HYWUError on items that aren't there.
+        """
+        index, chosen = batch_index(items, self.batch_size, "the condition")
         return replace(
             self,
             parts={name: tokens[index] for name, tokens in self.parts.items()},
@@ -105,6 +113,16 @@ class Condition:
                 for n, t in self.parts.items()
             ]
         ).all()
+
+    def _check_counts(self) -> None:
+        """Raise HYWUError for an item all of whose tokens are masked. Waits for the device."""
+        if any(name not in self.masks for name in self.parts):
+            return
+        counts = torch.stack([mask.any(dim=1) for mask in self.masks.values()]).any(dim=0)
+        if empty := [i for i, any_ in enumerate(counts.tolist()) if not any_]:
+            raise HYWUError(
+                f"The masks leave no token of item {empty[0]}; encode that item again, or leave it out."
+            )
 
     def digest(self) -> str:
         """Hash of the values themselves; waits for the device."""
@@ -137,17 +155,19 @@ class Condition:
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> Condition:
         """Read a file of `save`, or any safetensors file with one ``[B, L, C]`` or ``[L, C]`` tensor.
 
-        Raises HYWUError naming the file.
+        Raises HYWUError naming the file, also when the masks leave an item without any token.
         """
         from .files import read_tensors
 
         tensors, header = read_tensors(path, device)
         try:
             if header.get("format") != FORMAT:
-                return cls.of(_only_tensor(path, tensors))
+                return cls.of(_only_tensor(tensors))
             parts = {name: tensors[f"parts.{name}"] for name in header["parts"]}
             masks = {n: tensors[f"masks.{n}"] for n in parts if f"masks.{n}" in tensors}
-            return cls(parts, masks, header["fingerprint"], header["origin"])
+            condition = cls(parts, masks, header["fingerprint"], header["origin"])
+            condition._check_counts()
+            return condition
         except KeyError as error:
             raise HYWUError(f"{path}: the condition file lacks {error}; save it again.") from error
         except HYWUError as error:
@@ -159,7 +179,7 @@ def clear_masked(tokens: Tensor, mask: Tensor | None) -> Tensor:
     return tokens if mask is None else tokens.masked_fill(~mask[..., None], 0)
 
 
-def _only_tensor(path: str | Path, tensors: Mapping[str, Tensor]) -> Tensor:
+def _only_tensor(tensors: Mapping[str, Tensor]) -> Tensor:
     named = tensors.get("condition", next(iter(tensors.values())) if len(tensors) == 1 else None)
     if named is None:
         raise HYWUError(

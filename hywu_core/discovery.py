@@ -108,7 +108,7 @@ def find_stacks(
                 continue
         elif not found.layer:
             continue
-        _add(layers.setdefault(found.layer, {}), found.module, shape[0])
+        _add(layers.setdefault(found.layer, {}), found.module)
     groups: dict[tuple[Module, ...], list[str]] = {}
     for layer, modules in layers.items():
         groups.setdefault(tuple(modules.values()), []).append(layer)
@@ -167,7 +167,8 @@ def _place(
     return _Found(".".join(parts[:cut]), Module(".".join(parts[cut:]), in_, out, experts, conv))
 
 
-def _add(modules: dict[str, Module], module: Module, own_experts: int) -> None:
+def _add(modules: dict[str, Module], module: Module) -> None:
+    """Add a layer's module; of a list of experts the first stands for all, which must be like it."""
     known = modules.setdefault(module.name, module)
     if known != module:
         raise HYWUError(

@@ -66,6 +66,12 @@ def read_tensors(
         return {key: file.get_tensor(key).clone() for key in file.keys()}, header  # noqa: SIM118
 
 
+def with_suffix(path: str | Path) -> Path:
+    """Where `save_tensors` writes: the path, with ``.safetensors`` added where it lacks it."""
+    path = Path(path)
+    return path if path.suffix == ".safetensors" else path.with_name(path.name + ".safetensors")
+
+
 def save_tensors(
     path: str | Path,
     tensors: Mapping[str, Tensor],
@@ -78,9 +84,7 @@ def save_tensors(
     header: JSON-safe, stored under the key ``hywu``; metadata: further string entries.
     Raises HYWUError when the file exists and `overwrite` is False, or the folder can't be written.
     """
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        path = path.with_name(path.name + ".safetensors")
+    path = with_suffix(path)
     text = {**(metadata or {}), HEADER: json.dumps(header)}
     data = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     with atomic_path(path, overwrite) as part:
@@ -105,6 +109,8 @@ def atomic_path(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         yield part
         os.chmod(part, 0o666 & ~_umask())
         os.replace(part, path)
+    except SafetensorError as error:  # what a full disk is to safetensors
+        raise HYWUError(f"{path}: can't be written ({error}).") from error
     except OSError as error:
         raise HYWUError(f"{path}: can't be written ({error.strerror or error}).") from error
     finally:

@@ -95,7 +95,10 @@ def merge(model: nn.Module, lora: GeneratedLoRA, strength: Strength = 1.0) -> Me
 
 @torch.no_grad()
 def unmerge(merged: Merged) -> None:
-    """Restore the weights that `merge` changed, exactly. A second call does nothing."""
+    """Restore the weights that `merge` changed, exactly. A second call does nothing.
+
+    Of several merges into one model the last is undone first: each restores what it found.
+    """
     while merged.originals:
         parameter, original = merged.originals.pop()
         parameter.copy_(original)

@@ -7,6 +7,7 @@ two (double and single blocks); a UNet has one per block type and width.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -36,6 +37,15 @@ class Module:
     out_features: int
     num_experts: int = 0
     conv: bool = False
+
+    def __post_init__(self) -> None:
+        sizes = (self.in_features, self.out_features, self.num_experts)
+        if not all(isinstance(size, int) for size in sizes) or min(*sizes[:2], sizes[2] + 1) < 1:
+            raise HYWUError(
+                f"LoRA layout: module {self.name!r} has in_features {sizes[0]!r}, out_features "
+                f"{sizes[1]!r} and num_experts {sizes[2]!r}; they must be whole numbers, the first two "
+                "1 or more."
+            )
 
     def shape(self, side: str, rank: int) -> tuple[int, ...]:
         """Shape of ``lora_A`` (side "A") or ``lora_B`` (side "B") at `rank`, without the batch."""
@@ -145,7 +155,9 @@ class LoRALayout:
                 for stack in data["stacks"]
             )
             return cls(stacks, int(data["rank"]), float(data["alpha"]))
-        except (KeyError, TypeError) as error:
+        except HYWUError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
             raise HYWUError(f"LoRA layout: the description is damaged ({error!r}).") from error
 
     @property
@@ -163,24 +175,11 @@ class LoRALayout:
         The order of ``pg_mapping`` in the file sets the order of tokens, so `config` must come from
         a reader that keeps file order (``json.load`` does). Raises HYWUError.
         """
-        modules: list[Module] = []
-        try:
-            for name, entry in config["pg_mapping"].items():
-                if entry.get("type") == "grouped":
-                    experts = int(entry["num_experts"])
-                    modules += [
-                        Module(f"{name}.{sub}", int(d["lora_A_dim"]), int(d["lora_B_dim"]), experts)
-                        for sub, d in entry["sub_weights"].items()
-                    ]
-                else:
-                    modules.append(Module(name, int(entry["lora_A_dim"]), int(entry["lora_B_dim"])))
+        with official_values():
+            modules = official_modules(config["pg_mapping"])
             prefix, layers = str(config["prefix"]), int(config["num_base_model_layers"])
-            stack = Stack(tuple(f"{prefix}{i}" for i in range(layers)), tuple(modules))
+            stack = Stack(tuple(f"{prefix}{i}" for i in range(layers)), modules)
             return cls((stack,), int(config["rank"]), float(config["alpha"]))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise HYWUError(
-                f"config.json of a parameter generator: {error!r} is missing or not of its type."
-            ) from error
 
     @classmethod
     def of(
@@ -240,6 +239,34 @@ class LoRALayout:
                 count = len(stack.layers)
                 rows.append((name, count, module.name, shape, values * count))
         return rows
+
+
+def official_modules(mapping: Mapping[str, Any]) -> tuple[Module, ...]:
+    """The modules of an official ``pg_mapping``, grouped entries expanded, in file order."""
+    modules: list[Module] = []
+    for name, entry in mapping.items():
+        if entry.get("type") == "grouped":
+            experts = int(entry["num_experts"])
+            modules += [
+                Module(f"{name}.{sub}", int(d["lora_A_dim"]), int(d["lora_B_dim"]), experts)
+                for sub, d in entry["sub_weights"].items()
+            ]
+        else:
+            modules.append(Module(name, int(entry["lora_A_dim"]), int(entry["lora_B_dim"])))
+    return tuple(modules)
+
+
+@contextlib.contextmanager
+def official_values() -> Iterator[None]:
+    """Around code that reads a ``config.json``: what it lacks or has in another type is a HYWUError."""
+    try:
+        yield
+    except HYWUError:
+        raise
+    except KeyError as error:
+        raise HYWUError(f"the key {error} is missing.") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise HYWUError(f"a value is not of its type ({error}).") from error
 
 
 def _module_to_json(module: Module) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .batch import Items, batch_index
 from .errors import HYWUError
 from .layout import LoRALayout, Module, Stack, Target
 from .tokens import token_grid
@@ -168,12 +169,12 @@ class GeneratedLoRA:
 
     # -- making others ---------------------------------------------------------------------------
 
-    def select(self, items: int | slice | Sequence[int] | Tensor) -> GeneratedLoRA:
-        """One item (the batch dimension stays) or several, as views where indexing gives views."""
-        index = slice(items, items + 1 or None) if isinstance(items, int) else items
-        if isinstance(items, int) and not -self.batch_size <= items < self.batch_size:
-            raise HYWUError(f"Item {items} is out of range: the LoRA has {self.batch_size} items.")
-        chosen = torch.arange(self.batch_size)[index].tolist()
+    def select(self, items: Items) -> GeneratedLoRA:
+        """One item (the batch dimension stays) or several, as views where indexing gives views.
+
+        Raises HYWUError on items that aren't there.
+        """
+        index, chosen = batch_index(items, self.batch_size, "the LoRA")
         provenance = dict(self.provenance)
         for key, value in provenance.items():
             if isinstance(value, list) and len(value) == self.batch_size:
@@ -217,7 +218,8 @@ class GeneratedLoRA:
         """``(1 - weight)·self + weight·other`` in weight space: the ranks are concatenated.
 
         The result has rank ``self.rank + other.rank`` and adds to every base weight the mixture of
-        what the two add, exact up to the rounding of B times its weight in B's dtype. Raises HYWUError when the targets or batch sizes disagree.
+        what the two add, exact up to the rounding of B times its weight in the wider of the two dtypes.
+        Raises HYWUError when the targets or batch sizes disagree.
         """
         self._check_mixable(other, weight)
         rank = self.rank + other.rank
@@ -225,7 +227,7 @@ class GeneratedLoRA:
         first, second = (1 - weight), weight * other.scale / self.scale
         factors = {}
         for key, value in self.factors.items():
-            value, theirs = _same_batch(value, other.factors[key].to(value))
+            value, theirs = _alike(value, other.factors[key])
             if key[2] == "A":
                 factors[key] = torch.cat([value, theirs], dim=-2)
             else:
@@ -244,7 +246,7 @@ class GeneratedLoRA:
         ratio = other.scale / self.scale
         factors = {}
         for key, value in self.factors.items():
-            value, theirs = _same_batch(value, other.factors[key].to(value))
+            value, theirs = _alike(value, other.factors[key])
             factors[key] = torch.lerp(value, theirs * ratio if key[2] == "B" else theirs, weight)
         return GeneratedLoRA(self.layout, factors, _mixture("interpolate", self, other, weight))
 
@@ -273,7 +275,7 @@ class GeneratedLoRA:
         """Frobenius norm of ``scale·B·A`` for every target: path -> float32 ``[B]``.
 
         Through QR of the factors (``|B·A| = |R_B·R_Aᵀ|``), never forming the product. Experts count
-        together. Stays on the device.
+        together. Stays on the device, but for those that have no QR (MPS).
         """
         result = {}
         for s, stack in enumerate(self.layout.stacks):
@@ -308,19 +310,27 @@ class GeneratedLoRA:
         return save_lora(self, path, format, overwrite)
 
 
-def _same_batch(one: Tensor, two: Tensor) -> tuple[Tensor, Tensor]:
-    """Repeat a single item where the other batch has more."""
-    batch = max(one.shape[0], two.shape[0])
+def _alike(one: Tensor, two: Tensor) -> tuple[Tensor, Tensor]:
+    """Both on the first's device in the wider dtype, a single item repeated where the other has more."""
+    dtype, batch = torch.promote_types(one.dtype, two.dtype), max(one.shape[0], two.shape[0])
+    two = two.to(one.device, dtype)
+    one = one.to(dtype)
     return one.expand(batch, *one.shape[1:]), two.expand(batch, *two.shape[1:])
 
 
 def _product_norm(a: Tensor, b: Tensor) -> Tensor:
     """Frobenius norm of B·A over the last two dimensions, experts summed: ``[B, layers]``."""
-    # QR has no half precision; on CPU and MPS float32 is what there is
-    r_a = torch.linalg.qr(a.float().mT, mode="r").R
-    r_b = torch.linalg.qr(b.float(), mode="r").R
+    r_a, r_b = _triangle(a.mT), _triangle(b)
     squared = (r_b @ r_a.mT).square().sum(dim=(-2, -1))
     return (squared.flatten(2).sum(-1) if squared.ndim > 2 else squared).sqrt()
+
+
+def _triangle(matrix: Tensor) -> Tensor:
+    """R of the QR decomposition, in float32: QR has no half precision, MPS no float64."""
+    try:
+        return torch.linalg.qr(matrix.float(), mode="r").R
+    except NotImplementedError:
+        return torch.linalg.qr(matrix.float().cpu(), mode="r").R.to(matrix.device)
 
 
 def _group(

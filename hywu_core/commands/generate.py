@@ -15,8 +15,9 @@ from tqdm import tqdm
 from ..condition import Condition
 from ..console import say
 from ..errors import HYWUError
+from ..files import with_suffix
 from ..formats import FORMATS, save_lora
-from ..generator.checkpoints import load_generator
+from ..generator.checkpoints import load_generator, open_checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -47,17 +48,45 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if Path(args.out).exists() and not args.overwrite:
-        raise HYWUError(f"{args.out}: exists already; choose another name or give --overwrite.")
+    device, condition = usable_device(args.device), _condition(args)
+    out = Path(args.out) if args.format == "peft" else with_suffix(args.out)
+    if out.exists() and not args.overwrite:
+        raise HYWUError(f"{out}: exists already; choose another name or give --overwrite.")
+    config = open_checkpoint(args.checkpoint).config
+    try:
+        config.check_condition(condition.widths)
+    except HYWUError as error:
+        raise HYWUError(f"{args.condition} does not fit {args.checkpoint}: {error}") from error
+    dtype = DTYPES.get(args.dtype)
+    generator = load_generator(args.checkpoint, device, dtype, args.rope_precision)
+    with torch.no_grad(), tqdm(total=generator.config.num_blocks, unit="block") as bar:
+        lora = generator(condition, on_block=lambda done, total: bar.update())
+    path = save_lora(lora, out, args.format, args.overwrite)
+    say(f"{path}: {len(lora)} targets, rank {lora.rank}, batch {lora.batch_size} ({args.format})")
+    return 0
+
+
+def _condition(args: argparse.Namespace) -> Condition:
+    """What to generate from: the whole file or one item of it. Wrong ones are found before any work."""
     condition = Condition.load(args.condition)
     if not bool(condition.is_finite()):
         raise HYWUError(f"{args.condition}: has values that are not finite; make it again.")
-    dtype = DTYPES.get(args.dtype)
-    generator = load_generator(args.checkpoint, args.device, dtype, args.rope_precision)
-    with torch.no_grad(), tqdm(total=generator.config.num_blocks, unit="block") as bar:
-        lora = generator(condition, on_block=lambda done, total: bar.update())
     if args.item is not None:
-        lora = lora.select(args.item)
-    path = save_lora(lora, args.out, args.format, args.overwrite)
-    say(f"{path}: {len(lora)} targets, rank {lora.rank}, batch {lora.batch_size} ({args.format})")
-    return 0
+        condition = condition.select(args.item)
+    if args.format != "native" and condition.batch_size != 1:
+        raise HYWUError(
+            f"{args.condition}: has {condition.batch_size} items and the {args.format} format holds one "
+            "LoRA; choose one with --item, or keep them together with --format native."
+        )
+    return condition
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of that name. Raises HYWUError where there is none on this machine."""
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise HYWUError(f"The device '{name}' can't be used here ({reason}); cpu can.") from error
+    return device

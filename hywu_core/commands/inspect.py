@@ -17,6 +17,7 @@ from ..console import say, table
 from ..errors import HYWUError
 from ..files import open_tensors
 from ..formats import load_lora, lora_header
+from ..formats.native import layout_of
 from ..generator.checkpoints import open_checkpoint
 from ..layout import LoRALayout
 from .convert import is_generator
@@ -73,8 +74,12 @@ def _generator(path: str) -> tuple[LoRALayout, dict[str, Any]]:
 def _lora(path: str, norms: bool) -> tuple[LoRALayout, dict[str, Any]]:
     header = lora_header(path)
     if header is not None and not norms:
-        layout, batch = LoRALayout.from_json(header["layout"]), header["batch_size"]
-        kind, provenance = header["format"], header["provenance"]
+        try:
+            layout = layout_of(header)
+        except HYWUError as error:
+            raise HYWUError(f"{path}: {error}") from error
+        batch, provenance = header.get("batch_size", 1), header.get("provenance", {})
+        kind = header["format"]
         measured: dict[str, Any] = {}
     else:
         lora = load_lora(Path(path))

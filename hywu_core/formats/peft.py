@@ -71,7 +71,10 @@ def weights_of(path: Path) -> Path:
     if not path.is_dir():
         return path
     if not (path / CONFIG).is_file() or not (path / WEIGHTS).is_file():
-        raise HYWUError(f"{path}: no PEFT folder; {CONFIG} and {WEIGHTS} must both be in it.")
+        raise HYWUError(
+            f"{path}: no PEFT folder, which holds {CONFIG} and {WEIGHTS}, and no generator's, which "
+            "holds config.json."
+        )
     return path / WEIGHTS
 
 
@@ -82,7 +85,7 @@ def read_config(weights: Path) -> dict[str, Any] | None:
         return None
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # not JSON, or not UTF-8
         raise HYWUError(f"{file}: not JSON ({error}); save the adapter again.") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise HYWUError(f"{file}: not the configuration of a PEFT LoRA.")

@@ -6,8 +6,12 @@ q, k and v are one product. Our file's header says everything: config, layout, e
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import json
+import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +30,9 @@ from .model import ParameterGenerator
 
 FORMAT = "hywu-generator-1"
 INDEX = "model.safetensors.index.json"
+
+#: Files of an official folder that hold or list weights.
+_OFFICIAL_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors|" + re.escape(INDEX))
 
 #: fused projection -> the official ones it holds, in order
 FUSED = {"W_qkv": ("W_q", "W_k", "W_v"), "W_kv": ("W_k", "W_v")}
@@ -108,8 +115,8 @@ def open_checkpoint(path: str | Path) -> Source:
             f"{header.get('format', 'nothing of the kind')}), and no config.json lies beside it."
         )
     try:
-        config = GeneratorConfig.from_json(header["generator"])
-    except (KeyError, HYWUError) as error:
+        config = GeneratorConfig.from_json(header.get("generator", {}))
+    except HYWUError as error:
         raise HYWUError(f"{path}: {error}") from error
     return _with_identity(Source(path, (path,), config))
 
@@ -120,7 +127,7 @@ def _open_folder(folder: Path) -> Source:
         data = json.loads(config_file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise HYWUError(f"{folder}: no config.json; this is not a generator's folder.") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # not JSON, or not UTF-8
         raise HYWUError(f"{config_file}: not JSON ({error}); download it again.") from error
     try:
         config = GeneratorConfig.from_official(data)
@@ -138,10 +145,13 @@ def _folder_files(folder: Path) -> tuple[Path, ...]:
         raise HYWUError(f"{folder}: holds no .safetensors file.")
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise HYWUError(f"{index}: not an index of shards ({error!r}).") from error
-    # only names: an index must not lead out of its folder
-    files = tuple(folder / Path(name).name for name in sorted(set(weight_map.values())))
+        # only names: an index must not lead out of its folder
+        files = tuple(folder / Path(name).name for name in sorted(set(weight_map.values())))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise HYWUError(
+            f"{index}: not an index of shards ({error!r}); download it again, or delete it: shards "
+            "are found without it."
+        ) from error
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise HYWUError(f"{folder}: the index names shards that are missing: {', '.join(missing)}.")
@@ -195,11 +205,7 @@ def file_tensors(generator: ParameterGenerator) -> Iterator[tuple[str, Tensor]]:
 
     Raises HYWUError when layers were rounded to fp8: the checkpoint's own values are gone.
     """
-    if uses_fp8(generator):
-        raise HYWUError(
-            "this generator's linear layers were rounded to fp8, so it can't be saved; save it before "
-            "to_fp8, or copy the checkpoint that it was loaded from."
-        )
+    _check_saveable(generator)
     parameters = dict(generator.named_parameters())
     for name, slot in slots(generator).items():
         whole = parameters[slot.parameter]
@@ -207,6 +213,14 @@ def file_tensors(generator: ParameterGenerator) -> Iterator[tuple[str, Tensor]]:
             yield name, generator.mapped.tensor(name).to(whole.dtype)
         else:
             yield name, whole[slot.start : slot.start + slot.shape[0]]
+
+
+def _check_saveable(generator: ParameterGenerator) -> None:
+    if uses_fp8(generator):
+        raise HYWUError(
+            "this generator's linear layers were rounded to fp8, so it can't be saved; save it before "
+            "to_fp8, or copy the checkpoint that it was loaded from."
+        )
 
 
 def _read_into(
@@ -231,6 +245,7 @@ def _read_into(
             _check_keys(file, opened, wanted, read)
             for key in opened.keys():  # noqa: SIM118
                 value, slot = opened.get_tensor(key), wanted[key]
+                _check_dtype(file, key, value.dtype, dtype)
                 name = slot.parameter
                 if name not in tensors:
                     place = blocks if name.startswith("model.blocks.") else device
@@ -270,6 +285,20 @@ def _check_keys(file: Path, opened: Any, wanted: Mapping[str, Slot], read: dict[
         raise HYWUError(
             f"{file}: {' and '.join(parts)}; the weights and the config belong to different "
             "checkpoints."
+        )
+
+
+def _check_dtype(file: Path, key: str, stored: torch.dtype, wanted: torch.dtype | None) -> None:
+    """Weights must be numbers that can be computed with, or be cast to such."""
+    if not stored.is_floating_point:
+        raise HYWUError(
+            f"{file}: {key} holds {stored} values; a generator's weights are floating-point numbers, "
+            "so use the checkpoint that this one was quantized from."
+        )
+    if wanted is None and stored.itemsize < 2:
+        raise HYWUError(
+            f"{file}: {key} holds {stored} values, in which nothing can be computed; load it in "
+            "another dtype, for example dtype=torch.bfloat16 (--dtype bfloat16)."
         )
 
 
@@ -324,50 +353,84 @@ def save_official(
     """Write an official folder: config.json and shards with an index. Raises HYWUError.
 
     `lora_a_scale` and `lora_b_scale` are folded into the output projections: the official form has no
-    other place for them.
+    other place for them. One shard is in memory at a time; what is in the folder stays until all is
+    written, then shards of a checkpoint that was there before go.
     """
     folder = Path(folder)
-    config = _without_identity(generator.config).with_(lora_a_scale=1.0, lora_b_scale=1.0)
-    description = config.to_official()
+    _check_saveable(generator)
+    description = (
+        _without_identity(generator.config).with_(lora_a_scale=1.0, lora_b_scale=1.0).to_official()
+    )
+    if folder.exists() and not folder.is_dir():
+        raise HYWUError(f"{folder}: is a file and a folder goes there; choose another name.")
     if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise HYWUError(f"{folder}: exists already and isn't empty; choose another folder.")
+    like = dtype or next(generator.parameters()).dtype
+    description["torch_dtype"] = str(like).removeprefix("torch.")
+    sizes = _official_shards(generator, dtype, shard_bytes)
+    count = len(sizes)
+    names = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    shards = dict(zip(names if count > 1 else ["model.safetensors"], sizes, strict=True))
+    tensors = _official_tensors(generator, dtype)
+    with contextlib.ExitStack() as stack:
+        # files take their places in reverse order as the stack unwinds: config.json is the last
+        _write_json(stack, folder / "config.json", description, overwrite)
+        if count > 1:
+            total = sum(sum(shard.values()) for shard in sizes)
+            weight_map = {key: name for name, shard in shards.items() for key in shard}
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            _write_json(stack, folder / INDEX, index, overwrite)
+        for name, shard in shards.items():
+            part = stack.enter_context(atomic_path(folder / name, overwrite))
+            save_file(
+                dict(itertools.islice(tensors, len(shard))), str(part), metadata={"format": "pt"}
+            )
+    _remove_former(folder, {*shards, *([INDEX] if count > 1 else [])})
+    return folder
+
+
+def _official_shards(
+    generator: ParameterGenerator, dtype: torch.dtype | None, shard_bytes: int
+) -> list[dict[str, int]]:
+    """For each shard: tensor name -> bytes, in order. A shard keeps to `shard_bytes` or is one tensor."""
+    dtypes = {name: dtype or p.dtype for name, p in generator.named_parameters()}
+    shards: list[dict[str, int]] = [{}]
+    for name, slot in slots(generator).items():
+        size = math.prod(slot.shape) * dtypes[slot.parameter].itemsize
+        if shards[-1] and sum(shards[-1].values()) + size > shard_bytes:
+            shards.append({})
+        shards[-1][name] = size
+    return shards
+
+
+def _official_tensors(
+    generator: ParameterGenerator, dtype: torch.dtype | None
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, copy in host memory) of every tensor, the factors on the LoRA folded in."""
     scales = {
         ".proj_out_A.": generator.config.lora_a_scale,
         ".proj_out_B.": generator.config.lora_b_scale,
     }
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
     for name, value in file_tensors(generator):
+        value = value.detach()
         for part, factor in scales.items():
-            value = value.detach() * factor if part in name and factor != 1.0 else value
-        value = value.detach().to(device="cpu", dtype=dtype).clone()
-        if size + value.nbytes > shard_bytes and shards[-1]:
-            shards.append({})
-            size = 0
-        shards[-1][name] = value
-        size += value.nbytes
-    count, weight_map = len(shards), {}
-    for i, shard in enumerate(shards, 1):
-        name = f"model-{i:05}-of-{count:05}.safetensors" if count > 1 else "model.safetensors"
-        weight_map |= dict.fromkeys(shard, name)
-        with atomic_path(folder / name, overwrite) as part:
-            save_file(shard, str(part), metadata={"format": "pt"})
-    total = sum(value.nbytes for shard in shards for value in shard.values())
-    description["torch_dtype"] = str(next(iter(shards[0].values())).dtype).removeprefix("torch.")
-    if count > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_json(folder / INDEX, index, overwrite)
-    else:
-        # an index left by a sharded checkpoint would lead readers to its shards
-        (folder / INDEX).unlink(missing_ok=True)
-    _write_json(folder / "config.json", description, overwrite)
-    return folder
+            value = value * factor if part in name and factor != 1.0 else value
+        yield name, value.to(device="cpu", dtype=dtype, copy=True)
 
 
-def _write_json(path: Path, data: Mapping[str, Any], overwrite: bool) -> None:
-    with atomic_path(path, overwrite) as part:
-        # never sort the keys: the order of pg_mapping is the order of the tokens
-        part.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+def _remove_former(folder: Path, written: set[str]) -> None:
+    """Delete shards and an index that aren't of the checkpoint just written: readers would take them."""
+    for file in folder.glob("model*"):
+        if file.name not in written and _OFFICIAL_FILE.fullmatch(file.name):
+            file.unlink()
+
+
+def _write_json(
+    stack: contextlib.ExitStack, path: Path, data: Mapping[str, Any], overwrite: bool
+) -> None:
+    # never sort the keys: the order of pg_mapping is the order of the tokens
+    part = stack.enter_context(atomic_path(path, overwrite))
+    part.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
 def _without_identity(config: GeneratorConfig) -> GeneratorConfig:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from ..condition import OFFICIAL_PART
 from ..errors import HYWUError
-from ..layout import LoRALayout
+from ..layout import LoRALayout, official_modules, official_values
 from ..tokens import TokenGrid, token_grid
 
 RoPEPrecision = Literal["float32", "bfloat16"]
@@ -105,8 +105,17 @@ class GeneratorConfig:
             and len(self.condition) == 1
             and stack.prefix != ""
             and stack.layers == tuple(f"{stack.prefix}{i}" for i in range(len(stack.layers)))
-            and not any(module.conv for module in stack.modules)
+            # what reads it back must find these modules in this order
+            and stack.modules == official_modules(_official_mapping(self.layout))
         )
+
+    def check_condition(self, widths: Mapping[str, int]) -> None:
+        """Raise HYWUError unless a condition whose parts are this wide (name -> width) fits."""
+        if dict(widths) != dict(self.condition):
+            raise HYWUError(
+                f"The condition has the parts {_widths(widths)}; this generator takes "
+                f"{_widths(self.condition)}. Encode it with the encoder that the checkpoint names."
+            )
 
     def flops(self, condition_tokens: int, batch_size: int = 1) -> float:
         """Floating-point operations of one forward (a multiplication and an addition count two)."""
@@ -176,6 +185,8 @@ class GeneratorConfig:
         Official checkpoints run with bfloat16 position tables unless the file names
         ``rope_precision`` itself (ours do).
         """
+        if not isinstance(config, Mapping):
+            raise HYWUError("not a JSON object.")
         if config.get("model_type") != "parameter_generator":
             raise HYWUError(
                 f"model_type is {config.get('model_type')!r}, not 'parameter_generator'."
@@ -187,7 +198,7 @@ class GeneratorConfig:
                 "pg_mapping was reordered after it was written (a tool that sorts keys does that); "
                 "its order sets the meaning of every token, so restore the original config.json."
             )
-        try:
+        with official_values():
             if config["output_dim"] != config["token_dim"]:
                 raise HYWUError(
                     f"output_dim {config['output_dim']} differs from token_dim "
@@ -195,7 +206,7 @@ class GeneratorConfig:
                 )
             return cls(
                 layout=layout,
-                condition={OFFICIAL_PART: int(config["input_dim"])},
+                condition={config.get("condition_part", OFFICIAL_PART): int(config["input_dim"])},
                 token_dim=int(config["token_dim"]),
                 dim_accumulation=int(config["dim_accumulation"]),
                 d_model=int(config["d_model"]),
@@ -206,8 +217,6 @@ class GeneratorConfig:
                 base=config.get("base", "tencent/HunyuanImage-3.0-Instruct"),
                 provenance=config.get("provenance", {}),
             )
-        except KeyError as error:
-            raise HYWUError(f"the key {error} is missing.") from error
 
     def to_official(self) -> dict[str, Any]:
         """The ``config.json`` of an official folder, with our additions under keys it ignores.
@@ -217,18 +226,19 @@ class GeneratorConfig:
         if not self.official:
             raise HYWUError(
                 f"this generator has {len(self.layout.stacks)} stacks and {len(self.condition)} "
-                "condition parts; the official form holds one of each, with numbered layers and "
-                "Linear modules. Keep it as one of our .safetensors files."
+                "condition parts; the official form holds one of each, with numbered layers, Linear "
+                "modules and each list of experts in one piece. Keep it as one of our .safetensors "
+                "files."
             )
-        stack = self.layout.stacks[0]
-        alpha = self.layout.alpha
+        stack, alpha = self.layout.stacks[0], self.layout.alpha
+        ((part, width),) = self.condition.items()
         return {
             "model_type": "parameter_generator",
             "architectures": ["ParameterGenerator"],
             "token_dim": self.token_dim,
             "rank": self.layout.rank,
             "alpha": int(alpha) if alpha == int(alpha) else alpha,
-            "input_dim": next(iter(self.condition.values())),
+            "input_dim": width,
             "dim_accumulation": self.dim_accumulation,
             "d_model": self.d_model,
             "head_dim": self.head_dim,
@@ -238,6 +248,7 @@ class GeneratorConfig:
             "prefix": stack.prefix,
             "pg_mapping": _official_mapping(self.layout),
             "layout_digest": self.layout.digest,
+            "condition_part": part,
             "rope_precision": self.rope_precision,
             "encoder": dict(self.encoder),
             "base": self.base,
@@ -260,5 +271,9 @@ def _official_mapping(layout: LoRALayout) -> dict[str, Any]:
         entry = mapping.setdefault(
             group, {"type": "grouped", "num_experts": module.num_experts, "sub_weights": {}}
         )
-        entry["sub_weights"][sub] = dims
+        entry.setdefault("sub_weights", {})[sub] = dims
     return mapping
+
+
+def _widths(parts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} ({width} wide)" for name, width in parts.items())

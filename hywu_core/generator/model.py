@@ -213,13 +213,7 @@ class ParameterGenerator(nn.Module):
 
     def _project(self, condition: Condition) -> tuple[Tensor, Tensor | None]:
         """Condition tokens ``[B, L, d]`` after input projection and norm, and their mask ``[B, L]``."""
-        widths = {name: tokens.shape[-1] for name, tokens in condition.parts.items()}
-        if widths != dict(self.config.condition):
-            raise HYWUError(
-                f"The condition has the parts {_widths(widths)}; this generator takes "
-                f"{_widths(self.config.condition)}. Encode it with the encoder that the checkpoint "
-                "names."
-            )
+        self.config.check_condition(condition.widths)
         like = self.model.norm_input.weight
         projected, masks = [], []
         for name in self.config.condition:
@@ -390,7 +384,3 @@ class ParameterGenerator(nn.Module):
 
 def _default_chunk_bytes(device: torch.device) -> int:
     return CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"])
-
-
-def _widths(parts: Any) -> str:
-    return ", ".join(f"{name} ({width} wide)" for name, width in parts.items())

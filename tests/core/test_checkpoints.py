@@ -19,6 +19,7 @@ from hywu_core import (
     save_generator,
 )
 from hywu_core.files import HEADER, read_header
+from hywu_core.generator import checkpoints
 from hywu_core.generator.checkpoints import INDEX, file_tensors, open_checkpoint, save_official
 from hywu_core.layout import Module, Stack
 
@@ -84,12 +85,95 @@ def test_shards_load_without_an_index(folder, tmp_path):
     assert_same(load_generator(tmp_path / "shards"), load_generator(folder))
 
 
-def test_rewriting_shards_as_one_file_leaves_no_index(folder, tmp_path):
-    generator = load_generator(folder)
-    save_official(generator, tmp_path / "out", shard_bytes=500_000)
-    save_official(generator, tmp_path / "out", overwrite=True)
-    assert not (tmp_path / "out" / INDEX).exists()
-    assert_same(load_generator(tmp_path / "out"), generator)
+def test_rewriting_leaves_no_shard_or_index_of_the_former(folder, tmp_path):
+    generator, out = load_generator(folder), tmp_path / "out"
+    save_official(generator, out, shard_bytes=500_000)
+    (out / "README.md").write_text("mine")
+    (out / "model_card.md").write_text("mine")
+    others = {"config.json", "README.md", "model_card.md"}
+    for options, weights in (
+        ({}, {"model.safetensors"}),
+        ({"shard_bytes": 2_000_000}, {f"model-0000{i}-of-00002.safetensors" for i in (1, 2)}),
+    ):
+        save_official(generator, out, overwrite=True, **options)
+        index = {INDEX} if len(weights) > 1 else set()
+        assert {file.name for file in out.iterdir()} == others | weights | index
+        assert_same(load_generator(out), generator)
+
+
+def test_rewriting_that_fails_leaves_the_former_whole(folder, tmp_path, monkeypatch):
+    generator, out = load_generator(folder), tmp_path / "out"
+    save_official(generator, out, shard_bytes=500_000)
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    calls, whole = [], checkpoints.save_file
+
+    def fails_at_the_second(*args, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        whole(*args, **options)
+
+    monkeypatch.setattr(checkpoints, "save_file", fails_at_the_second)
+    generator.config = generator.config.with_(base="other")
+    with pytest.raises(KeyboardInterrupt):
+        save_official(generator, out, overwrite=True, shard_bytes=2_000_000)
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+
+
+def test_the_official_form_takes_only_what_it_can_give_back(tmp_path):
+    def generator(*modules):
+        layout = LoRALayout((Stack(("l.0", "l.1"), modules),), 2, 2.0)
+        made = ParameterGenerator(GeneratorConfig(layout, {"text": 3}, 8, 1, 8, 4, 1))
+        made.reset_parameters()
+        return made
+
+    def expert(name):
+        return Module(name, 8, 8, 3)
+
+    kept = generator(expert("experts.w1"), expert("experts.w2"), Module("fc", 8, 8))
+    loaded = load_generator(save_official(kept, tmp_path / "kept"))
+    assert loaded.config.layout == kept.config.layout
+    assert dict(loaded.config.condition) == {"text": 3}
+    for modules in (
+        (expert("experts.w1"), Module("fc", 8, 8), expert("experts.w2")),  # would change the order
+        (expert("w1"),),
+        (Module("experts", 8, 8), expert("experts.w1")),
+        (expert("experts.w1"), Module("experts.w2", 8, 8, 4)),
+    ):
+        with pytest.raises(HYWUError, match="each list of experts in one piece"):
+            save_official(generator(*modules), tmp_path / "not")
+    assert not (tmp_path / "not").exists()
+
+
+def test_places_that_can_not_be_written_to(folder, tmp_path):
+    generator, file = load_generator(folder), tmp_path / "file"
+    file.write_text("mine")
+    with pytest.raises(HYWUError, match=r"file: can't be written"):
+        save_generator(generator, file / "own")
+    with pytest.raises(HYWUError, match=r"file: is a file and a folder goes there"):
+        save_official(generator, file)
+    with pytest.raises(HYWUError, match=r"can't be written"):
+        save_official(generator, file / "out")
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype", "words"),
+    [
+        (torch.int8, None, r"model.safetensors: .* holds torch.int8 values"),
+        (torch.int8, torch.float32, r"holds torch.int8 values"),
+        (torch.float8_e4m3fn, None, r"torch.float8_e4m3fn .*load it in another dtype"),
+    ],
+)
+def test_weights_that_can_not_be_computed_with(folder, stored, dtype, words):
+    def cast(tensors):
+        tensors.update({name: value.to(stored) for name, value in tensors.items()})
+
+    edit_weights(folder, cast)
+    with pytest.raises(HYWUError, match=words):
+        load_generator(folder, dtype=dtype)
+    if stored.is_floating_point:
+        assert load_generator(folder, dtype=torch.bfloat16).config.layout.rank == 4
 
 
 def test_dtype_and_device_of_the_request(folder):
@@ -238,9 +322,10 @@ def test_missing_shard_and_missing_files(folder, tmp_path):
     shutil.copy(folder / "config.json", tmp_path / "empty")
     with pytest.raises(HYWUError, match=r"holds no .safetensors"):
         load_generator(tmp_path / "empty")
-    (tmp_path / "shards" / INDEX).write_text("[]")
-    with pytest.raises(HYWUError, match="not an index of shards"):
-        load_generator(tmp_path / "shards")
+    for text in ("[]", "{", '{"weight_map": []}', '{"weight_map": {"a": 3}}'):
+        (tmp_path / "shards" / INDEX).write_text(text)
+        with pytest.raises(HYWUError, match=r"index.json: not an index of shards"):
+            load_generator(tmp_path / "shards")
 
 
 @pytest.mark.parametrize(
@@ -250,7 +335,13 @@ def test_missing_shard_and_missing_files(folder, tmp_path):
         ({"rank": 3}, "rank 3 must be divisible by dim_accumulation 2"),
         ({"model_type": "llama"}, "model_type is 'llama'"),
         ({"pg_mapping": {"ff": {"lora_A_dim": 3}}}, "'lora_B_dim'"),
-        ({"pg_mapping": None}, "missing or not of its type"),
+        ({"pg_mapping": None}, "a value is not of its type"),
+        ({"rank": "abc"}, "a value is not of its type .*'abc'"),
+        ({"alpha": "x"}, "a value is not of its type"),
+        ({"d_model": [1]}, "a value is not of its type"),
+        ({"token_dim": None, "output_dim": None}, "a value is not of its type"),
+        ({"pg_mapping": {"ff": {"lora_A_dim": -3, "lora_B_dim": 4}}}, "'ff' has in_features -3"),
+        ({"num_base_model_layers": 0}, "nothing to adapt"),
         ({"layout_digest": "0123"}, "pg_mapping was reordered"),
     ],
 )
@@ -268,8 +359,12 @@ def test_config_that_lacks_a_key_or_is_not_json(folder):
     path.write_text(json.dumps(data))
     with pytest.raises(HYWUError, match="config.json: the key 'd_model' is missing"):
         load_generator(folder)
-    path.write_text("{")
-    with pytest.raises(HYWUError, match="config.json: not JSON"):
+    for content in (b"{", b'{"model_type": "\xff"}'):
+        path.write_bytes(content)
+        with pytest.raises(HYWUError, match="config.json: not JSON"):
+            load_generator(folder)
+    path.write_text("[]")
+    with pytest.raises(HYWUError, match="config.json: not a JSON object"):
         load_generator(folder)
 
 
@@ -291,12 +386,21 @@ def test_a_damaged_description_names_the_file(folder, tmp_path):
         HYWUError, match=r"reordered.safetensors: the layout's modules are in another"
     ):
         load_generator(broken)
-    for gone in ("token_dim", "layout"):
+
+    def layout_is_text(header):
+        header["generator"]["layout"]["rank"] = "abc"
+
+    for name, damage in {
+        "token_dim": lambda header: header["generator"].pop("token_dim"),
+        "layout": lambda header: header["generator"].pop("layout"),
+        "generator": lambda header: header.pop("generator"),
+        "text": layout_is_text,
+    }.items():
         header = read_header(path)
-        del header["generator"][gone]
-        broken = tmp_path / f"{gone}.safetensors"
+        damage(header)
+        broken = tmp_path / f"{name}.safetensors"
         save_file(tensors, broken, metadata={HEADER: json.dumps(header)})
-        with pytest.raises(HYWUError, match=rf"{gone}.safetensors.*damaged"):
+        with pytest.raises(HYWUError, match=rf"{name}.safetensors.*damaged"):
             load_generator(broken)
 
 

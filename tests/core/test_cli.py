@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from hywu_core import HYWUError, load_generator, load_lora
 from hywu_core.cli import main
+from hywu_core.commands import generate as generate_command
 from hywu_core.commands import inspect as inspect_command
 from hywu_core.errors import need
+from hywu_core.files import HEADER, read_header
 
 DENSE = Path(__file__).parent / "golden" / "dense"
 
@@ -64,6 +66,40 @@ def test_generate_refuses_a_condition_with_nan(tmp_path, capsys):
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("tensor", "options", "words"),
+    [
+        (torch.ones(1, 3, 7), [], "(7 wide); this generator takes hidden_states (48 wide)"),
+        (torch.ones(1, 0, 48), [], "no zero among them"),
+        (torch.ones(2, 3, 48), ["--format", "peft"], "choose one with --item"),
+        (torch.ones(2, 3, 48), ["--item", "2"], "Item 2 is out of range: the condition has 2"),
+        (torch.ones(1, 3, 48), ["--device", "banana"], "The device 'banana' can't be used here"),
+    ],
+)
+def test_generate_finds_what_can_not_work_before_it_reads_weights(
+    tmp_path, capsys, monkeypatch, tensor, options, words
+):
+    def read(*args):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(generate_command, "load_generator", read)
+    path = tmp_path / "c.safetensors"
+    save_file({"condition": tensor}, path)
+    args = ["--checkpoint", str(DENSE), "--condition", str(path), "--out", str(tmp_path / "x")]
+    assert main(["generate", *args, *options]) == 1
+    err = capsys.readouterr().err
+    assert words in err
+    assert err.startswith("hywu generate: ")
+    assert err.count("\n") == 1
+
+
+def test_generate_sees_a_file_whose_suffix_was_left_out(lora, condition, capsys):
+    out = lora.with_suffix("")
+    args = ["--checkpoint", str(DENSE), "--condition", str(condition), "--out", str(out)]
+    assert main(["generate", *args]) == 1
+    assert "lora.safetensors: exists already" in capsys.readouterr().err
+
+
 def test_inspect_checkpoint_counts_every_parameter(capsys):
     assert main(["inspect", str(DENSE), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
@@ -87,6 +123,28 @@ def test_inspect_lora_norms(lora, capsys):
     assert "norm of each item" not in capsys.readouterr().out
     assert main(["inspect", str(lora), "--norms"]) == 0
     assert "norm of each item" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda header: header.pop("layout"), "the LoRA's header lacks 'layout'"),
+        (lambda header: header["layout"].update(rank="abc"), "LoRA layout: the description is dam"),
+    ],
+)
+def test_inspect_a_lora_whose_header_is_damaged(lora, capsys, damage, words):
+    tensors, header = load_file(lora), read_header(lora)
+    damage(header)
+    broken = lora.with_name("broken.safetensors")
+    save_file(tensors, broken, metadata={HEADER: json.dumps(header)})
+    for options in ([], ["--norms"]):
+        assert main(["inspect", str(broken), *options]) == 1
+        assert capsys.readouterr().err.startswith(f"hywu inspect: {broken}: {words}")
+
+
+def test_inspect_a_folder_of_neither_kind(tmp_path, capsys):
+    assert main(["inspect", str(tmp_path)]) == 1
+    assert "no PEFT folder" in capsys.readouterr().err
 
 
 def test_convert_generators_and_loras(tmp_path, lora, capsys):
@@ -136,6 +194,12 @@ def test_as_a_program_errors_have_no_traceback(tmp_path):
     ("error", "code", "words"),
     [
         (PermissionError(13, "Permission denied", "x.bin"), 1, "Permission denied: x.bin"),
+        (MemoryError(), 1, "not enough memory for this"),
+        (
+            RuntimeError("CUDA out of memory. Tried to allocate 2 GiB."),
+            1,
+            "not enough memory for this",
+        ),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )
@@ -153,3 +217,12 @@ def test_a_missing_optional_package_is_asked_for_by_name():
         HYWUError, match=r"zzz is needed to test: install it with `pip install zzz`"
     ):
         need("zzz.part", "to test")
+
+
+def test_other_errors_are_not_hidden(monkeypatch):
+    def run(args):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(inspect_command, "run", run)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["inspect", str(DENSE)])

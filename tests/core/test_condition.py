@@ -34,6 +34,24 @@ def test_select_and_to(condition):
     assert half.masks["text"].dtype == torch.bool
 
 
+@pytest.mark.parametrize("items", [2, -3, [0, 2], slice(2, 4)])
+def test_items_that_are_not_there(condition, items):
+    with pytest.raises(HYWUError, match="out of range: the condition has 2 items"):
+        condition.select(items)
+
+
+def test_a_file_whose_masks_leave_nothing_of_an_item(condition, tmp_path):
+    masks = {
+        name: torch.tensor([[True], [False]]).expand(tokens.shape[:2])
+        for name, tokens in condition.parts.items()
+    }
+    path = Condition(condition.parts, masks).save(tmp_path / "c")
+    with pytest.raises(HYWUError, match=r"c.safetensors: The masks leave no token of item 1"):
+        Condition.load(path)
+    # one part that counts is enough
+    Condition.load(Condition(condition.parts, {"text": masks["text"]}).save(tmp_path / "d"))
+
+
 def test_only_tokens_that_count_must_be_finite(condition):
     condition.parts["text"][1, 4] = float("nan")
     assert bool(condition.is_finite())

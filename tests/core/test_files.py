@@ -122,3 +122,17 @@ def test_tensors_that_share_memory_are_written_apart(tmp_path):
     assert torch.equal(tensors["whole"], whole)
     assert torch.equal(tensors["part"], whole[:2])
     assert torch.equal(tensors["same"], whole)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits the size of files, which Windows can't")
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path):
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(HYWUError, match=r"x.safetensors: can't be written \(.*too large"):
+            save_tensors(tmp_path / "x", {"a": torch.ones(1000)}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())

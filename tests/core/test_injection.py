@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hywu_core import GeneratedLoRA, HYWUError, LoRALayout, inject, injection, merge, unmerge
 from hywu_core.grouped import GroupedLinear, grouped_linear, item_groups
@@ -254,6 +255,43 @@ def test_grouped_product_and_its_gradient(shape):
     grads = torch.autograd.grad(result.sum(), (x, weight))
     for ours, theirs in zip(grads, torch.autograd.grad(expected.sum(), (x, weight)), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+class Operations(TorchDispatchMode):
+    """Names of what torch does inside the block."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(
+    not hasattr(F, "grouped_mm"), reason="this torch has no grouped product on CPUs"
+)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_all_experts_are_two_products_and_nobody_waits(batch):
+    model = nn.Module()
+    model.layers = nn.ModuleList(nn.ModuleDict({"w1": GroupedLinear(4, 16, 24)}) for _ in range(2))
+    lora = random_lora(LoRALayout.of(model, rank=8), batch=batch)
+    x, ends = torch.randn(12, 16), torch.tensor([3, 3, 8, 12], dtype=torch.int32)
+    items = torch.arange(12) % batch
+    layer = model.layers[0]["w1"]
+    with torch.no_grad():
+        plain = layer(x, ends)
+        with inject(model, lora), Operations() as operations:
+            result = layer(x, ends, items=items)
+    for row in range(12):
+        a, b = lora["layers.0.w1"]
+        item, expert = items[row], int((ends <= row).sum())
+        delta = lora.scale * b[item, expert] @ (a[item, expert] @ x[row])
+        torch.testing.assert_close(result[row], plain[row] + delta, rtol=1e-4, atol=1e-5)
+    names = operations.seen
+    assert sum("_grouped_mm" in name for name in names) == 3  # the base's own, A, B
+    assert not any("_local_scalar_dense" in name or "mm.default" in name for name in names)
 
 
 def test_item_groups():

@@ -142,9 +142,18 @@ def test_wrong_layouts(stacks, rank, alpha, words):
 
 
 def test_damaged_descriptions():
-    with pytest.raises(HYWUError, match="damaged"):
-        LoRALayout.from_json({"stacks": [{"layers": ["a"]}], "rank": 1, "alpha": 1})
-    with pytest.raises(HYWUError, match="'prefix' is missing|KeyError"):
+    module = {"name": "fc", "in_features": 3, "out_features": 4}
+    for data, words in (
+        ({"stacks": [{"layers": ["a"]}], "rank": 1, "alpha": 1}, "damaged"),
+        ({"stacks": [{"layers": ["a"], "modules": [module]}], "rank": "x", "alpha": 1}, "damaged"),
+        (
+            {"stacks": [{"layers": ["a"], "modules": [{**module, "in_features": "3"}]}]},
+            "'fc' has in_features '3'",
+        ),
+    ):
+        with pytest.raises(HYWUError, match=words):
+            LoRALayout.from_json(data)
+    with pytest.raises(HYWUError, match="the key 'prefix' is missing"):
         LoRALayout.from_official({"pg_mapping": {}})
 
 
@@ -161,3 +170,32 @@ def test_quantized_layers_are_found_by_their_attributes():
     model = nn.Module()
     model.blocks = nn.ModuleList(Block() for _ in range(2))
     assert LoRALayout.of(model, 1).stacks[0].modules == (Module("fc", 4, 6),)
+
+
+class Level(nn.Module):
+    """A level of a UNet: a residual block, then transformer blocks between two projections."""
+
+    def __init__(self, dim, depth):
+        super().__init__()
+        self.res = nn.ModuleList([nn.Conv2d(dim, dim, 3), nn.Conv2d(dim, dim, 1)])
+        self.proj_in, self.proj_out = nn.Conv2d(dim, dim, 1), nn.Conv2d(dim, dim, 1)
+        self.transformer_blocks = nn.ModuleList(Double(dim) for _ in range(depth))
+
+
+def test_levels_of_a_unet():
+    model = nn.Module()
+    model.down = nn.ModuleList([Level(4, 1), Level(8, 2)])
+    model.middle = Level(8, 1)
+    model.up = nn.ModuleList([Level(8, 2), Level(4, 1)])
+    layout = LoRALayout.of(model, 2)
+    stacks = {stack.layers: [m.name for m in stack.modules] for stack in layout.stacks}
+    around, inside = ["res.1", "proj_in", "proj_out"], ["img_qkv", "txt_qkv", "proj"]
+    wide = [f"{level}.transformer_blocks.{i}" for level in ("down.1", "up.0") for i in (0, 1)]
+    wide.insert(2, "middle.transformer_blocks.0")
+    assert stacks == {
+        ("down.0", "up.1"): around,
+        ("down.0.transformer_blocks.0", "up.1.transformer_blocks.0"): inside,
+        ("down.1", "up.0"): around,
+        tuple(wide): inside,
+    }
+    layout.check(model)

@@ -57,6 +57,9 @@ def test_select_and_concat_are_inverse():
     assert torch.equal(lora.select([2, 0])["out.fc"].B, lora["out.fc"].B[[2, 0]])
     with pytest.raises(HYWUError, match="Item 3 is out of range"):
         lora.select(3)
+    for items in ([0, 3], slice(3, 5), torch.tensor([7])):
+        with pytest.raises(HYWUError, match="Items .* out of range: the LoRA has 3 items"):
+            lora.select(items)
     with pytest.raises(HYWUError, match="empty"):
         GeneratedLoRA.concat([])
 
@@ -75,6 +78,16 @@ def test_blend_mixes_weights_exactly_across_ranks_and_scales(weight):
     for path in one:
         expected = (1 - weight) * product(one, path) + weight * product(two, path)
         torch.testing.assert_close(product(mixed, path), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_blend_loses_nothing_to_the_narrower_dtype():
+    one, two = make(1, 0).to(dtype=torch.bfloat16), make(1, 1)
+    for first, second in ((one, two), (two, one)):
+        mixed = first.blend(second, 0.5)
+        assert mixed.dtype == torch.float32
+        for path in one:
+            parts = [product(lora.to(dtype=torch.float32), path) for lora in (first, second)]
+            torch.testing.assert_close(product(mixed, path), sum(parts) / 2, rtol=1e-5, atol=1e-5)
 
 
 def test_interpolate_keeps_the_rank_and_is_exact_at_both_ends():
@@ -115,6 +128,20 @@ def test_norms_equal_those_of_the_product():
     for path, norm in lora.norms().items():
         expected = product(lora, path).flatten(1).norm(dim=1)
         torch.testing.assert_close(norm, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_norms_where_a_device_has_no_qr(monkeypatch):
+    lora, qr, calls = make(), torch.linalg.qr, []
+    expected = lora.norms()
+
+    def missing_every_other_time(*args, **options):
+        calls.append(1)
+        if len(calls) % 2:
+            raise NotImplementedError("linalg_qr")
+        return qr(*args, **options)
+
+    monkeypatch.setattr(torch.linalg, "qr", missing_every_other_time)
+    assert all(torch.equal(norm, expected[path]) for path, norm in lora.norms().items())
 
 
 def test_values_that_are_not_finite_are_named():

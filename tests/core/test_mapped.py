@@ -155,11 +155,12 @@ def test_streaming_holds_under_a_quarter_of_the_weights(tmp_path):
     for name, number in (("resident", 0), ("streamed", budget)):
         done = subprocess.run(
             [sys.executable, "-c", textwrap.dedent(MEASURE), small, path, str(number)],
-            capture_output=True, text=True, timeout=120, check=True,
+            capture_output=True, text=True, timeout=600, check=True,
             cwd=Path(__file__).parents[2], env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         peaks[name] = json.loads(done.stdout)
     print({"weights": weights, "working": plan.working_bytes, **peaks})
     assert weights > 1e8
     assert peaks["resident"] > 0.95 * weights  # the measurement sees weights
+    assert peaks["resident"] < 1.2 * weights + plan.working_bytes  # never two copies of them
     assert peaks["streamed"] < 0.25 * weights + plan.working_bytes
