@@ -100,6 +100,17 @@ def test_the_map_outlives_a_reload_of_the_workflow_and_is_no_widget_value(page, 
     assert errors == []
 
 
+def test_a_page_opened_anew_shows_the_maps_of_what_comfyui_has_kept(page, errors):
+    graph = do.hywu_graph("blur it as before")
+    for _ in range(2):  # the second run comes from ComfyUI's cache alone
+        do.open_graph(page, graph)
+        assert page.locator(MAP).count() == 0
+        do.run(page)
+        page.wait_for_function("document.querySelectorAll('.hywu-norm-map').length === 2")
+    assert "blur it as before" in page.locator(MAP).first.inner_text()
+    assert errors == []
+
+
 def test_what_is_no_map_is_passed_over(page, errors):
     """A workflow of another version, or edited by hand, must load all the same."""
     do.open_graph(page, do.hywu_graph())
