@@ -39,6 +39,12 @@ def test_every_node_is_defined_with_a_tooltip_on_everything(defined):
     assert all(text.strip() for text in defined.values())
 
 
+def test_every_node_is_found_by_other_words():
+    for name, cls in nodes.node_classes().items():
+        assert "hywu" in cls.SEARCH_ALIASES, name
+        assert len(set(cls.SEARCH_ALIASES)) == len(cls.SEARCH_ALIASES) >= 3, name
+
+
 def test_every_report_is_one_that_comfyui_sends_again_from_its_cache():
     for name, cls in nodes.node_classes().items():
         if "text_output(" in inspect.getsource(getattr(cls, cls.FUNCTION)):
