@@ -5,47 +5,35 @@ Arguments: ComfyUI's tree, this extension's folder, a folder to write to, the op
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-TREE, EXTENSION, FOLDER, OPTIONS = sys.argv[1:]
-options = json.loads(OPTIONS)
-sys.argv = ["main.py", "--cpu", "--disable-cuda-malloc"]
-sys.path[0] = TREE
-sys.path.append(EXTENSION)
+from inside import ARGUMENTS, EXTENSION, load_as, load_nodes, show
 
-import comfy.options  # noqa: E402
+# isort: split
+import comfy.ops
+import comfy.sd
+import comfy.utils
+import folder_paths
+import torch
+from comfy.ldm.wan.model import WanModel
+from safetensors.torch import save_file
+from tqdm import tqdm
 
-comfy.options.enable_args_parsing()
+import nodes as stock
 
-import comfy.ops  # noqa: E402
-import comfy.sd  # noqa: E402
-import comfy.utils  # noqa: E402
-import folder_paths  # noqa: E402
-import torch  # noqa: E402
-from comfy.ldm.wan.model import WanModel  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-import nodes as stock  # noqa: E402
-from bench.measure import CLOCKS, summary  # noqa: E402
-
+FOLDER, options = ARGUMENTS[0], json.loads(ARGUMENTS[1])
 for kind in ("diffusion_models", "loras"):
     folder_paths.add_model_folder_path(kind, FOLDER, is_default=True)
-spec = importlib.util.spec_from_file_location(
-    "hywu_nodes", f"{EXTENSION}/__init__.py", submodule_search_locations=[EXTENSION]
-)
-package = importlib.util.module_from_spec(spec)
-sys.modules["hywu_nodes"] = package
-spec.loader.exec_module(package)
-NODES = package.NODE_CLASS_MAPPINGS
-GeneratedLoRA = sys.modules["hywu_nodes.hywu_core.lora"].GeneratedLoRA
-LoRALayout = sys.modules["hywu_nodes.hywu_core.layout"].LoRALayout
+NODES = load_nodes()
+from hywu_nodes.hywu_core.layout import LoRALayout  # noqa: E402
+from hywu_nodes.hywu_core.lora import GeneratedLoRA  # noqa: E402
+
+clocks_of = load_as("measure", f"{EXTENSION}/bench/measure.py")
+CLOCKS, summary = clocks_of.CLOCKS, clocks_of.summary
 
 torch.set_grad_enabled(False)
 comfy.utils.PROGRESS_BAR_ENABLED = False
@@ -261,4 +249,4 @@ figures = {
 for make in (editor, wan):
     case = make(options["tiny"])
     figures["models"][case.name] = measure(case)
-print("FIGURES" + json.dumps(figures))
+show(figures)

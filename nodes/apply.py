@@ -27,6 +27,7 @@ class HYWUApplyLoRA:
         "How many modules matched and how, as JSON.",
     )
     FUNCTION = "apply"
+    HAS_INTERMEDIATE_OUTPUT = True
 
     @classmethod
     def INPUT_TYPES(cls):

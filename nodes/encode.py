@@ -25,6 +25,7 @@ class HYWUConditionEncode:
     RETURN_NAMES = ("condition",)
     OUTPUT_TOOLTIPS = ("What the generator reads: tokens of the images and instructions.",)
     FUNCTION = "encode"
+    HAS_INTERMEDIATE_OUTPUT = True
 
     @classmethod
     def INPUT_TYPES(cls):

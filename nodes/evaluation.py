@@ -84,6 +84,7 @@ class HYWUBenchmarkItems:
         "The language of its instruction.",
     )
     FUNCTION = "read"
+    HAS_INTERMEDIATE_OUTPUT = True
 
     @classmethod
     def INPUT_TYPES(cls):

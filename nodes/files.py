@@ -54,6 +54,7 @@ class HYWULoadCondition:
     RETURN_NAMES = ("condition",)
     OUTPUT_TOOLTIPS = ("The condition, for HY-WU Generate LoRA.",)
     FUNCTION = "load"
+    HAS_INTERMEDIATE_OUTPUT = True
 
     @classmethod
     def INPUT_TYPES(cls):

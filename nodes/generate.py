@@ -25,6 +25,7 @@ class HYWUGenerateLoRA:
         "What was generated, for what and how long it took, as JSON.",
     )
     FUNCTION = "generate"
+    HAS_INTERMEDIATE_OUTPUT = True
 
     @classmethod
     def INPUT_TYPES(cls):

@@ -28,6 +28,7 @@ class HYWULoRAHook:
         "How many modules matched, as JSON.",
     )
     FUNCTION = "hook"
+    HAS_INTERMEDIATE_OUTPUT = True
 
     @classmethod
     def INPUT_TYPES(cls):

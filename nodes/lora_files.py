@@ -67,6 +67,7 @@ class HYWULoadLoRA:
         "What is in it and where it came from, as JSON.",
     )
     FUNCTION = "load"
+    HAS_INTERMEDIATE_OUTPUT = True
 
     @classmethod
     def INPUT_TYPES(cls):

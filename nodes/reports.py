@@ -1,6 +1,8 @@
 """Texts and figures that nodes show, and that a headless client reads from /history.
 
-Every node with a report has ``"text": [str]`` in its ui outputs. Generate, Inspect and Load LoRA add
+Every node with a report has ``"text": [str]`` in its ui outputs. Those that end no graph say so by
+``HAS_INTERMEDIATE_OUTPUT``: where ComfyUI serves their results from its cache, newer ones then send the ui
+outputs again, and older ones (0.3.75) nothing. Generate, Inspect and Load LoRA add
 ``"hywu_norms"``, which the web extension draws on the node: a list with one entry for each image of the
 batch (the first 8) and each stack of layers::
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 import dev
 from hywu_core.evaluation.commands.shared import SAMPLES
+from workflows.build import NEWER
 
 _SPEC = importlib.util.spec_from_file_location("actions", Path(__file__).with_name("actions.py"))
 do = importlib.util.module_from_spec(_SPEC)
@@ -97,6 +98,17 @@ def test_the_map_outlives_a_reload_of_the_workflow_and_is_no_widget_value(page, 
     np.testing.assert_array_equal(map_pixels(page), before)
     do.look_at(page, "HYWUInspectLoRA")
     page.screenshot(path=artefacts / "norm_map_reloaded.png")
+    assert errors == []
+
+
+def test_a_page_opened_anew_shows_the_maps_of_what_comfyui_has_kept(page, errors):
+    graph = do.hywu_graph("blur it as before")
+    for _ in range(2):  # the second run comes from ComfyUI's cache alone
+        do.open_graph(page, graph)
+        assert page.locator(MAP).count() == 0
+        do.run(page)
+        page.wait_for_function("document.querySelectorAll('.hywu-norm-map').length === 2")
+    assert "blur it as before" in page.locator(MAP).first.inner_text()
     assert errors == []
 
 
@@ -197,26 +209,38 @@ def test_three_nodes_are_added_by_search_and_wired_by_hand(page, artefacts, erro
     assert links["HYWUApplyLoRA", "lora"] == "HYWUGenerateLoRA"
     do.run(page)
     page.screenshot(path=artefacts / "wired_by_hand_done.png")
+    do.look_at(page, "HYWUGenerateLoRA")  # at this zoom current frontends leave widgets out
     assert page.locator(MAP).count() == 1
     assert do.saved_picture(page)["filename"].startswith("browser")
     assert errors == []
 
 
-@pytest.mark.parametrize("name", ["wu_eval", "benchmark_gedit", "benchmark_imgedit"])
-def test_a_dropped_workflow_has_no_missing_node_and_no_unset_widget(page, artefacts, errors, name):
-    path = dev.ROOT / "workflows" / f"{name}.json"
-    saved = json.loads(path.read_text(encoding="utf-8"))
-    do.drop(page, path, "application/json")
-    page.wait_for_function(f"window.app.graph._nodes.length === {len(saved['nodes'])}")
-    page.wait_for_timeout(500)
-    assert do.types(page) == sorted(n["type"] for n in saved["nodes"])
-    assert page.evaluate("window.app.graph._nodes.every((n) => !n.has_errors)")
-    shipped = json.loads((dev.ROOT / "workflows" / "api" / f"{name}.json").read_text())
-    prompt = page.evaluate("async () => (await window.app.graphToPrompt()).output")
-    for key, wanted in shipped.items():
-        given = prompt[key]["inputs"]
-        assert {k: given[k] for k in wanted["inputs"]} == wanted["inputs"], key
-    page.screenshot(path=artefacts / f"dropped_{name}.png")
+def test_dropped_workflows_have_no_missing_node_and_no_unset_widget(page, artefacts, errors):
+    for path in sorted((dev.ROOT / "workflows").glob("*.json")):
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        page.evaluate("window.app.graph.clear()")  # two of them have nodes of the same classes
+        do.drop(page, path, "application/json")
+        wanted = sorted(n["type"] for n in saved["nodes"])
+        page.wait_for_function(
+            """([wanted]) => window.app.graph._nodes.map((n) => n.type).sort().join() === wanted""",
+            arg=[",".join(wanted)],
+        )
+        page.wait_for_timeout(500)
+        wrong = page.evaluate(
+            "window.app.graph._nodes.filter((n) => n.has_errors).map((n) => n.type)"
+        )
+        # a checkpoint of the user's own, which current frontends miss
+        assert set(wrong) <= {"CheckpointLoaderSimple"}, path.name
+        shipped = json.loads((path.parent / "api" / path.name).read_text(encoding="utf-8"))
+        prompt = page.evaluate("async () => (await window.app.graphToPrompt()).output")
+        for key, node in shipped.items():
+            given = prompt[key]["inputs"]
+            # what only newer ComfyUIs have is no widget of an older one
+            missing = node["inputs"].keys() - given.keys()
+            assert missing <= NEWER.get(node["class_type"], {}).keys(), (path.name, key)
+            known = {k: v for k, v in node["inputs"].items() if k in given}
+            assert {k: given[k] for k in known} == known, (path.name, key)
+        page.screenshot(path=artefacts / f"dropped_{path.stem}.png")
     assert errors == []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import re
 from pathlib import Path
 
@@ -36,6 +37,22 @@ def test_every_node_is_defined_with_a_tooltip_on_everything(defined):
     assert len(names) >= 15
     assert {key.partition(".")[0] for key in defined} == set(names)
     assert all(text.strip() for text in defined.values())
+
+
+def test_every_node_is_found_by_other_words():
+    for name, cls in nodes.node_classes().items():
+        assert "hywu" in cls.SEARCH_ALIASES, name
+        assert len(set(cls.SEARCH_ALIASES)) == len(cls.SEARCH_ALIASES) >= 3, name
+
+
+def test_every_report_is_one_that_comfyui_sends_again_from_its_cache():
+    for name, cls in nodes.node_classes().items():
+        if "text_output(" in inspect.getsource(getattr(cls, cls.FUNCTION)):
+            again = (
+                getattr(cls, "OUTPUT_NODE", False),
+                getattr(cls, "HAS_INTERMEDIATE_OUTPUT", False),
+            )
+            assert any(again), name
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])

@@ -18,9 +18,9 @@ from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 
 import nodes as stock
 
-started = time.perf_counter()
+started = time.process_time()  # other programs' share of the machine is not the import's
 NODES = load_nodes()
-import_seconds = time.perf_counter() - started
+import_seconds = time.process_time() - started
 from hywu_nodes.hywu_core.editor.checkpoint import load_editor  # noqa: E402
 from hywu_nodes.hywu_core.editor.sampling import edit  # noqa: E402
 from hywu_nodes.nodes.host import cache, generators  # noqa: E402

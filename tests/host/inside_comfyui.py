@@ -1,41 +1,15 @@
-"""The start of the scripts that tests run inside ComfyUI's tree; they import it before anything of ComfyUI.
-
-Their first two arguments are ComfyUI's tree and this extension's folder; ARGUMENTS are the others.
-"""
+"""The start of the scripts that tests run inside ComfyUI's tree: bench/inside.py, and what only tests need."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import sys
 from collections.abc import Callable
-from types import ModuleType
 
-TREE, EXTENSION, *ARGUMENTS = sys.argv[1:]
-#: Name of the extension's package: `hywu_nodes.hywu_core.lora` and so on can be imported after `load_nodes`.
-PACKAGE = "hywu_nodes"
+sys.path.append(f"{sys.argv[2]}/bench")  # which takes itself away again
 
-sys.argv = ["main.py", "--cpu", "--disable-cuda-malloc"]
-sys.path.insert(0, TREE)
+from inside import ARGUMENTS, EXTENSION, PACKAGE, TREE, load_as, load_nodes, show
 
-import comfy.options  # noqa: E402
-
-comfy.options.enable_args_parsing()
-import folder_paths  # noqa: E402, F401 - by it the extension knows that it runs inside ComfyUI
-
-
-def load_as(name: str, path: str, folders: list[str] | None = None) -> ModuleType:
-    """Import a file under a name; `folders` make it a package."""
-    spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=folders)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def load_nodes() -> dict[str, type]:
-    """The extension's node classes by name, imported as ComfyUI does."""
-    return load_as(PACKAGE, f"{EXTENSION}/__init__.py", [EXTENSION]).NODE_CLASS_MAPPINGS
+__all__ = ["ARGUMENTS", "EXTENSION", "PACKAGE", "TREE", "error", "load_as", "load_nodes", "show"]
 
 
 def error(action: Callable[[], object]) -> str:
@@ -45,8 +19,3 @@ def error(action: Callable[[], object]) -> str:
     except ValueError as problem:
         return str(problem)
     return ""
-
-
-def show(figures: dict[str, object]) -> None:
-    """Print one line that the test finds among everything else on standard output."""
-    print("FIGURES" + json.dumps(figures), flush=True)

@@ -15,8 +15,13 @@ from inside_comfyui import ARGUMENTS, EXTENSION, error, load_as, load_nodes, sho
 # isort: split
 import comfy.model_management as mm
 import torch
+from utils.extra_config import load_extra_path_config
 
 FOLDER = Path(ARGUMENTS[0])
+# a folder of the user's own, as main.py reads it before the nodes are imported
+elsewhere = FOLDER / "extra_model_paths.yaml"
+elsewhere.write_text(f"elsewhere:\n  base_path: {FOLDER}\n  hywu: generators\n")
+load_extra_path_config(str(elsewhere))
 NODES = load_nodes()
 from hywu_nodes.hywu_core.condition import Condition  # noqa: E402
 from hywu_nodes.hywu_core.generator.checkpoints import load_generator, save_generator  # noqa: E402
@@ -41,7 +46,8 @@ def checkpoint() -> Path:
     made = ParameterGenerator(config)
     made.reset_parameters()
     torch.nn.init.normal_(made.model.proj_out_B.weight, std=0.02)
-    return save_generator(made, FOLDER / "g.safetensors", overwrite=True)
+    (FOLDER / "generators").mkdir()
+    return save_generator(made, FOLDER / "generators" / "g.safetensors")
 
 
 def tokens(batch: int = 2, seed: int = 1) -> Condition:
@@ -191,11 +197,9 @@ def estimate(made) -> dict:
 
 
 path = checkpoint()
-import folder_paths  # noqa: E402
-
-folder_paths.folder_names_and_paths["hywu"] = ([str(FOLDER)], {".safetensors"})
 made = generators.load(path.name, "float32")
 show({
+    "listed": NODES["HYWULoadGenerator"].INPUT_TYPES()["required"]["checkpoint"][0],
     "block": once(made, "block"),
     "load": once(made, "load"),
     "twice": twice(made),

@@ -10,6 +10,11 @@ def figures(run_inside, tmp_path_factory):
     return run_inside("low_vram_figures.py", tmp_path_factory.mktemp("low_vram"))
 
 
+def test_a_folder_of_extra_model_paths_is_listed(figures):
+    """The checkpoint of all these figures lies there."""
+    assert figures["listed"] == ["bundled", "g.safetensors"]
+
+
 @pytest.mark.parametrize("where", ["block", "load"])
 def test_out_of_memory_once_streams_and_gives_the_same_lora(figures, where):
     found = figures[where]

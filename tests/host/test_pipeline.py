@@ -138,6 +138,35 @@ def test_strength_and_seed_never_generate_again(server, photo):
     assert torch.equal(g.pictures(server, again), g.pictures(server, other))
 
 
+def test_a_blend_is_both_loras_at_their_shares(server, photo, direct):
+    other = {
+        "encode2": g.node(
+            "HYWUConditionEncode", generator=["generator", 0], image=["photo", 0],
+            instruction="sharpen the image, please",
+        ),
+        "generate2": g.node(
+            "HYWUGenerateLoRA", generator=["generator", 0], condition=["encode2", 0]
+        ),
+    }  # fmt: skip
+
+    def blended(weight):
+        blend = g.node(
+            "HYWUBlendLoRA", lora_a=["generate", 0], lora_b=["generate2", 0], weight=weight
+        )
+        graph = g.edit_graph(blend=blend, **other)
+        graph["apply"]["inputs"]["lora"] = ["blend", 0]
+        return g.pictures(server, g.run(server, graph))
+
+    second = g.node(
+        "HYWUApplyLoRA", model=["apply", 0], lora=["generate2", 0], strength=0.75, mode="merge"
+    )
+    graph = g.edit_graph(strength=0.25, second=second, **other)
+    graph["sample"]["inputs"]["model"] = ["second", 0]
+    assert g.levels(blended(0.75), g.pictures(server, g.run(server, graph))) <= 1
+    assert g.levels(blended(0.0), direct) <= 1
+    assert g.levels(blended(1.0), direct) > 1
+
+
 def test_two_in_a_row_on_branches_and_beside_a_stock_loader(server, photo, direct):
     """Half and half in a row is the whole; branches of one MODEL don't see each other."""
     save = g.node(

@@ -38,7 +38,7 @@ def applied(model: str, lora: str, mode: str, strength: float = 3.0, **more) -> 
 
 
 def branch(name: str) -> dict[str, dict]:
-    """The nodes of one branch, from the MODEL to its picture."""
+    """The nodes of one branch, from the MODEL to its picture. `bypass`: newer ComfyUIs require it."""
     models = {
         "Plain": {},
         "Unmerged": {"aUnmerged": applied("editor", "generate", "unmerged")},
@@ -46,12 +46,13 @@ def branch(name: str) -> dict[str, dict]:
         "Stock": {
             "aStock": g.node(
                 "LoraModelLoader", model=["editor", 0], lora=["generate2", 1],
-                strength_model=-3.0,
+                strength_model=-3.0, bypass=False,
             )
         },
         "Stacked": {
             "bStacked": g.node(
-                "LoraModelLoader", model=["editor", 0], lora=["generate", 1], strength_model=2.0
+                "LoraModelLoader", model=["editor", 0], lora=["generate", 1], strength_model=2.0,
+                bypass=False,
             ),
             "cStacked": applied("bStacked", "generate2", "merge"),
             "scope": g.node(

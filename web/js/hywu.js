@@ -8,12 +8,15 @@
  * the canvas and the Vue nodes both place), and each piece is asked for before it is used.
  */
 import { app } from "/scripts/app.js";
+import { api } from "/scripts/api.js";
 import { currentLocale, translateDefinitions, translateNode } from "./locale.js";
 
 const NODES = new Set(["HYWUGenerateLoRA", "HYWUInspectLoRA", "HYWULoadLoRA"]);
 const KEY = "hywu_norms";
 /** More numbers than this are shown but not kept in the workflow file. */
 const KEPT_NUMBERS = 4096;
+/** Of the last so many prompts, a map is looked for. */
+const REMEMBERED_PROMPTS = 32;
 /** Black, violet, orange, yellow: the colours of the Inspect node's picture. */
 const COLOURS = [[0, 0, 5], [128, 18, 128], [250, 128, 51], [255, 255, 178]];
 
@@ -230,6 +233,39 @@ function showMaps(node, maps) {
   app.graph?.setDirtyCanvas?.(true, true);
 }
 
+/** Classes and inputs of a node and of all before it in a prompt, to be compared. */
+function recipe(prompt, id) {
+  const found = {};
+  const ids = [String(id)];
+  for (const at of ids) { // grows meanwhile
+    const node = prompt?.[at];
+    if (!node || found[at]) continue;
+    found[at] = [node.class_type, node.inputs];
+    const links = Object.values(node.inputs ?? {}).filter((v) => Array.isArray(v) && v.length === 2);
+    ids.push(...links.map(([source]) => String(source)));
+  }
+  return JSON.stringify(found);
+}
+
+/**
+ * A page that was opened anew hears nothing of nodes whose results ComfyUI still has (0.3.75; later ones
+ * send them). Their maps are those of the last prompt that had the same nodes with the same inputs.
+ */
+async function recallMaps(ids) {
+  const bare = ids.map((id) => app.graph?.getNodeById?.(id)).filter((node) =>
+    NODES.has(node?.comfyClass) && !node.widgets?.some((w) => w.name === KEY));
+  if (!bare.length) return;
+  const answer = await api.fetchApi(`/history?max_items=${REMEMBERED_PROMPTS}`);
+  const records = Object.values(await answer.json()).reverse(); // the newest first
+  const { output: prompt } = await app.graphToPrompt();
+  for (const node of bare) {
+    const wanted = recipe(prompt, node.id);
+    const record = records.find((r) => Array.isArray(r.outputs?.[node.id]?.[KEY])
+      && recipe(r.prompt?.[2], node.id) === wanted);
+    if (record) node.onExecuted(record.outputs[node.id]);
+  }
+}
+
 /** Call `added` after the method that is there already, whoever put it there. */
 function chain(prototype, name, added) {
   const earlier = prototype[name];
@@ -242,6 +278,12 @@ function chain(prototype, name, added) {
 
 app.registerExtension({
   name: "hywu",
+
+  setup() {
+    api.addEventListener("execution_cached", ({ detail }) => {
+      recallMaps(detail?.nodes ?? []).catch((error) => console.warn("HY-WU: no norm maps:", error));
+    });
+  },
 
   addCustomNodeDefs: (definitions) => translateDefinitions(definitions),
 
