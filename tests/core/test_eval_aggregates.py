@@ -35,7 +35,9 @@ def rounded(value: Decimal, digits: int) -> str:
 
 # -- GEdit-Bench ---------------------------------------------------------------------------------
 
-GARBAGE = ("", "I cannot rate this.", '{"score": "high"}', '{"score": [11, 3]}', "{broken", "{}")
+GARBAGE = (
+    "", "I cannot rate this.", '{"score": "high"}', '{"score": [11, 3]}', "{broken", "{}", "9" * 5000,
+)  # fmt: skip
 
 
 def random_answer(rng: random.Random) -> tuple[str, int | None]:
@@ -200,9 +202,12 @@ def test_gedit_reference_size(size, expected):
 # -- ImgEdit-Bench -------------------------------------------------------------------------------
 
 
+NO_SCORES = ("", "No.", "Score: five", "Compliance:5", "A: 3: 4", "A: 3.5", "A: " + "9" * 5000)
+
+
 def random_imgedit(rng: random.Random) -> tuple[str, list[int]]:
     if rng.random() < 0.08:
-        return rng.choice(["", "No.", "Score: five", "Compliance:5", "A: 3: 4", "A: 3.5"]), []
+        return rng.choice(NO_SCORES), []
     count = rng.choice([3, 3, 3, 3, 2, 1])
     scores = [rng.randint(1, 5) for _ in range(count)]
     lines = ["Brief reasoning: the sky, 3 clouds"]
