@@ -157,7 +157,7 @@ def parse_scores(text: str) -> float | None:
             scores = answer.get("score") if isinstance(answer, dict) else None
         else:
             scores = json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # ValueError: not JSON, or a number of thousands of digits
         return None
     scores = scores if isinstance(scores, list) else [scores]
     if not scores or not all(_is_score(value) for value in scores):

@@ -64,7 +64,7 @@ def read_imgedit(path: str | Path) -> ItemList:
         )
 
     named = [
-        (f"{file.name} '{key}'", {"key": key, **row} if isinstance(row, Mapping) else row)
+        (f"{file.name} {key!r}", {"key": key, **row} if isinstance(row, Mapping) else row)
         for key, row in entries.items()
     ]
     return collect("imgedit", named, parse)
@@ -87,8 +87,9 @@ def integers(answer: str) -> list[int]:
     found = []
     for line in answer.splitlines():
         parts = line.strip().split(": ")
-        # isdecimal where the authors use isdigit: the same numbers, and no crash on a superscript
-        if len(parts) == 2 and parts[1].isdecimal():
+        # isdecimal where the authors use isdigit: the same numbers, and no crash on a superscript, nor
+        # on a number of thousands of digits
+        if len(parts) == 2 and parts[1].isdecimal() and len(parts[1]) < 10:
             found.append(int(parts[1]))
     return found
 

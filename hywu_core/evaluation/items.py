@@ -111,14 +111,15 @@ class ItemList:
 def check_name(value: object, what: str) -> str:
     """A key, task or language that is safe as a file name. Raises HYWUError saying what is wrong."""
     text = str(value) if isinstance(value, (str, int)) and not isinstance(value, bool) else ""
-    if not text or text.strip(" .") != text or FORBIDDEN & set(text) or len(text) > 120:
+    unusable = FORBIDDEN & set(text) or not _encodable(text)
+    if not text or text.strip(" .") != text or unusable or len(text) > 120:
         raise HYWUError(f"its {what} is {value!r}, which can't be a file name")
     return text
 
 
 def check_image(value: object, root: Path, what: str) -> Path:
     """The path of an existing file inside `root`. Raises HYWUError saying what is wrong."""
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str) or not value or "\0" in value or not _encodable(value):
         raise HYWUError(f"its {what} is {value!r}, not a path")
     path = (root / value).resolve()
     if not path.is_relative_to(root.resolve()):
@@ -130,9 +131,18 @@ def check_image(value: object, root: Path, what: str) -> Path:
 
 def check_instruction(value: object) -> str:
     """A non-empty instruction. Raises HYWUError saying what is wrong."""
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or not value.strip() or not _encodable(value):
         raise HYWUError(f"its instruction is {value!r}")
     return value
+
+
+def _encodable(text: str) -> bool:
+    """Whether a file can hold the text: JSON may hold half of an emoji (a lone surrogate)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def collect(

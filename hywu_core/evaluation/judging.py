@@ -131,21 +131,26 @@ def _ask(job: _Job, results: Results, judge: Judge, store: JudgementStore) -> Ju
     try:
         reply = judge.score(build_request(results, job.item, job.question))
     except Refusal as refusal:
-        judgement = Judgement(*key, REFUSED, str(refusal))
+        judgement = Judgement(*key, REFUSED, _writable(str(refusal)))
     except Failure as failure:
-        judgement = Judgement(*key, FAILED, str(failure))
+        judgement = Judgement(*key, FAILED, _writable(str(failure)))
     else:
         judgement = Judgement(
             *key,
             ANSWERED,
-            reply.text,
-            reply.model,
+            _writable(reply.text),
+            _writable(reply.model),
             reply.tokens_in,
             reply.tokens_out,
             reply.attempts,
         )
     store.append(judgement)
     return judgement
+
+
+def _writable(text: str) -> str:
+    """The text with "?" for lone surrogates (an answer cut within an emoji), which no file can hold."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def build_request(results: Results, item: Item, question: Question) -> JudgeRequest:

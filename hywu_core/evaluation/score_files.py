@@ -78,12 +78,17 @@ def _write_items(path: Path, scores: MethodScores) -> None:
 
 
 def _write_gedit(folder: Path, scores: MethodScores) -> None:
-    rows = gedit_rows(scores)
+    rows, written = gedit_rows(scores), set()
     for language in ("all", *sorted({row.language for row in rows})):
         for task in scores.tasks():
             chosen = [r for r in rows if r.task == task and language in ("all", r.language)]
             if chosen:
-                gedit.write_csv(folder / gedit.csv_name(scores.method, task, language), chosen)
+                path = folder / gedit.csv_name(scores.method, task, language)
+                gedit.write_csv(path, chosen)
+                written.add(path)
+    # A task that had scores before and has none now must not be averaged with its old ones
+    for old in set(folder.glob("*_vie_score.csv")) - written:
+        old.unlink()
 
 
 def _write_imgedit(folder: Path, scores: MethodScores) -> None:

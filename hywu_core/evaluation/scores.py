@@ -104,8 +104,9 @@ def score_results(
         found = [(item, _judgements(results, item, questionnaire, store)) for item in items.items]
         models: dict[str, int] = {}
         for judgement in (j for _, js in found for j in js.values() if j.status == ANSWERED):
-            models[judgement.model] = models.get(judgement.model, 0) + 1
-        if model is None and len(models) > 1:
+            if model in (None, judgement.model):
+                models[judgement.model] = models.get(judgement.model, 0) + 1
+        if len(models) > 1:
             counts = ", ".join(f"{key or 'unnamed'} ({n})" for key, n in models.items())
             raise HYWUError(
                 f"{results.root}: '{name.judge}' was answered by several models: {counts}; choose "

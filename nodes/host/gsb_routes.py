@@ -33,7 +33,9 @@ def _register(server: object) -> None:
 
     def find(name: str) -> Store | None:
         if name in opened:
-            return opened[name]
+            if opened[name].is_current():
+                return opened[name]
+            del opened[name]
         listed = {p.name for p in root.iterdir() if p.is_dir()} if root.is_dir() else set()
         if name not in listed or name.startswith("."):
             return None

@@ -1,6 +1,8 @@
 """Parsing and aggregation against an independent recomputation, to the last printed digit.
 
-The recomputation shares no code with the package: exact decimals and fractions, plain loops.
+Each of the random files is a judge's, as it lies on disk: answers in many forms, garbage, refusals,
+failures, questions not asked, items without a picture, both languages. What is compared is what is
+printed. The recomputation shares no code with the package: exact decimals and fractions, plain loops.
 """
 
 from __future__ import annotations
@@ -9,8 +11,11 @@ import csv
 import json
 import random
 import re
+from collections import Counter
+from collections.abc import Callable, Sequence
 from decimal import ROUND_HALF_EVEN, Decimal, getcontext
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +23,99 @@ import pytest
 
 from hywu_core.errors import HYWUError
 from hywu_core.evaluation import gedit, imgedit, wu_eval
-from hywu_core.evaluation.scores import parse
-from hywu_core.evaluation.statistics import bootstrap_mean, bootstrap_mean_of_means
-from hywu_core.evaluation.tables import three
+from hywu_core.evaluation.items import Item, ItemList
+from hywu_core.evaluation.judging import pictures_hash
+from hywu_core.evaluation.questionnaires import load_questionnaire
+from hywu_core.evaluation.results import JUDGEMENTS, Results
+from hywu_core.evaluation.score_files import their_gedit, their_imgedit, write_scores
+from hywu_core.evaluation.scores import MethodScores, score_results
+from hywu_core.evaluation.statistics import SEED, bootstrap_mean, bootstrap_mean_of_means
+from hywu_core.evaluation.store import FORMAT, StoreName
+from hywu_core.evaluation.tables import summary_table
 
 FILES = 1000
+
+
+class Benchmark:
+    """Items with and without results, from which each random file takes some.
+
+    name: gedit, imgedit or wu-eval; answer: a random answer and what it says, None for garbage.
+    """
+
+    def __init__(
+        self, root: Path, name: str, tasks: Sequence[str], answer: Callable[[random.Random], tuple]
+    ) -> None:
+        self.answer, self.rng = answer, random.Random(name)
+        self.questionnaire = load_questionnaire(name)
+        self.results = Results(root / "mine", "folder" if name == "wu-eval" else name)
+        self.name = StoreName("judge", "1", name, self.questionnaire.version)
+        sources = [root / f"{number}.png" for number in range(4)]
+        for source in sources:
+            source.write_bytes(source.name.encode())  # nobody looks at the pixels
+        self.lines: dict[str, list[dict[str, str]]] = {}
+        self.missing: set[str] = set()
+        self.items: dict[str, list[Item]] = {task: [] for task in tasks}
+        for task in tasks:
+            for number in range(20):
+                language = "en" if name == "imgedit" else self.rng.choice(["en", "cn"])
+                fields = {"language": language, "intersection": self.rng.random() < 0.7}
+                source = self.rng.choice(sources)
+                self._add(Item(f"{task}{number}", task, 'say "a, b"\nand 你好', source, **fields))
+
+    def _add(self, item: Item) -> None:
+        picture = self.results.picture(item)
+        if self.rng.random() < 0.05:
+            self.missing.add(item.id)
+        else:
+            picture.parent.mkdir(parents=True, exist_ok=True)
+            picture.write_bytes(item.key.encode())
+        self.items[item.task].append(item)
+        key = {"item": item.id, "pictures": pictures_hash(self.results, item)}
+        self.lines[item.id] = [
+            {**key, "question": question.name, "prompt": question.digest}
+            for question in self.questionnaire.questions(item)
+        ]
+
+    def random_file(self) -> tuple[MethodScores, dict[str, list], Counter[str]]:
+        """Write a file and score it. Also: what each item's answers say, and how many came to what."""
+        chosen = []
+        for task in self.rng.sample(list(self.items), self.rng.randint(1, len(self.items))):
+            chosen += self.rng.sample(self.items[task], self.rng.choice([1, 1, 2, 3, 9]))
+        rows, said, outcomes = [], {}, Counter()
+        for item in chosen:
+            found = [self._ask(line, rows) for line in self.lines[item.id]]
+            statuses = [status for status, _ in found]
+            if item.id in self.missing:
+                outcome = "missing"
+            elif odd := [s for s in ("failed", "refused", "unjudged") if s in statuses]:
+                outcome = odd[0]
+            elif None in (values := [value for _, value in found]):
+                outcome = "unparsable"
+            else:
+                outcome, said[item.id] = "scored", values
+            outcomes[outcome] += 1
+        self.rng.shuffle(rows)
+        rows = [row for again in rows for row in again]
+        path = self.results.root / JUDGEMENTS / self.name.file_name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        header = {"format": FORMAT, **vars(self.name)}
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in (header, *rows))
+        path.write_text(text, encoding="utf-8")
+        items = ItemList(self.results.benchmark, tuple(chosen))
+        scores = score_results(self.results, items, self.questionnaire, self.name)
+        assert scores.outcomes() == {**dict.fromkeys(scores.outcomes(), 0), **outcomes}
+        return scores, said, outcomes
+
+    def _ask(self, line: dict[str, str], rows: list[list[dict[str, str]]]) -> tuple[str, object]:
+        """Add a question's lines; how it ended and what the answer says."""
+        text, value = self.answer(self.rng)
+        status = self.rng.choices(["answered", "refused", "failed", "unjudged"], [90, 3, 3, 3])[0]
+        if status == "unjudged":
+            return status, None
+        rows.append([{**line, "status": status, "text": text}])
+        if self.rng.random() < 0.05:  # it had failed before: the last line counts
+            rows[-1].insert(0, {**line, "status": "failed", "text": "HTTP 503"})
+        return status, value
 
 
 def decimal(value: Fraction) -> Decimal:
@@ -35,7 +128,9 @@ def rounded(value: Decimal, digits: int) -> str:
 
 # -- GEdit-Bench ---------------------------------------------------------------------------------
 
-GARBAGE = ("", "I cannot rate this.", '{"score": "high"}', '{"score": [11, 3]}', "{broken", "{}")
+GARBAGE = (
+    "", "I cannot rate this.", '{"score": "high"}', '{"score": [11, 3]}', "{broken", "{}", "9" * 5000,
+)  # fmt: skip
 
 
 def random_answer(rng: random.Random) -> tuple[str, int | None]:
@@ -56,25 +151,6 @@ def random_answer(rng: random.Random) -> tuple[str, int | None]:
     return f"My rating:\n{body}", min(pair)
 
 
-def random_gedit(rng: random.Random) -> list[dict]:
-    rows = []
-    for task in rng.sample(gedit.TASKS, rng.randint(1, len(gedit.TASKS))):
-        for number in range(rng.randint(1, 9)):
-            semantics, quality = random_answer(rng), random_answer(rng)
-            rows.append(
-                {
-                    "task": task,
-                    "key": f"{task}{number}",
-                    "language": rng.choice(["en", "cn"]),
-                    "intersection": rng.random() < 0.7,
-                    "answers": {"semantics": semantics[0], "quality": quality[0]},
-                    "expected": (semantics[1], quality[1]),
-                    "missing": rng.random() < 0.05,
-                }
-            )
-    return rows
-
-
 def double_mean(values: list[float]) -> float:
     """Mean in doubles, added in the order of numpy's reduction (the authors use numpy), written out."""
     count, whole = len(values), len(values) - len(values) % 8
@@ -92,76 +168,64 @@ def double_mean(values: list[float]) -> float:
     return total / count
 
 
-def check_average(
-    printed: list[str], rows: list[dict], language: str | None, intersection: bool
-) -> None:
-    """Mean of task means of (semantics, quality, overall), recomputed twice.
+def average(groups: list[list[tuple[int, int]]]) -> list[str]:
+    """Mean of the groups' means of (semantics, quality, overall), recomputed twice.
 
-    In the authors' double arithmetic: the same digits, always. In 60-digit decimals: the same
+    In the authors' double arithmetic: these digits are returned. In 60-digit decimals: the same
     digits, except where the exact value is a tie between two printed ones.
     """
-    groups: dict[str, list[tuple[int, int]]] = {}
-    for row in rows:
-        if row["missing"] or None in row["expected"]:
+    printed = []
+    for function in (lambda s, q: s, lambda s, q: q, lambda s, q: Decimal(s * q).sqrt()):
+        if not groups:
+            printed.append("–")
             continue
-        if language not in (None, row["language"]) or (intersection and not row["intersection"]):
-            continue
-        groups.setdefault(row["task"], []).append(row["expected"])
-    if not groups:
-        assert printed == ["–"] * 3
-        return
-    ordered = [groups[task] for task in gedit.TASKS if task in groups]
-    functions = (lambda s, q: s, lambda s, q: q, lambda s, q: Decimal(s * q).sqrt())
-    for text, function in zip(printed, functions, strict=True):
-        means = [double_mean([float(function(s, q)) for s, q in group]) for group in ordered]
-        assert text == f"{double_mean(means):.3f}"
+        means = [double_mean([float(function(s, q)) for s, q in group]) for group in groups]
+        printed.append(f"{double_mean(means):.3f}")
         exact = sum(
             sum(Decimal(function(Decimal(s), Decimal(q))) for s, q in group) / len(group)
-            for group in ordered
-        ) / len(ordered)
+            for group in groups
+        ) / len(groups)
         tie = abs(exact * 1000 % 1 - Decimal("0.5")) < Decimal("1e-9")
-        assert tie or text == rounded(exact, 3)
+        assert tie or printed[-1] == rounded(exact, 3)
+    return printed
+
+
+def gedit_rows(items: Sequence[Item], said: dict[str, list]) -> list[tuple[str, ...]]:
+    """The rows that GEdit-Bench's table must print."""
+    scored = [item for item in items if item.id in said]
+
+    def groups(language: str, intersection: bool) -> dict[str, list]:
+        chosen = [
+            item
+            for item in scored
+            if language in ("", item.language) and (item.intersection or not intersection)
+        ]
+        tasks = [task for task in gedit.TASKS if any(item.task == task for item in chosen)]
+        return {t: [said[item.id] for item in chosen if item.task == t] for t in tasks}
+
+    rows = [(task, str(len(g)), *average([g])) for task, g in groups("", False).items()]
+    for language in ("", *sorted({item.language for item in scored})):
+        for intersection in (False, True):
+            found = groups(language, intersection)
+            title = f"Average {language}".strip() + (", intersection" if intersection else "")
+            count = sum(map(len, found.values()))
+            rows.append((title, str(count), *average(list(found.values()))))
+    return rows
 
 
 def test_gedit_agrees_on_random_files(tmp_path: Path):
     getcontext().prec = 60
-    rng = random.Random(7)
-    unparsable = missing = 0
+    benchmark = Benchmark(tmp_path, "gedit", gedit.TASKS, random_answer)
+    seen: Counter[str] = Counter()
     for number in range(FILES):
-        rows = random_gedit(rng)
-        ours = []
-        for row in rows:
-            values = parse("gedit", row["answers"])
-            assert (values is None) == (None in row["expected"]), row["answers"]
-            unparsable += values is None
-            missing += row["missing"]
-            if values is None or row["missing"]:
-                continue
-            ours.append(
-                gedit.Row(
-                    row["task"],
-                    f"{row['key']}_SRCIMG.png",
-                    f"{row['key']}.png",
-                    'say "a, b"\nand 你好',
-                    values["semantics"],
-                    values["quality"],
-                    row["intersection"],
-                    row["language"],
-                )
-            )
-        if number % 10 == 0:  # through the authors' files and back
-            back = []
-            for task in dict.fromkeys(row.task for row in ours):
-                path = tmp_path / gedit.csv_name("m", task)
-                gedit.write_csv(path, [row for row in ours if row.task == task])
-                back += gedit.read_csv(path, task)
-            assert back == ours
-        for language in (None, "en", "cn"):
-            for intersection in (False, True):
-                average = gedit.aggregate(ours, language, intersection).average
-                check_average([three(v) for v in average], rows, language, intersection)
-    assert unparsable > 1000
-    assert missing > 500
+        scores, said, outcomes = benchmark.random_file()
+        seen += outcomes
+        table = summary_table(scores)
+        assert list(table.rows) == gedit_rows(scores.items.items, said)
+        if number % 10 == 0 and said:  # through the authors' files and back
+            assert their_gedit(write_scores(scores))[0].rows == table.rows
+    assert len(seen) == 6
+    assert min(seen.values()) > 100
 
 
 def test_gedit_csv_is_the_authors_layout(tmp_path: Path):
@@ -200,9 +264,12 @@ def test_gedit_reference_size(size, expected):
 # -- ImgEdit-Bench -------------------------------------------------------------------------------
 
 
-def random_imgedit(rng: random.Random) -> tuple[str, list[int]]:
+NO_SCORES = ("", "No.", "Score: five", "Compliance:5", "A: 3: 4", "A: 3.5", "A: " + "9" * 5000)
+
+
+def random_imgedit(rng: random.Random) -> tuple[str, list[int] | None]:
     if rng.random() < 0.08:
-        return rng.choice(["", "No.", "Score: five", "Compliance:5", "A: 3: 4", "A: 3.5"]), []
+        return rng.choice(NO_SCORES), None
     count = rng.choice([3, 3, 3, 3, 2, 1])
     scores = [rng.randint(1, 5) for _ in range(count)]
     lines = ["Brief reasoning: the sky, 3 clouds"]
@@ -216,49 +283,46 @@ def half_even(value: Fraction) -> Fraction:
     return Fraction(exact.quantize(Decimal("0.01"), rounding=ROUND_HALF_EVEN))
 
 
-def test_imgedit_agrees_on_random_files():
+def imgedit_rows(items: Sequence[Item], said: dict[str, list]) -> list[tuple[str, ...]]:
+    """The rows that ImgEdit-Bench's table must print."""
+    groups: dict[str, list[float]] = {}
+    for item in items:
+        if item.id in said:
+            (scores,) = said[item.id]
+            value = float(half_even(Fraction(sum(scores), len(scores))))
+            groups.setdefault(item.task, []).append(value)
+    means = {}
+    for name, values in groups.items():
+        total = 0.0
+        for value in values:  # the authors add floats in the order of the file
+            total += value
+        means[name] = half_even(Fraction(total / len(values)))
+    rows = [
+        (name, str(len(groups[name])), rounded(decimal(means[name]), 2))
+        for name in imgedit.EDIT_TYPES
+        if name in groups
+    ]
+    added = 0.0
+    for value in means.values():
+        added += float(value)
+    whole = rounded(decimal(half_even(Fraction(added / len(means)))), 2) if means else "–"
+    return [*rows, ("Total", str(sum(map(len, groups.values()))), whole)]
+
+
+def test_imgedit_agrees_on_random_files(tmp_path: Path):
     getcontext().prec = 60
-    rng = random.Random(11)
-    unparsable = 0
-    for _ in range(FILES):
-        types, answers, expected = {}, {}, {}
-        for number in range(rng.randint(1, 60)):
-            key = str(number)
-            types[key] = rng.choice(imgedit.EDIT_TYPES)
-            answer, scores = random_imgedit(rng)
-            if rng.random() < 0.05:
-                continue  # missing
-            answers[key] = answer
-            if scores:
-                expected[key] = half_even(Fraction(sum(scores), len(scores)))
-            else:
-                unparsable += 1
-        ours = {k: s for k, a in answers.items() if (s := imgedit.item_score(a)) is not None}
-        assert {k: f"{v:.2f}" for k, v in ours.items()} == {
-            k: rounded(decimal(v), 2) for k, v in expected.items()
-        }
-        groups: dict[str, list[float]] = {}
-        for key, value in expected.items():
-            groups.setdefault(types[key], []).append(float(value))
-        by_type = {}
-        for name, values in groups.items():
-            total = 0.0
-            for value in values:  # the authors add floats in the order of the file
-                total += value
-            by_type[name] = half_even(Fraction(total / len(values)))
-        found = imgedit.type_scores(ours, types)
-        assert {k: f"{v:.2f}" for k, v in found.items()} == {
-            k: rounded(decimal(v), 2) for k, v in by_type.items()
-        }
-        total = imgedit.total_score(found)
-        if not by_type:
-            assert total is None
-            continue
-        added = 0.0
-        for value in by_type.values():
-            added += float(value)
-        assert f"{total:.2f}" == rounded(decimal(half_even(Fraction(added / len(by_type)))), 2)
-    assert unparsable > 1000
+    benchmark = Benchmark(tmp_path, "imgedit", imgedit.EDIT_TYPES, random_imgedit)
+    seen: Counter[str] = Counter()
+    for number in range(FILES):
+        scores, said, outcomes = benchmark.random_file()
+        seen += outcomes
+        table = summary_table(scores)
+        assert list(table.rows) == imgedit_rows(scores.items.items, said)
+        if number % 10 == 0:
+            file = write_scores(scores) / "result.json"
+            assert their_imgedit(file, scores.items).rows == table.rows
+    assert len(seen) == 6
+    assert min(seen.values()) > 100
 
 
 def test_imgedit_counts_only_integers_after_the_only_colon():
@@ -290,33 +354,66 @@ def random_wu(rng: random.Random) -> tuple[str, list[int] | None]:
     return rng.choice([body, f"```json\n{body}\n```", f"  {json.dumps(answer)}\n"]), scores
 
 
-def test_wu_eval_agrees_on_random_files():
+RESAMPLES = 20
+
+
+def interval(values: list[int], clusters: list[Path], unit: int) -> tuple[float, float] | None:
+    """Percentile bootstrap over clusters in whole numbers; the same draws, nothing else in common."""
+    sums, counts = Counter(), Counter()
+    for value, cluster in zip(values, clusters, strict=True):
+        sums[cluster] += value
+        counts[cluster] += 1
+    if len(counts) < 2:
+        return None
+    pairs = [(sums[cluster], counts[cluster]) for cluster in counts]
+    drawn = np.random.default_rng(SEED).integers(0, len(pairs), (RESAMPLES, len(pairs))).tolist()
+    means = sorted(
+        sum(pairs[i][0] for i in row) / (unit * sum(pairs[i][1] for i in row)) for row in drawn
+    )
+    ends = []
+    for share in (0.025, 0.975):
+        place = share * (RESAMPLES - 1)
+        low = int(place)
+        ends.append(means[low] + (place - low) * (means[low + 1] - means[low]))
+    return ends[0], ends[1]
+
+
+def check_cell(cell: str, values: list[int], clusters: list[Path], unit: int) -> None:
+    """A mean of values / unit with its interval, as printed."""
+    if not values:
+        assert cell == "–"
+        return
+    mean = Decimal(float(Fraction(sum(values), unit * len(values))))
+    text, _, ends = cell.partition(" ")
+    assert text == rounded(mean, 2)
+    expected = interval(values, clusters, unit)
+    assert bool(ends) == (expected is not None)
+    for printed, exact in zip(ends.strip("[]").split(", "), expected or (), strict=bool(expected)):
+        assert abs(float(printed) - exact) < 0.005 + 1e-9
+
+
+def test_wu_eval_agrees_on_random_files(tmp_path: Path, monkeypatch):
     getcontext().prec = 60
-    rng = random.Random(13)
-    unparsable = 0
+    fewer = partial(bootstrap_mean, resamples=RESAMPLES)  # or it would take an hour
+    monkeypatch.setattr(wu_eval, "bootstrap_mean", fewer)
+    benchmark = Benchmark(tmp_path, "wu-eval", ("blur", "add", "老"), random_wu)
+    seen: Counter[str] = Counter()
     for _ in range(FILES):
-        rows, expected, photographs = [], [], []
-        for number in range(rng.randint(1, 30)):
-            answer, scores = random_wu(rng)
-            if rng.random() < 0.05:
-                continue
-            parsed = parse("wu-eval", {"wu-eval": answer})
-            assert (parsed is None) == (scores is None), answer
-            if scores is None:
-                unparsable += 1
-                continue
-            rows.append(parsed)
-            expected.append([*map(Fraction, scores), Fraction(sum(scores), 4)])
-            photographs.append(str(number % 4))
-        found = wu_eval.estimates(rows, photographs, resamples=50)
-        for i, name in enumerate((*wu_eval.DIMENSIONS, "overall")):
-            if not expected:
-                assert found[name].count == 0
-                continue
-            mean = Decimal(float(sum(row[i] for row in expected) / len(expected)))
-            assert found[name].count == len(expected)
-            assert f"{found[name].mean:.2f}" == rounded(mean, 2)
-    assert unparsable > 1000
+        scores, said, outcomes = benchmark.random_file()
+        seen += outcomes
+        items = scores.items.items
+        rows = summary_table(scores).rows
+        assert [row[0] for row in rows] == ["all tasks", *dict.fromkeys(i.task for i in items)]
+        for task, count, *cells in rows:
+            chosen = [i for i in items if i.id in said and task in ("all tasks", i.task)]
+            assert count == str(len(chosen))
+            clusters = [item.source for item in chosen]
+            answers = [said[item.id][0] for item in chosen]
+            for number, cell in enumerate(cells[:-1]):
+                check_cell(cell, [answer[number] for answer in answers], clusters, 1)
+            check_cell(cells[-1], [sum(answer) for answer in answers], clusters, 4)
+    assert len(seen) == 6
+    assert min(seen.values()) > 100
 
 
 def test_bootstrap_interval_covers_the_true_mean():

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import queue
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -144,6 +147,13 @@ def test_command_line_from_items_to_an_offline_report(tmp_path, benchmark, comma
     assert "url(" not in page
     assert page.count("data:image/jpeg;base64,") == 8
     assert "Judge: reference, version pixels-1." in page
+    for place in ("best", "worst"):
+        assert f'<span class="place">{place}</span>' in page
+    assert page.count("<svg") == (2 if benchmark == "folder" else 1)
+    theirs = page.partition("Published by others")[2]
+    assert (
+        "Published by the authors of HY-WU, with their judge and data; not measured here" in theirs
+    )
     assert "2 scored of 2 items" in (out / "report.md").read_text(encoding="utf-8")
     assert "2 scored of 2 items" in capsys.readouterr().out
 
@@ -159,44 +169,87 @@ def snapshot(root: Path) -> dict[str, bytes]:
     return found
 
 
-@pytest.mark.skipif(os.name == "nt", reason="SIGKILL is what is tested; Windows has none")
+#: Forks `hywu` for each line of arguments, so that a kill comes while it works, not while it imports.
+FORK = (
+    "import json, os, sys\n"
+    "from hywu_core.cli import main\n"
+    "import hywu_core.evaluation.judges.reference, skimage.metrics\n"
+    "for line in sys.stdin:\n"
+    "    child = os.fork()\n"
+    "    if child == 0:\n"
+    "        os.setsid()\n"
+    "        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)\n"
+    "        sys.exit(main(json.loads(line)))\n"
+    "    print(child, flush=True)\n"
+    "    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)\n"
+)
+
+
+class Forked:
+    """Runs of `hywu`, each a process with a group of its own."""
+
+    def __init__(self) -> None:
+        quiet = {"stderr": subprocess.DEVNULL, "text": True, "cwd": ROOT}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", FORK], stdin=subprocess.PIPE, stdout=subprocess.PIPE, **quiet
+        )
+        self.lines: queue.Queue[str] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        for line in self.process.stdout:
+            self.lines.put(line)
+
+    def run(self, arguments: list[str], kill_after: float | None = None) -> int:
+        """The exit code; -SIGKILL where it still ran after that many seconds."""
+        self.process.stdin.write(json.dumps(arguments) + "\n")
+        self.process.stdin.flush()
+        pid = int(self.lines.get(timeout=300))
+        try:
+            return int(self.lines.get(timeout=kill_after or 300))
+        except queue.Empty:
+            with contextlib.suppress(
+                ProcessLookupError
+            ):  # it is not a group of its own yet, or ended
+                os.killpg(pid, signal.SIGKILL)
+            return int(self.lines.get(timeout=300))
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()
+        self.process.stdin.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="SIGKILL and fork are POSIX's")
 def test_killed_and_resumed_equals_uninterrupted(tmp_path, command):
-    """Both steps, killed again and again until they get through: same files, same scores."""
-    data = make_data(tmp_path / "data", [f"blur {'x' * n}" for n in range(10)])
+    """Every step, killed again and again at random points: the same files, the same scores."""
+    data = make_data(tmp_path / "data", [*(f"blur {'x' * n}" for n in range(10)), "fail"])
 
     def steps(out: Path) -> list[list[str]]:
-        hywu = [sys.executable, "-m", "hywu_core.cli", "eval"]
         given = ["--benchmark", "folder", "--data", str(data), "--out", str(out), "--workers", "2"]
         editor = ["--editor", "command", "--command", command]
         return [
-            [*hywu, "generate", *given, "--method", "m", *editor],
-            [*hywu, "judge", str(out / "m")],
-            [*hywu, "score", str(out / "m")],
+            ["eval", "generate", *given, "--method", "m", *editor],
+            ["eval", "judge", str(out / "m")],
+            ["eval", "score", str(out / "m")],
         ]
 
-    for step in steps(tmp_path / "whole"):
-        subprocess.run(step, check=True, cwd=ROOT, capture_output=True)
-    rng = random.Random(1)
-    kills = 0
-    for step in steps(tmp_path / "killed"):
-        limit = 1.0
-        while True:
-            process = subprocess.Popen(
-                step,
-                cwd=ROOT,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-            deadline = time.monotonic() + rng.uniform(0.4, 1) * limit
-            while process.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.01)
-            if process.poll() is not None:
-                assert process.returncode == 0
-                break
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            kills += 1
-            limit *= 1.25
-    assert kills >= 3
+    rng, kills, forked = random.Random(1), 0, Forked()
+    try:
+        for whole, killed in zip(
+            steps(tmp_path / "whole"), steps(tmp_path / "killed"), strict=True
+        ):
+            start = time.monotonic()
+            code = forked.run(whole)
+            assert code == (3 if whole[1] == "generate" else 0)  # one item has no result
+            seconds = time.monotonic() - start
+            for _ in range(8):
+                ended = forked.run(killed, rng.uniform(0, seconds / 3))
+                assert ended in (code, -signal.SIGKILL)
+                kills += ended == -signal.SIGKILL
+            assert forked.run(killed) == code
+    finally:
+        forked.close()
+    assert kills >= 8
     assert snapshot(tmp_path / "killed") == snapshot(tmp_path / "whole")

@@ -61,6 +61,23 @@ def test_from_results_to_votes_to_the_table_beside_the_papers(results, tmp_path,
     assert "name a .csv or a .json file" in capsys.readouterr().err
 
 
+def test_the_link_to_a_session_inside_comfyui(results, tmp_path, capsys):
+    folder = tmp_path / "user" / "hywu" / "gsb" / "mine: other"
+    for out in (folder, tmp_path / "votes"):
+        assert main(["eval", "gsb", "create", *map(str, results), "--out", str(out)]) == 0
+    store = Store(folder)
+    token = store.about["token"]
+    store.close()
+    capsys.readouterr()
+    assert main(["eval", "gsb", "link", str(folder), "--server", "https://edit.example/"]) == 0
+    said = capsys.readouterr().out.strip()
+    assert said == f"https://edit.example/hywu/gsb/#mine%3A%20other:{token}"
+    assert main(["eval", "gsb", "link", str(folder), "--server", "edit.example"]) == 1
+    assert "must begin with http" in capsys.readouterr().err
+    assert main(["eval", "gsb", "link", str(tmp_path / "votes")]) == 1
+    assert "hywu/gsb of its user folder" in capsys.readouterr().err
+
+
 def test_items_without_both_results_are_left_out_and_counted(results, tmp_path, capsys):
     (results[1] / "rocket.png").unlink()
     folder = tmp_path / "votes"

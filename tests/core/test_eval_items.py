@@ -61,6 +61,9 @@ def test_every_bad_row_of_a_folder_is_named(tmp_path: Path):
         json.dumps({**good, "target": "gone.png"}),
         json.dumps([1]),
         json.dumps({**good, "source": None}),
+        json.dumps({**good, "instruction": "add \ud83d"}),
+        json.dumps({**good, "key": "\ud83d"}),
+        json.dumps({**good, "source": "a\0b"}),
     ]
     (tmp_path / "items.jsonl").write_text("\n".join(rows), encoding="utf-8")
     items = read_folder(tmp_path)
@@ -77,6 +80,9 @@ def test_every_bad_row_of_a_folder_is_named(tmp_path: Path):
         "line 9: its target 'gone.png' does not exist",
         "line 10: is not a JSON object",
         "line 11: its source is None, not a path",
+        "line 12: its instruction is 'add \\ud83d'",
+        "line 13: its key is '\\ud83d', which can't be a file name",
+        "line 14: its source is 'a\\x00b', not a path",
     ]
     assert len(told) == len(expected)
     for line, text in zip(told, expected, strict=True):

@@ -152,6 +152,9 @@ MISBEHAVIOUR = {
     "half": lambda n: GOOD[:40],
     "not json": lambda n: (200, {}, b"<html>bad gateway</html>"),
     "no choices": lambda n: (200, {}, b'{"choices": []}'),
+    "deep": lambda n: (200, {}, b"[" * 100_000),
+    "half an emoji": lambda n: (200, {}, json.dumps(completion("4 \ud83d")).encode()),
+    "nothing in parts": lambda n: (200, {}, json.dumps(completion([{"text": None}])).encode()),
     "refusal": lambda n: (200, {}, json.dumps(completion(None)).encode()),
     "filter": lambda n: (
         200,
@@ -165,14 +168,23 @@ MISBEHAVIOUR = {
     "stall once": lambda n: 1.2 if n == 1 else GOOD,
     "stall for ever": lambda n: 1.2,
     "hang up": lambda n: (200, {"Content-Length": "99"}, b""),
+    "500 that hangs up": lambda n: (500, {"Transfer-Encoding": "chunked"}, b"99\r\noo"),
 }
 
 #: What a run over them must come to; two items of each kind.
 EXPECTED = {
     "scored": ["fine", "fenced", "429 twice", "500 once", "stall once"],
-    "unparsable": ["garbage", "half"],
-    "refused": ["refusal", "filter", "400"],
-    "failed": ["not json", "no choices", "503 for ever", "stall for ever", "hang up"],
+    "unparsable": ["garbage", "half", "half an emoji"],
+    "refused": ["refusal", "filter", "400", "nothing in parts"],
+    "failed": [
+        "not json",
+        "no choices",
+        "deep",
+        "503 for ever",
+        "stall for ever",
+        "hang up",
+        "500 that hangs up",
+    ],
 }
 
 
@@ -185,28 +197,28 @@ def test_a_misbehaving_endpoint_is_counted_exactly(tmp_path, stub, caplog):
     judge = judge_at(server.url, parallel=8)
     count = judge_results(results, items, questionnaire, judge, progress=False)
     expected = {name: 2 * len(kinds) for name, kinds in EXPECTED.items()}
-    assert (count.answered, count.refused, count.failed, count.without_picture) == (14, 6, 10, 1)
+    assert (count.answered, count.refused, count.failed, count.without_picture) == (16, 8, 14, 1)
 
     scores = score_results(results, items, questionnaire, store_name(judge, questionnaire))
     assert scores.outcomes() == {**expected, "unjudged": 0, "missing": 1}
     for score in scores.scores[:-1]:
         assert kind_of("do " + score.item.instruction[3:]) in EXPECTED[score.outcome]
-    assert scores.models == {"judge-2026-01-01": 14}
-    assert scores.tokens_in == 1400
+    assert scores.models == {"judge-2026-01-01": 16}
+    assert scores.tokens_in == 1600
 
     report = build_report([scores], questionnaire)
     write_html(report, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
-    assert "10 scored, 4 unparsable, 6 refused, 10 failed, 1 missing of 31 items" in page
+    assert "10 scored, 6 unparsable, 8 refused, 14 failed, 1 missing of 39 items" in page
     assert "Judge: judge, version chat-1, answered by judge-2026-01-01." in page
-    assert len(report.unscored) == 21
+    assert len(report.unscored) == 29
 
     # Nothing is asked twice but what failed; then an endpoint that works again completes the run
     asked = sum(server.seen.values())
     server.behave = lambda prompt, n: GOOD
     again = judge_results(results, items, questionnaire, judge_at(server.url), progress=False)
-    assert (again.answered, again.kept, again.failed) == (10, 20, 0)
-    assert sum(server.seen.values()) == asked + 10
+    assert (again.answered, again.kept, again.failed) == (14, 24, 0)
+    assert sum(server.seen.values()) == asked + 14
     # The key went to the endpoint and nowhere else
     assert set(server.keys) == {f"Bearer {KEY}"}
     written = b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
@@ -321,6 +333,7 @@ def test_answers_of_two_models_are_not_mixed(tmp_path, stub):
     scores = score_results(results, items, questionnaire, name, model="a")
     assert scores.outcomes()["scored"] == 1
     assert scores.outcomes()["unjudged"] == 1
+    assert "answered by a." in " ".join(build_report([scores], questionnaire).facts)
 
 
 def test_a_changed_picture_or_prompt_is_judged_anew(tmp_path, stub):
@@ -579,6 +592,13 @@ def test_local_model_of_a_real_architecture(tmp_path):
     assert count.answered == 2
     scores = score_results(results, items, questionnaire, store_name(judge, questionnaire))
     assert scores.outcomes()["unparsable"] == 2  # random weights say nothing sensible
+
+    def no_memory(**_):
+        raise RuntimeError("out of memory")
+
+    judge._model.generate = no_memory
+    count = judge_results(results, items, questionnaire, judge, again=(ANSWERED,), progress=False)
+    assert (count.answered, count.failed) == (0, 2)
 
 
 def pixel_values(judge, request) -> list[float]:

@@ -2,6 +2,7 @@
 
   hywu eval gsb create results/mine results/other --out votes/mine-other
   hywu eval gsb serve  votes/mine-other          (prints the link to give to voters)
+  hywu eval gsb link   ComfyUI/user/hywu/gsb/mine-other     (the link to the page inside ComfyUI)
   hywu eval gsb report votes/mine-other
   hywu eval gsb export votes/mine-other --out votes.csv
 
@@ -15,6 +16,7 @@ import csv
 import json
 from dataclasses import asdict
 from pathlib import Path
+from urllib.parse import quote, urlsplit
 
 from ...console import say, table
 from ...errors import HYWUError
@@ -26,7 +28,7 @@ from .store import Store
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Add create, serve, report and export."""
+    """Add create, serve, link, report and export."""
     steps = parser.add_subparsers(dest="gsb", metavar="ACTION", required=True)
     create = steps.add_parser("create", help="make a voting session of two methods' results")
     create.add_argument("first", type=Path, help="the method that good and bad are about")
@@ -50,6 +52,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--allow-host", action="append", default=[], help="another host name voters may use"
     )
     serve.set_defaults(run_gsb=_serve)
+    link = steps.add_parser("link", help="print the link to a session that ComfyUI serves")
+    link.add_argument("session", type=Path, help="a folder in ComfyUI's user/hywu/gsb")
+    link.add_argument(
+        "--server", default="http://127.0.0.1:8188", help="as voters reach it (%(default)s)"
+    )
+    link.set_defaults(run_gsb=_link)
     for name, function, summary in (
         ("report", _report, "win rate with its interval, agreement, the paper's table"),
         ("export", _export, "all votes as CSV or JSON"),
@@ -105,6 +113,22 @@ def _serve(args: argparse.Namespace) -> int:
         say("Whoever has the whole link can vote. Ctrl+C stops; votes are kept.")
 
     serve(args.session, args.host, args.port, args.allow_host, ready)
+    return 0
+
+
+def _link(args: argparse.Namespace) -> int:
+    if urlsplit(args.server).scheme not in ("http", "https"):
+        raise HYWUError(f"--server is '{args.server}'; it must begin with http:// or https://.")
+    folder = args.session.resolve()
+    if folder.parts[-3:-1] != ("hywu", "gsb"):
+        raise HYWUError(
+            f"{folder}: ComfyUI serves the sessions in hywu/gsb of its user folder; make it there, or "
+            "move it while no server runs."
+        )
+    store = Store(folder)
+    token = store.about["token"]
+    store.close()
+    say(f"{args.server.rstrip('/')}/hywu/gsb/#{quote(folder.name, safe='')}:{token}")
     return 0
 
 

@@ -14,7 +14,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from ...errors import HYWUError, need
 from . import session
@@ -127,21 +127,24 @@ def routes(
 
 def _check_address(request: Any, hosts: frozenset[str] | None) -> None:
     address = request.headers.get("Host", "")
-    try:
-        name = urlsplit("//" + address).hostname or ""
-    except ValueError:
-        name = ""
-    if hosts is not None and name not in hosts:
+    if hosts is not None and _split("//" + address).hostname not in hosts:
         raise Refused(403, "This server doesn't answer to that host name.")
     origin = request.headers.get("Origin")
-    if origin is not None and urlsplit(origin).netloc != address:
+    if origin is not None and _split(origin).netloc != address:
         raise Refused(403, "Requests from other sites are refused.")
+
+
+def _split(url: str) -> SplitResult:
+    try:
+        return urlsplit(url)
+    except ValueError:  # brackets that hold no address
+        return urlsplit("")
 
 
 def _store(request: Any, find: Callable[[str], Store | None]) -> Store:
     """The session, if the token fits; an unknown session and a wrong token answer the same."""
     store = find(request.match_info["session"])
-    token = request.headers.get("X-HYWU-Token", "").encode()
+    token = request.headers.get("X-HYWU-Token", "").encode("utf-8", "replace")
     wanted = (store.about["token"] if store else "").encode()
     if not hmac.compare_digest(token, wanted) or store is None:
         raise Refused(403, "The link's token doesn't fit: open the whole link you were given.")
@@ -178,7 +181,11 @@ def serve(folder: Path, host: str, port: int, extra_hosts: list[str], ready: Cal
     store = Store(folder)
     hosts = LOOPBACK | {host} | set(extra_hosts)
     app = web.Application(client_max_size=MAX_BODY)
-    for row in routes(lambda name: store if name == "session" else None, "/gsb", hosts):
+
+    def find(name: str) -> Store | None:
+        return store if name == "session" and store.is_current() else None
+
+    for row in routes(find, "/gsb", hosts):
         app.router.add_route(*row)
 
     async def main() -> None:

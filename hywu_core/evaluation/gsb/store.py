@@ -7,6 +7,7 @@ the same pair is refused, never counted.
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import threading
 import time
@@ -79,6 +80,7 @@ class Store:
                 "make one with `hywu eval gsb create`."
             )
         self._lock = threading.Lock()
+        self._path, self._opened = path, path.stat()
         self._db = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
         try:
             self._db.execute("PRAGMA journal_mode=WAL")
@@ -104,6 +106,13 @@ class Store:
         """Close the database."""
         with self._lock:
             self._db.close()
+
+    def is_current(self) -> bool:
+        """False when the folder was removed or replaced since: a vote would go to a file nobody has."""
+        try:
+            return os.path.samestat(self._path.stat(), self._opened)
+        except OSError:
+            return False
 
     def image(self, image: str) -> Path | None:
         """The file of a listed image id; None for anything else."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ...errors import HYWUError, need
-from .base import JudgeRequest, Reply
+from .base import Failure, JudgeRequest, Reply
 
 
 @dataclass
@@ -50,6 +50,12 @@ class LocalJudge:
     def score(self, request: JudgeRequest) -> Reply:
         content: list[dict[str, Any]] = [{"type": "image", "image": i} for i in request.images]
         content.append({"type": "text", "text": request.question.prompt})
+        try:
+            return self._answer(content)
+        except (RuntimeError, ValueError) as error:  # no memory for these pictures, for instance
+            raise Failure(f"the model failed: {str(error).strip()[:300]}") from error
+
+    def _answer(self, content: list[dict[str, Any]]) -> Reply:
         with self._lock:
             inputs = self._processor.apply_chat_template(
                 [{"role": "user", "content": content}],

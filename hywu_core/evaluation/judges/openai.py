@@ -7,6 +7,7 @@ or error.
 from __future__ import annotations
 
 import base64
+import contextlib
 import email.utils
 import http.client
 import io
@@ -157,13 +158,15 @@ class OpenAIJudge:
                 f"no answer: {getattr(error, 'reason', None) or error or type(error).__name__}",
                 0,
             )
-        except ValueError:
+        except (ValueError, RecursionError):
             return "the endpoint's answer is not JSON", 0
         return (answer, 0) if isinstance(answer, dict) else ("the answer is not an object", 0)
 
     def _refused(self, error: urllib.error.HTTPError) -> str:
         """The text of a passing fault. Raises HYWUError or Refusal for one that stays."""
-        with error:
+        detail = ""
+        # An overloaded server may stall or hang up in the middle of its complaint
+        with error, contextlib.suppress(OSError, http.client.HTTPException):
             detail = error.read(2000).decode("utf-8", "replace").strip()
         if key := self._key():
             detail = detail.replace(key, "***")
@@ -185,7 +188,7 @@ class OpenAIJudge:
         except (KeyError, IndexError, TypeError, AttributeError):
             raise Failure("the endpoint's answer has no choices[0].message") from None
         if isinstance(text, list):  # some servers answer in parts
-            text = "".join(p.get("text", "") for p in text if isinstance(p, dict))
+            text = "".join(str(p.get("text") or "") for p in text if isinstance(p, dict))
         if refusal or choice.get("finish_reason") == "content_filter" or not text:
             raise Refusal(str(refusal or choice.get("finish_reason") or "an empty answer")[:300])
         usage = answer.get("usage") or {}

@@ -1,6 +1,6 @@
 "use strict";
 // The link is …/gsb/#SESSION:TOKEN; a fragment is never sent, so the token stays out of server logs.
-const [session, token] = decodeURIComponent(location.hash.slice(1)).split(":");
+const [session, token] = location.hash.slice(1).split(":").map(decodeURIComponent);
 const $ = (id) => document.getElementById(id);
 const storageKey = `hywu-gsb-${session}-${(token || "").slice(0, 8)}`;
 let voter = localStorage.getItem(storageKey);
