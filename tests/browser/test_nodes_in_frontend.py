@@ -95,7 +95,8 @@ def test_the_map_outlives_a_reload_of_the_workflow_and_is_no_widget_value(page, 
     page.wait_for_function("document.querySelectorAll('.hywu-norm-map').length === 0")
     page.evaluate("(graph) => window.app.loadGraphData(graph)", saved)
     page.wait_for_function("document.querySelectorAll('.hywu-norm-map').length === 2")
-    np.testing.assert_array_equal(map_pixels(page), before)
+    # the workflow keeps four digits of each norm, which can turn the rounding of a colour
+    assert np.abs(map_pixels(page) - before).max() <= 1
     do.look_at(page, "HYWUInspectLoRA")
     page.screenshot(path=artefacts / "norm_map_reloaded.png")
     assert errors == []

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from hywu_core.editor.checkpoint import BUNDLED, bundled_loras, load_editor
+from hywu_core.editor.checkpoint import BUNDLED, VARIABLE, bundled_loras, load_editor
 from hywu_core.editor.engine import BundledEditor
 from hywu_core.files import read_header, read_tensors
 from hywu_core.formats import load_lora
@@ -20,6 +20,12 @@ from hywu_core.training.tasks import CONFLICT, make_batch
 FOLDER = BUNDLED.parent
 FILES = sorted(FOLDER.glob("*.safetensors"))
 PHOTOS = ("astronaut", "coffee", "flower")
+
+
+@pytest.fixture(autouse=True)
+def bundled(monkeypatch):
+    """The real ones, also where host tests in this process work with others."""
+    monkeypatch.delenv(VARIABLE, raising=False)
 
 
 @pytest.fixture(scope="module")
