@@ -5,6 +5,7 @@ Arguments: ComfyUI's tree, this extension's folder, a folder to write to.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import inside_comfyui as inside
 
 import architectures  # isort: skip
+import comfy.ldm.flux.model
 import comfy.model_management as mm
 import comfy.model_patcher
 import comfy.sd
@@ -100,11 +102,14 @@ def small_vae(channels: int) -> comfy.sd.VAE:
 
 
 def flux() -> Any:
+    # later ComfyUIs ask which axes the text's positions count, their loaders say none for Flux 1
+    fields = {field.name for field in dataclasses.fields(comfy.ldm.flux.model.FluxParams)}
+    newer = {"txt_ids_dims": []} if "txt_ids_dims" in fields else {}
     return narrow(
         comfy.supported_models.Flux, image_model="flux", guidance_embed=True, in_channels=16,
         out_channels=16, hidden_size=128, mlp_ratio=4.0, num_heads=2, depth=1, depth_single_blocks=2,
         axes_dim=[16, 24, 24], theta=10000, patch_size=2, qkv_bias=True,
-        vec_in_dim=32, context_in_dim=64,
+        vec_in_dim=32, context_in_dim=64, **newer,
     )  # fmt: skip
 
 
