@@ -87,10 +87,12 @@ def test_items_come_one_a_run_and_the_table_counts_what_is_missing(server):
 def test_methods_are_compared_and_the_target_scores_five(server, tmp_path):
     data = server.base / "input" / "own"
     shutil.copytree(SAMPLES / "folder", data, dirs_exist_ok=True)
-    shutil.copy(data / "targets" / "astronaut.jpg", server.base / "input" / "target.jpg")
+    # as PNG: ComfyUI 0.33.0 decodes JPEGs by FFmpeg, a few levels off what the judge reads
+    with Image.open(data / "targets" / "astronaut.jpg") as target:
+        target.save(server.base / "input" / "target.png")
     both = {
         **graph(method="compared", path="own", count=1),
-        "target": node("LoadImage", image="target.jpg"),
+        "target": node("LoadImage", image="target.png"),
         "judge_2": judge(["target", 0], "the_target"),
     }
     both["table"]["inputs"]["scores_2"] = ["judge_2", 0]
