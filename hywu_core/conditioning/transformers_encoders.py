@@ -140,10 +140,11 @@ class _Vision:
     def __init__(self, folder: Path, config: Any, device: torch.device) -> None:
         self.model, self.size = _load(folder, VISION, config, device), config.image_size
         processor = folder / "preprocessor_config.json"
-        said = json.loads(processor.read_text("utf-8")) if processor.is_file() else {}
         mean, deviation = PIXELS[type(self.model).__name__]
-        self.mean = torch.tensor(said.get("image_mean", mean)).view(3, 1, 1)
-        self.deviation = torch.tensor(said.get("image_std", deviation)).view(3, 1, 1)
+        with _sentences(processor, "no mean and deviation of three colours"):
+            said = json.loads(processor.read_text("utf-8")) if processor.is_file() else {}
+            self.mean = torch.tensor(said.get("image_mean", mean)).view(3, 1, 1)
+            self.deviation = torch.tensor(said.get("image_std", deviation)).view(3, 1, 1)
 
     def __call__(self, image: Tensor) -> Tensor:
         pixels = (self._square(image[None]) - self.mean) / self.deviation
@@ -191,9 +192,15 @@ class _Text:
 
         ComfyUI tells the three apart by their layers, too.
         """
-        config, (start, end) = self.config, self._ids("")
-        length, layers = config.max_position_embeddings, config.num_hidden_layers
-        words, room = self._ids(text)[1:-1], config.max_position_embeddings - 2
+        ends, layers = self._ids(""), self.config.num_hidden_layers
+        if len(ends) != 2:
+            raise HYWUError(
+                f"{self.folder}: its tokenizer doesn't put a start and an end around a text, as a CLIP's "
+                "does; copy the files of the model's own tokenizer there."
+            )
+        start, end = ends
+        length = self.config.max_position_embeddings
+        words, room = self._ids(text)[1:-1], length - 2
         rows = []
         for first in range(0, max(1, len(words)), room):
             row = [start, *words[first : first + room], end]
@@ -310,8 +317,10 @@ def _sentences(folder: Path, what: str) -> Iterator[None]:
     logging.set_verbosity_error()
     try:
         yield
+    except MemoryError:
+        raise
     except Exception as error:  # of its own, of safetensors, of tokenizers: whatever the files are
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise HYWUError(f"{folder}: {what} ({first.rstrip('.')}).") from error
+        raise HYWUError(f"{folder}: {what} ({first.rstrip('.: ')}).") from error
     finally:
         logging.set_verbosity(level)

@@ -138,6 +138,22 @@ def test_a_clip_reads_windows_of_which_all_counts(folders, images, name, pad):
     torch.testing.assert_close(made.parts["text"][:1, :12], expected)
 
 
+def test_a_clip_h_without_its_unused_layer_is_the_same(folders, images, tmp_path):
+    """As in the text encoders of Stable Diffusion 2."""
+    shorter = copy(folders / "clip_h", tmp_path / "shorter")
+    config = json.loads((shorter / "config.json").read_text())
+    (shorter / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 23}))
+    tensors = load_file(shorter / "model.safetensors")
+    kept = {name: value for name, value in tensors.items() if ".layers.23." not in name}
+    assert len(kept) < len(tensors)
+    save_file(kept, shorter / "model.safetensors", metadata={"format": "pt"})
+    one, two = (
+        TransformersEncoder({"text": 16}, text_model=folder)(images[:1], [SHORT])
+        for folder in (folders / "clip_h", shorter)
+    )
+    assert torch.equal(one.parts["text"], two.parts["text"])
+
+
 def test_weights_are_found_in_the_folders_of_larger_models(folders, images):
     """A whole CLIP, a CLIP with its projection, a T5 with its decoder."""
     for part, name, kind in (
@@ -253,6 +269,14 @@ def small_vocabulary(folder):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def other_tokenizer(folder):
+    save_tokenizer(folder, start=False)
+
+
+def odd_processor(folder):
+    (folder / "preprocessor_config.json").write_text('{"image_mean": [0.5]}')
+
+
 @pytest.mark.parametrize(
     ("part", "name", "change", "words"),
     [
@@ -264,6 +288,8 @@ def small_vocabulary(folder):
         ("text", "siglip", None, "is a siglip_vision_model, which is no text model"),
         ("text", "t5", without("tokenizer.json"), "holds no tokenizer"),
         ("text", "clip_l", small_vocabulary, "its tokenizer knows more words than the model"),
+        ("text", "clip_l", other_tokenizer, "doesn't put a start and an end around a text"),
+        ("vision", "siglip", odd_processor, "json: no mean and deviation of three colours"),
         ("vision", "dinov2", cut, "no Dinov2Model that transformers loads"),
         ("vision", "clip_vision", incomplete, "its weights lack "),
         ("vision", "siglip", own_code, "no model that transformers knows"),
