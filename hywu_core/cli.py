@@ -15,6 +15,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         ".commands.inspect",
         "what a checkpoint or a LoRA holds: layout, sizes, origin, norms",
     ),
+    "condition": (
+        ".commands.condition",
+        "pictures and instructions in, condition out, by encoders from local folders",
+    ),
     "generate": (".commands.generate", "condition in, generated LoRA out"),
     "convert": (".commands.convert", "official folder <-> one file; LoRA formats into each other"),
     "edit": (".editor.command", "edit a picture with the bundled editor"),

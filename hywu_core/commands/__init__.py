@@ -1,1 +1,1 @@
-"""`hywu inspect`, `hywu generate`, `hywu convert`."""
+"""`hywu inspect`, `hywu condition`, `hywu generate`, `hywu convert`."""

@@ -169,7 +169,7 @@ def test_convert_generators_and_loras(tmp_path, lora, capsys):
         assert words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["inspect", "generate", "convert"])
+@pytest.mark.parametrize("command", ["inspect", "condition", "generate", "convert"])
 def test_help_shows_an_example(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

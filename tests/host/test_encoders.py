@@ -1,4 +1,4 @@
-"""Condition Encode with the encoders of a graph: a CLIP and a CLIP_VISION."""
+"""Condition Encode with the encoders of a graph, a CLIP and a CLIP_VISION, and their likes without ComfyUI."""
 
 from __future__ import annotations
 
@@ -33,3 +33,35 @@ def test_an_item_of_a_batch_is_as_alone(figures):
 )
 def test_errors_say_what_to_connect(figures, case, words):
     assert words in figures[case]
+
+
+# -- the same encoders without ComfyUI ------------------------------------------------------------
+
+#: Family -> tokens and width of both conditions; texts' as many as count, of a short and a long one.
+FAMILIES = {
+    "clip_vision": [2, 5, 16],
+    "siglip": [2, 4, 16],
+    "dinov2": [2, 1370, 16],
+    "clip_l": [4 * 77, 16],  # one window of the short text and three of the long one
+    "clip_h": [4 * 77, 16],
+    "clip_g": [4 * 77, 16],
+    "t5 masked": None,
+    "t5 padded": None,
+    "umt5": [2 * 512, 16],
+}
+
+
+@pytest.fixture(scope="module")
+def standalone(run_inside, tmp_path_factory):
+    return run_inside("transformers_figures.py", tmp_path_factory.mktemp("standalone"), threads=1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_folders_of_transformers_give_what_the_graph_gives(standalone, family):
+    """Parts, what counts of them, and every value, for pictures that are neither square nor small."""
+    figures = standalone[family]
+    assert figures["shapes"][0] == figures["shapes"][1]
+    assert FAMILIES[family] in (None, figures["shapes"][0])
+    assert figures["origins"] == ["comfyui", "comfyui"]
+    assert figures["gap"] < 2e-5
+    assert figures["varies"] > 0.1
