@@ -254,6 +254,19 @@ def test_compiles():
             torch.testing.assert_close(value, reference, rtol=1e-4, atol=1e-5)
 
 
+def test_compiles_with_gradients():
+    gradients = []
+    for compiled in (False, True):
+        generator = random_generator(two_stack_config(num_blocks=1))
+        run = generator.generate_grids
+        if compiled:
+            run = torch.compile(run, backend="aot_eager")
+        sum(grid.square().sum() for grid in run(two_part_condition(batch=1))).backward()
+        gradients.append([p.grad for p in generator.parameters()])
+    for one, two in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
 def test_progress_and_interruption():
     generator = random_generator(two_stack_config())
     seen = []
