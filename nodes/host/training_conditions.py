@@ -26,10 +26,6 @@ READS = ("encoders", "model", "model and encoders")
 PROBE = torch.zeros(1, 3, 64, 64)
 
 
-#: What the generator reads of a MODEL that isn't the bundled editor.
-READS = ("encoders", "model", "model and encoders")
-
-
 class GraphEncoder:
     """What the generator reads: the bundled editor's hidden states, or what `reads` says.
 

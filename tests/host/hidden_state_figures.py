@@ -21,7 +21,6 @@ import comfy.supported_models
 import comfy.taesd.taesd
 import folder_paths
 import torch
-from safetensors.torch import save_file
 
 import nodes as stock
 
@@ -74,16 +73,6 @@ class Model:
         torch.nn.init.normal_(made.model.proj_out_B.weight, std=0.05)
         path = save_generator(made, FOLDER / f"{self.name}.safetensors", overwrite=True)
         return HostGenerator(path, torch.float32)
-
-
-def loaded(name: str) -> Any:
-    """The architecture with random weights, by the stock loader."""
-    weights = architectures.random_weights(architectures.build(name), torch.float32)
-    file = FOLDER / "models" / f"{name}.safetensors"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    save_file({f"model.diffusion_model.{key}": value for key, value in weights.items()}, file)
-    folder_paths.filename_list_cache.clear()
-    return stock.UNETLoader().load_unet(file.name, "default")[0]
 
 
 def narrow(kind: type, **options: Any) -> Any:
@@ -145,12 +134,14 @@ def qwen() -> Any:
 def models() -> dict[str, Any]:
     """Name -> a function that makes it."""
     return {
-        "Wan 2.1": lambda: Model("wan", loaded("Wan 2.1"), tools.wan_vae(), 4096),
-        "SD3": lambda: Model("sd3", loaded("SD3"), small_vae(16), 64, 2048),
+        "Wan 2.1": lambda: Model("wan", tools.load_model(FOLDER, "Wan 2.1"), tools.wan_vae(), 4096),
+        "SD3": lambda: Model("sd3", tools.load_model(FOLDER, "SD3"), small_vae(16), 64, 2048),
         "SD 1.5": lambda: Model("sd15", unet(1, 1), small_vae(4), 768),
         "UNet": lambda: Model("unet", unet(1, 0), small_vae(4), 768),
         "Flux": lambda: Model("flux", flux(), small_vae(16), 64, 32),
-        "HunyuanImage 2.1": lambda: Model("hunyuan", loaded("HunyuanImage 2.1"), small_vae(64), 64),
+        "HunyuanImage 2.1": lambda: Model(
+            "hunyuan", tools.load_model(FOLDER, "HunyuanImage 2.1"), small_vae(64), 64
+        ),
         "Qwen-Image": lambda: Model("qwen", qwen(), tools.wan_vae(), 64),
         "Z-Image": lambda: Model("z", z_image(), small_vae(16), 32),
     }

@@ -58,16 +58,6 @@ WIDGETS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def load_model(name: str = "Wan 2.1") -> Any:
-    """The architecture with random weights, by the stock loader."""
-    weights = architectures.random_weights(architectures.build(name), torch.float32)
-    file = FOLDER / "models" / f"{name}.safetensors"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    save_file({f"model.diffusion_model.{key}": value for key, value in weights.items()}, file)
-    folder_paths.filename_list_cache.clear()
-    return stock.UNETLoader().load_unet(file.name, "default")[0]
-
-
 def train(model: Any, vae: Any, clip: Any, **widgets: Any) -> tuple:
     return NODES["HYWUTrainGenerator"]().train(model, vae, clip, **{**WIDGETS, **widgets})["result"]
 
@@ -90,7 +80,7 @@ def make_base(model: Any, vae: Any, clip: Any, source_input: str = "none") -> Ho
 def wan() -> dict[str, Any]:
     tools.make_pairs(FOLDER / "input" / "colour")
     with torch.inference_mode():  # as ComfyUI runs its nodes
-        model, vae, clip = load_model(), tools.wan_vae(), tools.ToyCLIP(4096)
+        model, vae, clip = tools.load_model(FOLDER, "Wan 2.1"), tools.wan_vae(), tools.ToyCLIP(4096)
         before = frozen_digest(model.model)
         generator, report, plot, samples = train(model, vae, clip)
         found = {
@@ -366,7 +356,7 @@ def conflict() -> dict[str, Any]:
     """
     tools.make_pairs(FOLDER / "input" / "colour", PICTURES)
     with torch.inference_mode():
-        model, vae, clip = load_model(), tools.wan_vae(), tools.ToyCLIP(4096)
+        model, vae, clip = tools.load_model(FOLDER, "Wan 2.1"), tools.wan_vae(), tools.ToyCLIP(4096)
     with autograd_through_host():
         base = make_base(model, vae, clip)
         crops = FixedCrops(files.training_pairs("colour")[0], 8, tools.SIZE, 1, 0)

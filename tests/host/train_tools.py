@@ -12,9 +12,13 @@ import comfy.clip_vision
 import comfy.ldm.wan.vae
 import comfy.model_management as mm
 import comfy.sd
+import folder_paths
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
+
+import nodes as stock
 
 #: task -> (what is asked, what is added to red and taken from blue, in 0..1)
 TASKS = {"warm": ("make it warm", 0.3), "cold": ("make it cold", -0.3)}
@@ -52,6 +56,16 @@ VISION = {
     "intermediate_size": 64, "layer_norm_eps": 1e-5, "num_attention_heads": 2, "num_channels": 3,
     "num_hidden_layers": 2, "patch_size": 14, "projection_dim": 16,
 }  # fmt: skip
+
+
+def load_model(folder: Path, name: str) -> Any:
+    """The architecture with random weights, by the stock loader. folder: whose ``models`` it looks in."""
+    weights = architectures.random_weights(architectures.build(name), torch.float32)
+    file = folder / "models" / f"{name}.safetensors"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file({f"model.diffusion_model.{key}": value for key, value in weights.items()}, file)
+    folder_paths.filename_list_cache.clear()
+    return stock.UNETLoader().load_unet(file.name, "default")[0]
 
 
 def clip_vision(folder: Path) -> comfy.clip_vision.ClipVisionModel:

@@ -44,8 +44,8 @@ class GeneratorSize:
 class ConflictPlan:
     """tasks come in contradictory pairs. main_rank: of the main table (about 1 % of the editor's width);
     ranks: of the sweep, where all are trained for sweep_steps, a part of the main runs' steps.
-    tune_steps: length of a run that tries a learning rate, 0 to take the middle
-    one untried. crops: crops of each evaluation image, each edited once a task.
+    tune_steps: length of a run that tries a learning rate, 0 to take the middle one untried.
+    crops: crops of each evaluation image, each edited once a task.
     """
 
     steps: int = 2500
@@ -100,8 +100,8 @@ class ConflictPlan:
         """The whole experiment in a few minutes on two cores; its figures mean nothing."""
         small = GeneratorSize(token_dim=192, d_model=64, head_dim=32, num_blocks=1)
         return replace(
-            cls(), steps=12, sweep_steps=6, batch_size=8, ranks=(1, 2), generator=small, tune_steps=2, crops=1,
-            sampling_steps=2, max_images=3,
+            cls(), steps=12, sweep_steps=6, batch_size=8, ranks=(1, 2), generator=small,
+            tune_steps=2, crops=1, sampling_steps=2, max_images=3,
         )  # fmt: skip
 
 
