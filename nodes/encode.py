@@ -12,7 +12,7 @@ class HYWUConditionEncode:
     DESCRIPTION = (
         "Encodes the image and the instruction for the generator, with the encoder that the "
         "checkpoint names. A batch of images gives a batch of conditions. Write one instruction for "
-        "all images, or one line for each."
+        "all images, or one line for each. An image may have up to two further pictures."
     )
     SEARCH_ALIASES = [
         "hy-wu condition",
@@ -67,7 +67,7 @@ class HYWUConditionEncode:
                     {
                         "tooltip": "A text encoder, for checkpoints that read the part 'text' from one of "
                         "ComfyUI's CLIPs, or hidden states of a model. Not needed for the bundled "
-                        "generator."
+                        "generator, nor with a conditioning."
                     },
                 ),
                 "clip_vision": (
@@ -84,13 +84,26 @@ class HYWUConditionEncode:
                         "model. Not needed for the bundled generator."
                     },
                 ),
+                "image2": (
+                    "IMAGE",
+                    {
+                        "tooltip": "A second picture, such as a reference, for checkpoints that were trained "
+                        "with several: one for all images, or one for each. Any size."
+                    },
+                ),
+                "image3": ("IMAGE", {"tooltip": "A third picture, like image2."}),
+                "conditioning": (
+                    "CONDITIONING",
+                    {
+                        "tooltip": "The text from any text encoder's node, in place of clip and the "
+                        "instruction: its first entry, one for all images or one for each. The instruction "
+                        "may then be empty; it only names the LoRA."
+                    },
+                ),
             },
         }
 
-    def encode(
-        self, generator, image, instruction, model=None, clip=None, clip_vision=None, vae=None
-    ):
-        condition, report = encoders.encode(
-            generator, image, instruction, model=model, clip=clip, clip_vision=clip_vision, vae=vae
-        )
+    def encode(self, generator, image, instruction, image2=None, image3=None, **sockets):
+        images = {"image": image, "image2": image2, "image3": image3}
+        condition, report = encoders.encode(generator, images, instruction, **sockets)
         return text_output(report, (condition,))

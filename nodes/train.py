@@ -127,8 +127,9 @@ def _what():
             {
                 "default": training_files.SAMPLES,
                 "tooltip": "A folder inside ComfyUI's input folder with a .jsonl file (or that file) of rows "
-                '{"source": "a.png", "target": "b.png", "instruction": "…", "task": "…"}. '
-                "'samples': the pairs that come along.",
+                '{"source": "a.png", "target": "b.png", "instruction": "…", "task": "…"}; "references": '
+                "a list of up to 2 further pictures that only the generator sees. 'samples': the pairs that "
+                "come along.",
             },
         ),
         "generator_size": (

@@ -2,19 +2,23 @@
 
 It is for generators that were trained in ComfyUI on a CLIP_VISION and a CLIP; `hywu generate` makes the LoRA
 of it. The folders hold models in the form of transformers: config.json, safetensors, and for the text its
-tokenizer. CLIP, SigLIP and DINOv2 see; CLIP, T5 and UMT5 read. Nothing is downloaded.
+tokenizer. CLIP, SigLIP and DINOv2 see; CLIP, T5 and UMT5 read. Nothing is downloaded. A generator that was
+trained with several pictures an item gets them by a second and a third --image.
 
 Example:
   hywu condition --checkpoint hat.safetensors --image cat.png --instruction "a red hat" \\
     --vision-model clip-vit-large-patch14 --text-model clip-vit-large-patch14 --out cat.safetensors
   hywu generate --checkpoint hat.safetensors --condition cat.safetensors --out cat-lora
+  hywu condition --checkpoint style.safetensors --image cat.png dog.png --image style.png ...
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 
+from ..conditioning import pictures as several
 from ..conditioning.transformers_encoders import TYPE, TransformersEncoder
 from ..console import say
 from ..errors import HYWUError
@@ -23,13 +27,20 @@ from ..generator.checkpoints import open_checkpoint
 from ..images import read_image
 from .generate import usable_device
 
+logger = logging.getLogger(__name__)
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", required=True, help="the generator, which says what it reads"
     )
     parser.add_argument(
-        "--image", required=True, nargs="+", help="pictures, each an item of the batch"
+        "--image",
+        required=True,
+        nargs="+",
+        action="append",
+        help="pictures, each an item of the batch; given again: the items' second pictures, one for each "
+        "or one for all, and so on",
     )
     parser.add_argument(
         "--instruction", required=True, nargs="+", help="one for all pictures, or one for each"
@@ -53,7 +64,9 @@ def run(args: argparse.Namespace) -> int:
     device, out = usable_device(args.device), with_suffix(args.out)
     if out.exists() and not args.overwrite:
         raise HYWUError(f"{out}: exists already; choose another name or give --overwrite.")
-    texts, count = args.instruction, len(args.image)
+    texts, count = args.instruction, len(args.image[0])
+    for number, paths in enumerate(args.image[1:], 2):
+        several.check_number(f"--image number {number}", len(paths), count)
     if len(texts) not in (1, count):
         raise HYWUError(
             f"There are {len(texts)} instructions for {count} image{'' if count == 1 else 's'}; give one "
@@ -68,13 +81,15 @@ def run(args: argparse.Namespace) -> int:
             f"{args.checkpoint}: its conditions come from the encoder '{config.encoder.get('type')}', not "
             "from a vision and a text model; `hywu edit` drives the bundled generator."
         )
-    images = [read_image(path, max_side=sys.maxsize) for path in args.image]
+    rows = [[read_image(path, max_side=sys.maxsize) for path in paths] for paths in args.image]
     encoder = TransformersEncoder(
         config.condition, args.vision_model, args.text_model, device, args.text_padding
     )
-    condition = encoder(images, texts)
+    condition = encoder(rows[0], texts, *rows[1:])
     if not bool(condition.is_finite()):
         raise HYWUError("The condition has NaN or infinite values; look at the models for them.")
+    for warning in several.number_warnings(config.encoder, len(rows)):
+        logger.warning(warning)
     path = condition.save(out, args.overwrite)
     parts = ", ".join(f"{n} {t.shape[1]} x {t.shape[2]}" for n, t in condition.parts.items())
     say(f"{path}: batch {condition.batch_size}; tokens x width: {parts}")

@@ -9,8 +9,9 @@ picture is cropped to a square of the side that the model was made for, and a CL
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor
 from ..condition import Condition
 from ..errors import HYWUError, need
 from ..generator.checkpoints import checkpoint_digest
+from . import pictures as several
 
 VISION, TEXT = "vision", "text"
 #: What checkpoints and conditions call the encoders of a graph, whose place these take.
@@ -59,7 +61,8 @@ UMT5_TOKENS = 512
 
 
 class TransformersEncoder:
-    """(images, instructions) -> Condition with the parts `vision` and `text`, those that are asked for.
+    """(images, instructions, further images) -> Condition with the parts `vision` and `text`, those that
+    are asked for.
 
     parts: name -> width, in order: a GeneratorConfig's `condition`. vision_model, text_model: folders
     with config.json and safetensors; the text model's also holds its tokenizer, the vision model's may
@@ -102,31 +105,42 @@ class TransformersEncoder:
         }
 
     @torch.inference_mode()
-    def __call__(self, images: Tensor | Sequence[Tensor], instructions: Sequence[str]) -> Condition:
+    def __call__(
+        self,
+        images: Tensor | Sequence[Tensor],
+        instructions: Sequence[str],
+        *further: Tensor | Sequence[Tensor],
+    ) -> Condition:
         """images: ``[B, 3, H, W]``, or B of ``[3, H, W]`` of any sizes, uint8 or float in 0..1; one
-        instruction an image. An item of a batch is as it is alone. Raises HYWUError on a misfit.
+        instruction an image. further: the items' second pictures, third ones and so on, each like
+        `images`, or a single one for all items; the tokens of an item's pictures follow one another.
+        An item of a batch is as it is alone. Raises HYWUError on a misfit.
         """
-        pixels = [_pixels(image) for image in images]
-        if not pixels or len(pixels) != len(instructions):
+        rows = [[_pixels(image) for image in row] for row in (images, *further)]
+        if not rows[0] or len(rows[0]) != len(instructions):
             raise HYWUError(
-                f"There are {len(pixels)} images and {len(instructions)} instructions; give one "
+                f"There are {len(rows[0])} images and {len(instructions)} instructions; give one "
                 "instruction an image."
             )
+        items = several.by_item(rows, len(instructions))
         parts, masks = {}, {}
         for part, encoder in self._encoders.items():
             if part == VISION:
-                parts[part] = torch.cat([encoder(image) for image in pixels])
+                seen = several.by_item(
+                    [[encoder(image) for image in row] for row in rows], len(items)
+                )
+                parts[part] = torch.cat([torch.cat(item, dim=1) for item in seen])
             else:
                 known = {text: encoder(text, self.text_padding) for text in set(instructions)}
                 parts[part], masks[part] = _padded([known[text] for text in instructions])
-        fingerprint = self._fingerprint(pixels, instructions)
+        fingerprint = self._fingerprint(items, instructions)
         origin = {"instruction": list(instructions), "encoder": TYPE, **self.identity}
-        return Condition(parts, masks, fingerprint, origin)
+        return Condition(parts, masks, fingerprint, {**origin, **several.facts(len(rows))})
 
-    def _fingerprint(self, pixels: Iterable[Tensor], texts: Sequence[str]) -> str:
+    def _fingerprint(self, items: Sequence[Sequence[Tensor]], texts: Sequence[str]) -> str:
         facts = [list(self.parts), self.identity, self.text_padding, list(texts)]
         sha = hashlib.sha256(repr(facts).encode())
-        for image in pixels:
+        for image in itertools.chain.from_iterable(items):
             sha.update(repr(tuple(image.shape)).encode())
             sha.update(image.contiguous().numpy().tobytes())
         return sha.hexdigest()[:32]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -17,12 +17,15 @@ class Batch:
     """Examples of one step: what to edit, how, and what it should become.
 
     source, target: float32 ``[B, 3, H, W]`` in 0..1. instruction, task: one string an item.
+    references: each item's further pictures, float32 ``[3, h, w]`` in 0..1 of any sizes, on the CPU,
+    which only the condition sees; empty where items have none.
     """
 
     source: Tensor
     target: Tensor
     instruction: tuple[str, ...]
     task: tuple[str, ...]
+    references: tuple[tuple[Tensor, ...], ...] = ()
 
     def __len__(self) -> int:
         return self.source.shape[0]
@@ -35,10 +38,17 @@ class Batch:
             self.target[index],
             tuple(self.instruction[i] for i in index),
             tuple(self.task[i] for i in index),
+            tuple(self.references[i] for i in index) if self.references else (),
         )
 
     def to(self, device: torch.device | str) -> Batch:
-        return Batch(self.source.to(device), self.target.to(device), self.instruction, self.task)
+        return replace(self, source=self.source.to(device), target=self.target.to(device))
+
+    @property
+    def asked(self) -> tuple[Any, ...]:
+        """The arguments of a base model's `encode`."""
+        further = (self.references,) if self.references else ()
+        return (self.source, self.instruction, *further)
 
 
 #: step -> the whole batch of that step, the same on every process. A function of the step alone, so
@@ -63,8 +73,15 @@ class BaseModel(Protocol):
     def condition_parts(self) -> Mapping[str, int]:
         """Part name -> width of the conditions."""
 
-    def encode(self, source: Tensor, instruction: Sequence[str]) -> Condition:
-        """Condition of every item, without gradients."""
+    def encode(
+        self,
+        source: Tensor,
+        instruction: Sequence[str],
+        references: Sequence[Sequence[Tensor]] = (),
+    ) -> Condition:
+        """Condition of every item, without gradients. A base whose data has no `references` (see `Batch`)
+        need not take them: it is called without.
+        """
 
     def draw(self, batch: Batch, seed: int) -> Draws:
         """Random draws for a batch, on the CPU: the same for the same seed on every machine."""

@@ -7,15 +7,17 @@ would have seen.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ..errors import HYWUError
 from ..images import read_image
 from .base import Batch
-from .data import ImagePool, Pair
+from .data import ImagePool, Pair, number_of_references
 from .tasks import make_batch
 
 logger = logging.getLogger(__name__)
@@ -49,15 +51,28 @@ class TaskBatches:
         return batch.select([i for i, task in enumerate(batch.task) if task == self.only])
 
 
+def whole(image: Tensor, size: int) -> Tensor:
+    """uint8 ``[3, H, W]`` -> float32 in 0..1 with about ``size x size`` pixels and the same proportions."""
+    sides = image.shape[1:]
+    zoom = size / math.sqrt(math.prod(sides))
+    wanted = [max(1, round(side * zoom)) for side in sides]
+    pixels = image[None].float() / 255
+    if list(sides) != wanted:
+        pixels = F.interpolate(pixels, wanted, mode="bilinear", antialias=True)
+    return pixels[0].clamp(0, 1)
+
+
 class PairBatches:
     """Batches from a user's own pairs: random crops, the same place in source and target, mirrored
-    by chance. Pictures smaller than a crop are enlarged. An epoch shows each pair once.
+    by chance. Pictures smaller than a crop are enlarged. An epoch shows each pair once. References are
+    seen whole. Raises HYWUError unless every pair has as many.
     """
 
     def __init__(self, pairs: Sequence[Pair], batch_size: int, size: int, seed: int = 0) -> None:
         if not pairs:
             raise HYWUError("training: there are no pairs to train on.")
         self.pairs, self.batch_size, self.size, self.seed = list(pairs), batch_size, size, seed
+        self.references = number_of_references(self.pairs)
 
     def __call__(self, step: int) -> Batch:
         chosen = [self._pick(step * self.batch_size + i) for i in range(self.batch_size)]
@@ -68,7 +83,11 @@ class PairBatches:
             torch.stack([target for _, target in crops]),
             tuple(pair.instruction for pair in chosen),
             tuple(pair.task for pair in chosen),
+            tuple(map(self._seen_whole, chosen)) if self.references else (),
         )
+
+    def _seen_whole(self, pair: Pair) -> tuple[Tensor, ...]:
+        return tuple(whole(read_image(path), self.size) for path in pair.references)
 
     def _pick(self, index: int) -> Pair:
         """The index-th pair of an endless row of shuffled epochs."""
@@ -77,7 +96,7 @@ class PairBatches:
         order = torch.randperm(len(self.pairs), generator=generator)
         return self.pairs[int(order[place])]
 
-    def _crop(self, pair: Pair, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    def _crop(self, pair: Pair, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         both = torch.stack([read_image(pair.source), read_image(pair.target)]).float() / 255
         smallest = min(both.shape[2:])
         if smallest < self.size:

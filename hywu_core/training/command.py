@@ -2,7 +2,7 @@
 
 Your own data: a .jsonl file, or a folder with one, of rows {"source": "a.png", "target": "b.png",
 "instruction": "...", "task": "..."}; paths count from the file. Without --data the built-in tasks
-are trained.
+are trained. Rows with "references" are refused: the bundled editor reads one picture.
 
 examples:
   hywu train --out runs/mine --data pairs.jsonl --steps 1000
@@ -89,7 +89,8 @@ def run(args: argparse.Namespace) -> int:
 def _data(args: argparse.Namespace, size: int):
     """(batches, task -> phrasings that are trained on)."""
     from .batches import PairBatches, TaskBatches
-    from .data import ImagePool, read_pairs, split_files
+    from .data import ImagePool, number_of_references, read_pairs, split_files
+    from .editor_base import ONE_PICTURE
     from .tasks import CONFLICT, get_task
 
     if args.data is None:
@@ -103,6 +104,8 @@ def _data(args: argparse.Namespace, size: int):
     say(f"{args.data}: {len(pairs)} pairs" + (f", {len(bad)} rows skipped:" if bad else ""))
     for line in bad:
         say(f"  {line}")
+    if number_of_references(pairs):
+        raise HYWUError(f"{args.data}: {ONE_PICTURE}")
     phrasings: dict[str, list[str]] = {}
     for pair in pairs:
         texts = phrasings.setdefault(pair.task, [])

@@ -11,7 +11,7 @@ import hashlib
 import importlib.util
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,18 +169,23 @@ class ImagePool:
 
 @dataclass(frozen=True)
 class Pair:
-    """One example of a user: files and what was asked."""
+    """One example of a user: files and what was asked. references: pictures for the condition only."""
 
     source: Path
     target: Path
     instruction: str
     task: str
+    references: tuple[Path, ...] = ()
+
+
+#: Pictures of a row besides source and target.
+MAX_REFERENCES = 2
 
 
 def read_pairs(path: str | Path) -> tuple[list[Pair], list[str]]:
-    """Rows ``{source, target, instruction, task}`` of a JSONL file (or of a folder's ``*.jsonl``).
+    """Rows ``{source, target, instruction, task, references}`` of a JSONL file (or of a folder's ``*.jsonl``).
 
-    Paths count from the file's folder. Returns the good rows and a line for each bad one, which names
+    references, which may be absent: a list of up to `MAX_REFERENCES` pictures of any size. Paths count from the file's folder. Returns the good rows and a line for each bad one, which names
     file and row and says what is wrong. Raises HYWUError when no row is good.
     """
     path = Path(path)
@@ -210,10 +215,33 @@ def _pair(row: Any, folder: Path) -> Pair:
         if not isinstance(row.get(key), str) or not row[key].strip():
             raise HYWUError(f"'{key}' is missing or empty")
     source, target = folder / row["source"], folder / row["target"]
-    for file in (source, target):
+    references = tuple(folder / name for name in _references(row))
+    for file in (source, target, *references):
         read_image(file)
     with Image.open(source) as a, Image.open(target) as b:
         sizes = ImageOps.exif_transpose(a).size, ImageOps.exif_transpose(b).size
     if sizes[0] != sizes[1]:
         raise HYWUError(f"{row['source']} is {sizes[0]} and {row['target']} is {sizes[1]}")
-    return Pair(source, target, row["instruction"], str(row.get("task") or "custom"))
+    task = str(row.get("task") or "custom")
+    return Pair(source, target, row["instruction"], task, references)
+
+
+def _references(row: Mapping[str, Any]) -> list[str]:
+    names = row.get("references") or []
+    if not isinstance(names, list) or not all(isinstance(n, str) and n.strip() for n in names):
+        raise HYWUError("'references' is not a list of names of pictures")
+    if len(names) > MAX_REFERENCES:
+        raise HYWUError(f"'references' names {len(names)} pictures; {MAX_REFERENCES} are the most")
+    return names
+
+
+def number_of_references(pairs: Sequence[Pair]) -> int:
+    """As many as every pair has. Raises HYWUError naming two pairs that differ."""
+    first = pairs[0]
+    for pair in pairs:
+        if len(pair.references) != len(first.references):
+            raise HYWUError(
+                f"training: {first.source} has {len(first.references)} references and {pair.source} has "
+                f"{len(pair.references)}; give every row the same number."
+            )
+    return len(first.references)

@@ -12,9 +12,14 @@ from ..condition import Condition
 from ..conditioning.editor import EditorEncoder
 from ..editor.checkpoint import editor_identity
 from ..editor.model import Editor
+from ..errors import HYWUError
 from .base import Batch, Draws
 
 NAME = "hywu-bundled-editor"
+ONE_PICTURE = (
+    "The bundled editor reads one picture and the rows have references; take them out of the rows, or "
+    "train a generator for another model in ComfyUI (HY-WU Train Generator)."
+)
 
 
 class EditorBase:
@@ -37,7 +42,15 @@ class EditorBase:
     def condition_parts(self) -> Mapping[str, int]:
         return self._encoder.parts
 
-    def encode(self, source: Tensor, instruction: Sequence[str]) -> Condition:
+    def encode(
+        self,
+        source: Tensor,
+        instruction: Sequence[str],
+        references: Sequence[Sequence[Tensor]] = (),
+    ) -> Condition:
+        """Raises HYWUError on references, which the editor doesn't read."""
+        if references:
+            raise HYWUError(ONE_PICTURE)
         return self._encoder(source, instruction)
 
     def draw(self, batch: Batch, seed: int) -> Draws:

@@ -79,7 +79,7 @@ class HyperNetwork:
     def standardize_on(self, batches: BatchSource, first: int) -> None:
         """`standardize` by the conditions of `STATISTICS` batches of a source, from step `first` on."""
         examples = [batches(first + i) for i in range(STATISTICS)]
-        self.standardize([self.base.encode(b.source, b.instruction) for b in examples])
+        self.standardize([self.base.encode(*batch.asked) for batch in examples])
 
     def generate(self, condition: Condition) -> GeneratedLoRA:
         """The LoRAs of a condition's items."""

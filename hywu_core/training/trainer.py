@@ -44,7 +44,7 @@ class Objective(nn.Module):
         base, strategy = self._hidden
         condition = None
         if strategy.needs_condition:
-            condition = base.encode(batch.source, batch.instruction)
+            condition = base.encode(*batch.asked)
         with strategy.adapted(condition) as module:
             return base.loss(module, batch, draws).mean()
 
@@ -276,7 +276,7 @@ class Trainer:
         with self.average.swapped():
             condition = None
             if self.strategy.needs_condition:
-                condition = self.base.encode(batch.source, batch.instruction)
+                condition = self.base.encode(*batch.asked)
             with self.strategy.adapted(condition) as module:
                 return self.base.edit(module, batch, seed)
 

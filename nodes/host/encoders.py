@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from ...hywu_core.condition import Condition
+from ...hywu_core.conditioning import pictures as several
 from ...hywu_core.conditioning.editor import EditorEncoder
 from ...hywu_core.editor.model import split_words
 from ...hywu_core.editor.vocabulary import unknown_instruction
 from ...hywu_core.errors import HYWUError
-from ..instructions import for_images
-from . import graph_encoders, hidden_states
+from ..instructions import for_images, lines_of
+from . import conditionings, graph_encoders, hidden_states
 from .bundled_editor import HostEditor, load_host_editor, rgb
 from .generators import HostGenerator
 from .paths import bundled_stamp
@@ -33,9 +34,11 @@ ROWS = 16
 
 
 def encode(
-    generator: HostGenerator, image: Tensor, instruction: str, **inputs: Any
+    generator: HostGenerator, images: Mapping[str, Tensor | None], instruction: str, **inputs: Any
 ) -> tuple[Condition, str]:
-    """(condition, report as JSON). image: ComfyUI's ``[B, H, W, C]`` in 0..1. Raises HYWUError."""
+    """(condition, report as JSON). images: of each item, by input; ComfyUI's ``[B, H, W, C]`` in 0..1,
+    further ones also ``[1, ...]`` for all items. Raises HYWUError.
+    """
     start = time.perf_counter()
     kind = generator.config.encoder.get("type")
     encoder = ENCODERS.get(kind)
@@ -45,21 +48,24 @@ def encode(
             f"run: {', '.join(ENCODERS)}); make the condition elsewhere and bring it in with Load "
             "Condition."
         )
-    if 0 in image.shape:
-        raise HYWUError(
-            f"The image is {' x '.join(map(str, image.shape))}: there is nothing in it."
-        )
-    texts = for_images(instruction, image.shape[0])
-    pixels = rgb(image).movedim(-1, 1).float().clamp(0, 1)
-    condition = encoder(generator, pixels, texts, inputs)
+    pictures = _pictures(images)
+    count, given = pictures[0].shape[0], inputs.get("conditioning")
+    texts = _instructions(instruction, count, needed=given is None)
+    condition = encoder(generator, pictures, texts, inputs)
     if not bool(condition.is_finite()):
         raise HYWUError("The condition has NaN or infinite values; look at the image for them.")
-    warnings = _warnings(generator, texts, condition)
+    warnings = several.number_warnings(generator.config.encoder, len(pictures))
+    warnings += _warnings(generator, texts if given is None else [], condition)
+    text = condition.origin.get("text", "instruction")
+    if given is not None:
+        warnings += conditionings.warnings(given, inputs.get("clip"), text == "conditioning")
     for warning in warnings:
         log.warning("HY-WU: %s", warning)
     report = {
-        "images": image.shape[0],
+        "images": count,
+        "pictures_each": len(pictures),
         "instructions": [text[:200] for text in texts],
+        "text": text,
         "tokens": condition.num_tokens,
         "seconds": round(time.perf_counter() - start, 4),
         "warnings": warnings,
@@ -67,8 +73,28 @@ def encode(
     return condition, json.dumps(report, ensure_ascii=False)
 
 
+def _pictures(images: Mapping[str, Tensor | None]) -> list[Tensor]:
+    """Those that are connected, in their order: ``[B or 1, 3, H, W]`` in 0..1."""
+    found = {name: image for name, image in images.items() if image is not None}
+    count = next(iter(found.values())).shape[0]
+    for name, image in found.items():
+        if 0 in image.shape:
+            raise HYWUError(
+                f"The {name} is {' x '.join(map(str, image.shape))}: there is nothing in it."
+            )
+        several.check_number(name, image.shape[0], count)
+    return [rgb(image).movedim(-1, 1).float().clamp(0, 1) for image in found.values()]
+
+
+def _instructions(instruction: str, count: int, needed: bool) -> list[str]:
+    """One for each image; empty ones where none is needed and none is given."""
+    if not needed and not lines_of(instruction):
+        return [""] * count
+    return for_images(instruction, count)
+
+
 def _warnings(generator: HostGenerator, texts: Sequence[str], condition: Condition) -> list[str]:
-    """What is not an error but will not do what the user hopes."""
+    """What is not an error but will not do what the user hopes. texts: those that are read."""
     found = []
     if model := condition.origin.get("model"):
         found += hidden_states.differences(generator.config.encoder["model"], model)
@@ -122,9 +148,11 @@ class _Interruptible:
 
 
 def _by_bundled_editor(
-    generator: HostGenerator, pixels: Tensor, texts: Sequence[str], inputs: dict[str, Any]
-) -> Condition:
-    patcher = _bundled()
+    generator: HostGenerator, pictures: Sequence[Tensor], texts: Sequence[str],
+    inputs: dict[str, Any],
+) -> Condition:  # fmt: skip
+    _check_bundled_inputs(len(pictures), inputs)
+    pixels, patcher = pictures[0], _bundled()
     identity, wanted = patcher.model.identity, generator.config.encoder.get("editor")
     _check_editor("The bundled editor", identity, wanted)
     if inputs.get("model") is not None:
@@ -140,6 +168,19 @@ def _by_bundled_editor(
     encoder = EditorEncoder(_Interruptible(patcher.model, windows), identity)
     condition = encoder(pixels.to(patcher.load_device), texts).to("cpu")
     return replace(condition, origin={**condition.origin, "editor": identity})
+
+
+def _check_bundled_inputs(pictures: int, inputs: Mapping[str, Any]) -> None:
+    if pictures > 1:
+        raise HYWUError(
+            f"The bundled editor reads one picture, here are {pictures}; leave image2 and image3 unconnected, "
+            "or train a generator for another model on pairs with references (HY-WU Train Generator)."
+        )
+    if inputs.get("conditioning") is not None:
+        raise HYWUError(
+            "The bundled editor reads the words of the instruction itself; leave conditioning unconnected "
+            "and write the instruction."
+        )
 
 
 def _check_editor(what: str, identity: str, wanted: str | None) -> None:

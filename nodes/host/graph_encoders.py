@@ -1,10 +1,12 @@
-"""Conditions from a graph: a CLIP for the part `text`, a CLIP_VISION for `vision`, a MODEL for its own."""
+"""Conditions from a graph: a CLIP or a CONDITIONING for the part `text`, a CLIP_VISION for `vision`, a MODEL
+for its own hidden states.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import comfy.model_management as mm
@@ -14,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...hywu_core.condition import Condition
+from ...hywu_core.conditioning import pictures as several
 from ...hywu_core.errors import HYWUError
-from . import hidden_states
+from . import conditionings, hidden_states
+from .conditionings import Entry
 from .latents import encode_latent
 
 #: Part of the condition -> inputs of the node that bring its encoder, the encoder itself first.
@@ -27,52 +31,91 @@ INPUTS = {
 
 
 def encode(
-    generator: Any, pixels: Tensor, texts: Sequence[str], inputs: Mapping[str, Any]
+    generator: Any, pictures: Sequence[Tensor], texts: Sequence[str], inputs: Mapping[str, Any]
 ) -> Condition:
-    """pixels ``[B, 3, H, W]`` in 0..1. Raises HYWUError on an encoder that is missing or too wide."""
+    """pictures: an item's first ones, second ones and so on, ``[B, 3, H, W]`` in 0..1, or ``[1, ...]`` for
+    all items. inputs: the node's sockets; `conditioning` is the text in place of `clip`.
+
+    Raises HYWUError on an encoder that is missing or too wide.
+    """
     parts, masks = {}, {}
     for part, width in generator.config.condition.items():
         _check_sources(generator, part, width, inputs)
+    read = any("clip" in INPUTS[part] for part in generator.config.condition)
+    said = entries(texts, inputs) if read else []
     for part, width in generator.config.condition.items():
-        parts[part], mask = tokens(part, generator.config.encoder, pixels, texts, inputs)
+        parts[part], mask = tokens(part, generator.config.encoder, pictures, said, inputs)
         if mask is not None:
             masks[part] = mask
         if parts[part].shape[2] != width:
             raise HYWUError(
-                f"The connected {INPUTS[part][0]} gives tokens {parts[part].shape[2]} wide, the generator "
-                f"reads '{part}' {width} wide; connect the encoder that it was trained with."
+                f"The connected {_source(INPUTS[part][0], inputs)} gives tokens {parts[part].shape[2]} "
+                f"wide, the generator reads '{part}' {width} wide; connect the encoder that it was trained "
+                "with."
             )
-    origin: dict[str, Any] = {"instruction": list(texts), "encoder": "comfyui"}
+    origin = {"instruction": list(texts), "encoder": "comfyui", **several.facts(len(pictures))}
     if hidden_states.PART in parts:
         connected = hidden_states.identity(inputs["model"], inputs["vae"])
         origin["model"] = {**generator.config.encoder["model"], **connected}
-    facts = [list(texts), tuple(pixels.shape), list(parts), origin.get("model")]
-    sha = hashlib.sha256(repr(facts).encode())
-    sha.update(pixels.contiguous().numpy().tobytes())
-    return Condition(parts, masks, sha.hexdigest()[:32], origin)
+    facts = [list(texts), tuple(pictures[0].shape), list(parts), origin.get("model")]
+    if read and inputs.get("conditioning") is not None:
+        origin["text"] = "conditioning"
+        facts.append(conditionings.digest(said))
+    return Condition(parts, masks, _fingerprint(facts, pictures), origin)
+
+
+def _fingerprint(facts: list[Any], pictures: Sequence[Tensor]) -> str:
+    """facts: what else is in the condition, the first pictures' shape among it."""
+    shapes = [tuple(picture.shape) for picture in pictures[1:]]
+    sha = hashlib.sha256(repr([*facts, *shapes]).encode())
+    for picture in pictures:
+        sha.update(picture.contiguous().numpy().tobytes())
+    return sha.hexdigest()[:32]
 
 
 def tokens(
-    part: str, encoder: Mapping[str, Any], pixels: Tensor, texts: Sequence[str],
+    part: str, encoder: Mapping[str, Any], pictures: Sequence[Tensor], said: Sequence[Entry],
     inputs: Mapping[str, Any],
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """A part's tokens ``[B, L, C]`` and their mask. encoder: what the checkpoint says about it.
 
-    inputs may bring `said` and `latent` (see `hidden_states`), where texts and latents are kept.
+    said: each item's text. inputs may bring `latent` (see `hidden_states`), where latents are kept.
     """
     if part == "text":
-        return _texts(inputs["clip"], texts)
+        return _texts(said)
     if part == "vision":
-        return _images(inputs["clip_vision"], pixels), None
-    model, vae, clip = (inputs[name] for name in INPUTS[part])
-
-    @lru_cache(None)
-    def said(text: str) -> Any:
-        return clip.encode_from_tokens_scheduled(clip.tokenize(text))[0]
-
-    said = inputs.get("said", said)
+        return _images(inputs["clip_vision"], pictures), None
+    model, vae = inputs["model"], inputs["vae"]
     latent = inputs.get("latent", partial(encode_latent, model.model, vae))
-    return hidden_states.encode(encoder["model"], model, pixels, texts, said, latent), None
+    return hidden_states.encode(encoder["model"], model, pictures, said, latent), None
+
+
+def entries(texts: Sequence[str], inputs: Mapping[str, Any]) -> list[Entry]:
+    """Each item's text as an entry of a CONDITIONING: of the one that is connected, or by the CLIP.
+
+    inputs may bring `said`, text -> entry, where they are kept.
+    """
+    if (given := inputs.get("conditioning")) is not None:
+        return conditionings.entries(given, len(texts))
+    make = inputs.get("said", partial(_said, inputs["clip"]))
+    known: dict[str, Entry] = {}
+    bar = comfy.utils.ProgressBar(len(texts))
+    for text in texts:
+        mm.throw_exception_if_processing_interrupted()
+        if text not in known:
+            known[text] = make(text)
+        bar.update(1)
+    return [known[text] for text in texts]
+
+
+def _said(clip: Any, text: str) -> Entry:
+    return clip.encode_from_tokens_scheduled(clip.tokenize(text))[0]
+
+
+def _source(name: str, inputs: Mapping[str, Any]) -> str:
+    """The input that stands in for a text encoder where it is connected."""
+    given = name == "clip" and inputs.get("conditioning") is not None
+    return "conditioning" if given else name
 
 
 def _check_sources(generator: Any, part: str, width: int, inputs: Mapping[str, Any]) -> None:
@@ -83,36 +126,32 @@ def _check_sources(generator: Any, part: str, width: int, inputs: Mapping[str, A
     what = f"The generator reads the condition part '{part}' ({width} wide)"
     if not sources:
         raise HYWUError(f"{what}, which no encoder of a graph makes.")
-    if missing := [source for source in sources if inputs.get(source) is None]:
+    if missing := [name for name in sources if inputs.get(_source(name, inputs)) is None]:
         ways = ", which its base model makes of picture and text" if len(sources) > 1 else ""
-        raise HYWUError(f"{what}{ways}; connect {', '.join(missing)}.")
+        names = ["clip (or conditioning)" if name == "clip" else name for name in missing]
+        raise HYWUError(f"{what}{ways}; connect {', '.join(names)}.")
 
 
-def _texts(clip: Any, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+def _texts(said: Sequence[Entry]) -> tuple[Tensor, Tensor]:
     """Tokens ``[B, T, C]`` padded to the longest, and their mask ``[B, T]``."""
-    known: dict[str, tuple[Tensor, Tensor]] = {}
-    bar = comfy.utils.ProgressBar(len(texts))
-    for text in texts:
-        mm.throw_exception_if_processing_interrupted()
-        if text not in known:
-            tokens, facts = clip.encode_from_tokens_scheduled(clip.tokenize(text))[0]
-            mask = facts.get("attention_mask")
-            kept = torch.ones(tokens.shape[:2]) if mask is None else mask.reshape(tokens.shape[:2])
-            known[text] = tokens[:1].float().cpu(), kept[:1].bool().cpu()
-        bar.update(1)
-    longest = max(tokens.shape[1] for tokens, _ in known.values())
-    padded = {t: longest - tokens.shape[1] for t, (tokens, _) in known.items()}
-    rows = [F.pad(known[t][0], (0, 0, 0, padded[t])) for t in texts]
-    masks = [F.pad(known[t][1], (0, padded[t])) for t in texts]
+    longest = max(entry[0].shape[1] for entry in said)
+    rows, masks = [], []
+    for entry in said:
+        missing = longest - entry[0].shape[1]
+        rows.append(F.pad(entry[0][:1].float().cpu(), (0, 0, 0, missing)))
+        masks.append(F.pad(conditionings.mask(entry), (0, missing)))
     return torch.cat(rows), torch.cat(masks)
 
 
-def _images(clip_vision: Any, pixels: Tensor) -> Tensor:
-    """Tokens of the last layer ``[B, L, C]``, one image at a time."""
-    rows = []
-    bar = comfy.utils.ProgressBar(pixels.shape[0])
-    for image in pixels.movedim(1, -1).split(1):
+def _images(clip_vision: Any, pictures: Sequence[Tensor]) -> Tensor:
+    """Tokens of the last layer ``[B, L, C]`` of each item's pictures one after another, each by itself."""
+    bar = comfy.utils.ProgressBar(sum(map(len, pictures)))
+
+    def seen(image: Tensor) -> Tensor:
         mm.throw_exception_if_processing_interrupted()
-        rows.append(clip_vision.encode_image(image)["last_hidden_state"].float().cpu())
+        made = clip_vision.encode_image(image)["last_hidden_state"].float().cpu()
         bar.update(1)
-    return torch.cat(rows)
+        return made
+
+    rows = [torch.cat([seen(i) for i in p.movedim(1, -1).split(1)]) for p in pictures]
+    return torch.cat([row.expand(pictures[0].shape[0], -1, -1) for row in rows], dim=1)

@@ -13,6 +13,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -24,9 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...hywu_core.condition import OFFICIAL_PART
+from ...hywu_core.conditioning.pictures import by_item
 from ...hywu_core.discovery import submodule
 from ...hywu_core.errors import HYWUError
 from ...hywu_core.layout import LoRALayout
+from .conditionings import Entry
 from .identity import base_fingerprint, fingerprint, patches_fingerprint
 
 log = logging.getLogger(__name__)
@@ -40,7 +43,7 @@ SIDE = 8
 #: Pixels that the sides of a picture are multiples of.
 MULTIPLE = 16
 #: Text -> an entry of a CONDITIONING, and picture ``[1, 3, H, W]`` -> its latent.
-Said = Callable[[str], Sequence[Any]]
+Said = Callable[[str], Entry]
 Latent = Callable[[Tensor], Tensor]
 
 
@@ -108,28 +111,39 @@ def differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> list[str
 
 
 def encode(
-    facts: Mapping[str, Any], model: Any, pixels: Tensor, texts: Sequence[str], said: Said,
+    facts: Mapping[str, Any], model: Any, pictures: Sequence[Tensor], said: Sequence[Entry],
     latent: Latent,
 ) -> Tensor:  # fmt: skip
-    """Tokens ``[B, L, C]`` of pictures ``[B, 3, H, W]`` in 0..1 under their texts, one by one, on the CPU.
+    """Tokens ``[B, L, C]`` of each item's pictures one after another, on the CPU.
 
-    The MODEL runs as it is given, with whatever lies on it. Raises HYWUError.
+    pictures: the items' first ones, second ones and so on, ``[B, 3, H, W]`` in 0..1 or ``[1, ...]`` for
+    all. said: each item's text. The MODEL runs once for each picture under the text of its item, as it
+    is given, with whatever lies on it. Raises HYWUError.
     """
     check(facts, model)
-    bar = comfy.utils.ProgressBar(2 * len(texts))
+    bar = comfy.utils.ProgressBar(sum(map(len, pictures)) + len(pictures) * len(said))
 
-    def each(make: Callable[..., Any], *items: Sequence[Any]) -> Iterator[Any]:
-        for given in zip(*items, strict=True):
-            mm.throw_exception_if_processing_interrupted()
-            yield make(*given)
-            bar.update(1)
+    def step(make: Callable[..., Tensor], *given: Any) -> Tensor:
+        mm.throw_exception_if_processing_interrupted()
+        made = make(*given)
+        bar.update(1)
+        return made
 
-    # all texts, all latents, then all runs: on a small card each model comes and goes once
-    entries = [said(text) for text in texts]
-    side = facts["pixels"]
-    latents = list(each(lambda image: latent(scaled(image, side)), pixels.split(1)))
-    rows = each(lambda at, entry: _tokens(facts, model, at, entry), latents, entries)
-    return torch.cat(list(rows))
+    # all latents, then all runs: on a small card each model comes and goes once
+    side, known = facts["pixels"], {}
+    latents = [
+        [step(lambda one: latent(scaled(one, side)), image) for image in picture.split(1)]
+        for picture in pictures
+    ]
+    rows = []
+    for at, entry in zip(by_item(latents, len(said)), said, strict=True):
+        for one in at:
+            # one picture and one text for all items: one run
+            key = id(one), id(entry)
+            if key not in known:
+                known[key] = step(partial(_tokens, facts, model), one, entry)
+        rows.append(torch.cat([known[id(one), id(entry)] for one in at], dim=1))
+    return torch.cat(rows)
 
 
 def scaled(image: Tensor, pixels: int) -> Tensor:
@@ -145,7 +159,7 @@ def scaled(image: Tensor, pixels: int) -> Tensor:
 # -- one picture -------------------------------------------------------------------------------------
 
 
-def _tokens(facts: Mapping[str, Any], model: Any, latent: Tensor, entry: Sequence[Any]) -> Tensor:
+def _tokens(facts: Mapping[str, Any], model: Any, latent: Tensor, entry: Entry) -> Tensor:
     network, layer, side = model.model.diffusion_model, facts["layer"], facts["side"]
 
     def run(kept: Place | None = None) -> tuple[list[Tensor], bool]:
@@ -194,7 +208,7 @@ def _channels_first(features: Tensor, latent: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def _run(model: Any, latent: Tensor, entry: Sequence[Any], sigma: float) -> bool:
+def _run(model: Any, latent: Tensor, entry: Entry, sigma: float) -> bool:
     """One call of the MODEL at a noise level, by ComfyUI's sampler; whether all it gives is finite.
 
     entry: of a CONDITIONING. Models that take the picture as more channels get it so, too.

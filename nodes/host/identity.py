@@ -57,27 +57,28 @@ def patches_fingerprint(model: Any) -> str:
     if not found:
         return ""
     sha = hashlib.sha256()
-    _feed(sha, found)
+    feed(sha, found)
     return sha.hexdigest()[:16]
 
 
-def _feed(sha: Any, value: Any) -> None:
+def feed(sha: Any, value: Any, whole: bool = False) -> None:
+    """Add a value to a hash, whatever it holds. whole: all values of its tensors, not only some."""
     if isinstance(value, Tensor):
         sha.update(f"{value.dtype}{tuple(value.shape)}".encode())
-        sha.update(_some(value))
+        sha.update(_bytes(value) if whole else _some(value))
     elif isinstance(value, Mapping):
         for key in sorted(value, key=repr):
             sha.update(repr(key).encode())
-            _feed(sha, value[key])
+            feed(sha, value[key], whole)
     elif isinstance(value, (list, tuple)):
         sha.update(f"[{len(value)}".encode())
         for item in value:
-            _feed(sha, item)
+            feed(sha, item, whole)
     elif isinstance(value, WeightAdapterBase):
-        _feed(sha, [value.name, value.weights])
+        feed(sha, [value.name, value.weights], whole)
     elif isinstance(value, Unmerged):
         pairs = {path: list(value.lora[path]) for path in value.active}
-        _feed(sha, [value.active, pairs, value.lora.scale, repr(value.scope)])
+        feed(sha, [value.active, pairs, value.lora.scale, repr(value.scope)], whole)
     elif isinstance(value, (str, int, float, bool, type(None))):
         sha.update(repr(value).encode())
     else:
@@ -86,5 +87,9 @@ def _feed(sha: Any, value: Any) -> None:
 
 def _some(value: Tensor) -> bytes:
     flat = value.detach().flatten()
-    some = flat[:: max(1, flat.numel() // VALUES)][:VALUES].cpu().contiguous()
-    return some.view(torch.uint8).numpy().tobytes()
+    return _bytes(flat[:: max(1, flat.numel() // VALUES)][:VALUES])
+
+
+def _bytes(value: Tensor) -> bytes:
+    flat = value.detach().flatten().cpu().contiguous()
+    return flat.view(torch.uint8).numpy().tobytes()

@@ -111,8 +111,9 @@ class _Training:
         cache = files.TensorCache(self.folder / "cache")
         patcher = plain_patcher(model)
         encoder = GraphEncoder(
-            patcher, clip, clip_vision, cache, request.reads, vae, request.image_size
-        )
+            patcher, clip, clip_vision, cache, request.reads, vae, request.image_size,
+            images=1 + self.crops.references,
+        )  # fmt: skip
         self.base = HostBase(
             patcher, vae, encoder, cache, request.source_input, request.sample_steps
         )
@@ -140,7 +141,10 @@ class _Training:
 
     def _made_from(self) -> dict[str, Any]:
         """What a run can't go on without: everything but the schedule, which the state records."""
-        rows = [[file_hash(p.source), file_hash(p.target), p.instruction] for p in self.crops.pairs]
+        rows = [
+            [file_hash(p.source), file_hash(p.target), p.instruction, *map(file_hash, p.references)]
+            for p in self.crops.pairs
+        ]
         return {
             "base model": self.base.name + self.base.weights,
             "VAE": self.base.vae_weights,
@@ -190,7 +194,7 @@ class _Training:
         for make in (
             lambda one: base.latents(torch.cat([one.source, one.target])),
             lambda one: encoder.conditioning(one.instruction[0]),
-            lambda one: encoder.condition(one.source, one.instruction[0]),
+            lambda one: base.encode(*one.asked),
         ):
             for batch in self.crops.singles():
                 mm.throw_exception_if_processing_interrupted()
@@ -201,7 +205,7 @@ class _Training:
     def _examples(self, count: int) -> Condition:
         places = [i * len(self.crops) // count for i in range(count)]
         batch = self.crops.batch(list(dict.fromkeys(places)))
-        return self.base.encode(batch.source, batch.instruction)
+        return self.base.encode(*batch.asked)
 
     def _accumulation(self) -> int:
         """Parts of a batch: as asked, or one an example where the MODEL takes texts one by one."""
@@ -289,6 +293,7 @@ class _Training:
             "pairs": len(self.crops.pairs),
             "skipped_rows": self.bad,
             "examples": len(self.crops),
+            "pictures_each": 1 + self.crops.references,
             "steps": trainer.step,
             "batch_size": self.request.batch_size,
             "parts": trainer.config.accumulation,

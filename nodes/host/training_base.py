@@ -99,10 +99,13 @@ class HostBase:
     # -- what the loop asks for ------------------------------------------------------------------
 
     @torch.no_grad()
-    def encode(self, source: Tensor, instruction: Sequence[str]) -> Condition:
-        rows = zip(source.cpu().split(1), instruction, strict=True)
-        made = stack([self.graph_encoder.condition(pixels, text) for pixels, text in rows])
-        return made.to(source.device)
+    def encode(
+        self, source: Tensor, instruction: Sequence[str],
+        references: Sequence[Sequence[Tensor]] = (),
+    ) -> Condition:  # fmt: skip
+        further = references or [()] * len(instruction)
+        rows = zip(source.cpu().split(1), instruction, further, strict=True)
+        return stack([self.graph_encoder.condition(*row) for row in rows]).to(source.device)
 
     def draw(self, batch: Batch, seed: int) -> Draws:
         """noise ``[B, *latent]``; u ``[B]`` in [0, 1), one stratum of the schedule an item."""

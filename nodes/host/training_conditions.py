@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...hywu_core.condition import Condition
+from ...hywu_core.conditioning import pictures as several
 from ...hywu_core.errors import HYWUError
+from ...hywu_core.training.editor_base import ONE_PICTURE
 from . import encoders, graph_encoders, hidden_states
 from .bundled_editor import HostEditor
 from .identity import fingerprint
@@ -30,13 +32,14 @@ class GraphEncoder:
     """What the generator reads: the bundled editor's hidden states, or what `reads` says.
 
     reads: one of `READS`. For the MODEL's own hidden states it takes the VAE and the side of the
-    pictures that are trained on. identity and parts go into the checkpoint, by which Condition Encode
-    makes the same conditions.
+    pictures that are trained on. images: pictures of an item, its references among them. identity and
+    parts go into the checkpoint, by which Condition Encode makes the same conditions. Raises HYWUError
+    where nothing would look at the references.
     """
 
     def __init__(
         self, model: Any, clip: Any, clip_vision: Any, cache: TensorCache, reads: str = READS[0],
-        vae: Any = None, side: int = 0,
+        vae: Any = None, side: int = 0, images: int = 1,
     ) -> None:  # fmt: skip
         self.cache, self.clip = cache, clip
         self.inputs: dict[str, Any] = {"clip": clip}
@@ -45,12 +48,15 @@ class GraphEncoder:
         diffusion = model.model.diffusion_model
         self.by_editor = isinstance(diffusion, HostEditor)
         if self.by_editor:
+            if images > 1:
+                raise HYWUError(ONE_PICTURE)
             self.inputs = {"model": model}
             self.identity = {"type": "bundled_editor", "editor": diffusion.identity}
             with torch.inference_mode():
                 made = self._by_editor(PROBE, "a")
             self.parts = {name: tokens.shape[2] for name, tokens in made.parts.items()}
             return
+        self.identity |= several.facts(images)
         names = []
         if "model" in reads:
             latent = CachedLatents(model.model, vae, cache)
@@ -63,12 +69,18 @@ class GraphEncoder:
                 self.identity["clip_vision"] = fingerprint(clip_vision.model)
                 names.append("vision")
             names.append("text")
+        if images > 1 and names == ["text"]:
+            raise HYWUError(
+                "The rows have references, which a generator that reads the instruction only doesn't see; "
+                "connect clip_vision, let it read the model's hidden states, or take them out of the rows."
+            )
         self.parts = {name: self._width(name) for name in names}
 
     @torch.inference_mode()
     def _width(self, part: str) -> int:
         """Found by encoding something small."""
-        made = graph_encoders.tokens(part, self.identity, PROBE, ["a"], self.inputs)
+        said = graph_encoders.entries(["a"], self.inputs)
+        made = graph_encoders.tokens(part, self.identity, [PROBE], said, self.inputs)
         return made[0].shape[2]
 
     def _said(self, text: str) -> list[Any]:
@@ -76,24 +88,27 @@ class GraphEncoder:
         facts = self.conditioning(text)
         return [facts.pop(TOKENS), facts]
 
-    def condition(self, pixels: Tensor, text: str) -> Condition:
-        """pixels ``[1, 3, H, W]`` in 0..1 -> the condition of one item, on the CPU."""
-        key = digest("condition", sorted(self.identity.items()), pixels, text)
-        tensors, facts = self.cache.get(key, lambda: self._make(pixels, text))
+    def condition(self, pixels: Tensor, text: str, references: Sequence[Tensor] = ()) -> Condition:
+        """pixels ``[1, 3, H, W]`` in 0..1, references ``[3, h, w]`` -> the condition of one item, on the CPU."""
+        pictures = [pixels, *(one[None] for one in references)]
+        key = digest("condition", sorted(self.identity.items()), pixels, text, *pictures[1:])
+        tensors, facts = self.cache.get(key, lambda: self._make(pictures, text))
         parts = {name: tensors[f"parts.{name}"] for name in self.parts}
         masks = {n: tensors[f"masks.{n}"] for n in self.parts if f"masks.{n}" in tensors}
         return Condition(parts, masks, facts["fingerprint"], facts["origin"])
 
     @torch.inference_mode()
-    def _make(self, pixels: Tensor, text: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        pixels = pixels.cpu().float()
+    def _make(
+        self, pictures: Sequence[Tensor], text: str
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        pictures = [pixels.cpu().float() for pixels in pictures]
         if self.by_editor:
-            made = self._by_editor(pixels, text)
+            made = self._by_editor(pictures[0], text)
         else:
             asked = SimpleNamespace(
                 config=SimpleNamespace(condition=self.parts, encoder=self.identity)
             )
-            made = graph_encoders.encode(asked, pixels, [text], self.inputs)
+            made = graph_encoders.encode(asked, pictures, [text], self.inputs)
         if not bool(made.is_finite()):
             raise HYWUError(f"The condition of '{text[:60]}' has NaN or infinite values.")
         tensors = {f"parts.{name}": value for name, value in made.parts.items()}
@@ -102,7 +117,7 @@ class GraphEncoder:
 
     def _by_editor(self, pixels: Tensor, text: str) -> Condition:
         asked = SimpleNamespace(config=SimpleNamespace(encoder=self.identity))
-        return encoders.ENCODERS["bundled_editor"](asked, pixels, [text], self.inputs)
+        return encoders.ENCODERS["bundled_editor"](asked, [pixels], [text], self.inputs)
 
     # -- the base model's text -------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from ...hywu_core.images import MAX_SIDE, read_image
 from ...hywu_core.training.base import Batch
-from ...hywu_core.training.data import Pair
+from ...hywu_core.training.batches import whole
+from ...hywu_core.training.data import Pair, number_of_references
 
 #: Bytes of decoded crops that stay in memory.
 IN_MEMORY = 256 << 20
@@ -22,7 +24,8 @@ class FixedCrops:
 
     The first crop of a pair is its largest square, in the middle; the others lie at random places and
     are of random sizes down to `size` pixels. All are scaled to ``size x size``; source and target are
-    cut at the same place.
+    cut at the same place. References are seen whole, of about as many pixels. Raises HYWUError unless
+    every pair has as many.
     """
 
     def __init__(
@@ -30,7 +33,9 @@ class FixedCrops:
     ) -> None:
         self.pairs, self.batch_size, self.size = list(pairs), batch_size, size
         self.crops, self.seed = crops, seed
+        self.references = number_of_references(self.pairs)
         self._cut = lru_cache(max(1, IN_MEMORY // (6 * size * size)))(self._read)
+        self._whole = lru_cache(max(1, IN_MEMORY // (12 * size * size)))(self._read_whole)
 
     def __len__(self) -> int:
         return len(self.pairs) * self.crops
@@ -43,9 +48,11 @@ class FixedCrops:
         cuts = [self._cut(*divmod(place, self.crops)) for place in places]
         pairs = [self.pairs[place // self.crops] for place in places]
         source, target = (torch.stack([cut[side] for cut in cuts]).float() / 255 for side in (0, 1))
+        further = tuple(tuple(map(self._whole, p.references)) for p in pairs)
         return Batch(
-            source, target, tuple(p.instruction for p in pairs), tuple(p.task for p in pairs)
-        )
+            source, target, tuple(p.instruction for p in pairs), tuple(p.task for p in pairs),
+            further if self.references else (),
+        )  # fmt: skip
 
     def singles(self) -> Iterator[Batch]:
         """Every crop by itself."""
@@ -64,9 +71,17 @@ class FixedCrops:
         epoch, place = divmod(index, len(self))
         return int(_order(len(self), self.seed * 7919 + epoch)[place])
 
+    @property
+    def _side(self) -> int:
+        """Pixels of the longer side at which pictures are read."""
+        return max(MAX_SIDE, 2 * self.size)
+
+    def _read_whole(self, path: Path) -> Tensor:
+        return whole(read_image(path, self._side), self.size)
+
     def _read(self, index: int, crop: int) -> tuple[Tensor, Tensor]:
         """uint8 ``[3, size, size]`` of source and target."""
-        pair, side = self.pairs[index], max(MAX_SIDE, 2 * self.size)
+        pair, side = self.pairs[index], self._side
         both = torch.stack([read_image(pair.source, side), read_image(pair.target, side)]).float()
         height, width = both.shape[2:]
         short = min(height, width)

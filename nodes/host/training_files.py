@@ -81,7 +81,11 @@ def _named(line: str) -> list[str]:
         row = json.loads(line)
     except json.JSONDecodeError:
         return []
-    values = [row.get(key) for key in ("source", "target")] if isinstance(row, dict) else []
+    if not isinstance(row, dict):
+        return []
+    further = row.get("references")
+    values = [row.get("source"), row.get("target")]
+    values += further if isinstance(further, list) else [further]
     return [value for value in values if isinstance(value, str)]
 
 

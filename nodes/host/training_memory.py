@@ -136,7 +136,7 @@ def _kept_bytes(strategy: HyperNetwork, one: Batch) -> int:
 
     draws = {k: v.to(one.source.device) for k, v in strategy.base.draw(one, 0).items()}
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        condition = strategy.base.encode(one.source, one.instruction)
+        condition = strategy.base.encode(*one.asked)
         with strategy.adapted(condition) as module:
             loss = strategy.base.loss(module, one, draws).mean()
     strategy.release()

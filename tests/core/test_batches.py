@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 
 import pytest
 import torch
+from PIL import Image
 
 from hywu_core.errors import HYWUError
 from hywu_core.training.batches import PairBatches, TaskBatches
@@ -63,6 +65,37 @@ def test_an_epoch_shows_each_pair_once(tmp_path, write_pairs):
     for epoch in range(2):
         texts = [t for step in (2 * epoch, 2 * epoch + 1) for t in batches(step).instruction]
         assert sorted(texts) == sorted({f"negate {i}" for i in range(6)})
+
+
+def test_references_are_whole_and_stay_with_their_pairs(tmp_path, write_pairs):
+    path = write_pairs(tmp_path, 3)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for i, row in enumerate(rows):
+        for size in ((90, 10 + i), (6, 24)):
+            name = f"further_{i}_{size[0]}.png"
+            Image.new("RGB", size, (i, 0, 0)).save(tmp_path / name)
+            row.setdefault("references", []).append(name)
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    batch = PairBatches(read_pairs(path)[0], 3, 32)(1)
+    for text, (wide, tall) in zip(batch.instruction, batch.references, strict=True):
+        i = int(text.split()[1])
+        zoom = 32 / (90 * (10 + i)) ** 0.5
+        assert wide.shape == (3, round((10 + i) * zoom), round(90 * zoom))
+        assert tall.shape == (3, 64, 16)
+        assert torch.allclose(wide[0], torch.tensor(i / 255))
+    assert batch.asked[2] is batch.references
+    assert batch.select([2]).references == batch.references[2:]
+    assert batch.to("cpu").references == batch.references
+    rows[1]["references"].pop()
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    with pytest.raises(HYWUError, match=r"2 references and .*1.png has 1; give every row"):
+        PairBatches(read_pairs(path)[0], 3, 32)
+
+
+def test_without_references_a_base_is_asked_as_ever(tmp_path, write_pairs):
+    batch = PairBatches(read_pairs(write_pairs(tmp_path, 2))[0], 2, 32)(0)
+    assert (batch.references, batch.select([1]).references) == ((), ())
+    assert batch.asked == (batch.source, batch.instruction)
 
 
 def test_small_pictures_are_enlarged(tmp_path, write_pairs):

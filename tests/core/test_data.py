@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -58,6 +59,31 @@ def test_bad_rows_are_named_and_skipped(tmp_path):
     assert "instruction" in bad[1]
     assert "(9, 8)" in bad[2]
     assert "broken.png" in bad[3]
+
+
+def test_references_are_further_pictures_of_any_size(tmp_path):
+    for name, size in (("a", (8, 8)), ("b", (40, 9)), ("c", (5, 30))):
+        Image.new("RGB", size).save(tmp_path / f"{name}.png")
+    good = {"source": "a.png", "target": "a.png", "instruction": "blur"}
+    wrong = ["b.png", ["b.png", 3], ["b.png", "c.png", "a.png"], ["gone.png"], [" "], {"b": "c"}]
+    rows = [{**good, "references": names} for names in (["b.png", "c.png"], ["c.png", "b.png"])]
+    rows += [{**good, "references": names} for names in wrong]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    pairs, bad = read_pairs(tmp_path)
+    assert [[p.name for p in pair.references] for pair in pairs] == [
+        ["b.png", "c.png"],
+        ["c.png", "b.png"],
+    ]
+    assert [text.split(", row ")[1][0] for text in bad] == list("345678")
+    assert "is not a list of names of pictures" in bad[0]
+    assert "names 3 pictures; 2 are the most" in bad[2]
+    assert "gone.png" in bad[3]
+    assert data.number_of_references(pairs) == 2
+    one = replace(pairs[0], references=pairs[0].references[:1], source=tmp_path / "one.png")
+    with pytest.raises(
+        HYWUError, match=r"a.png has 2 references and .*one.png has 1; give every row"
+    ):
+        data.number_of_references([*pairs, one])
 
 
 def test_no_good_row_is_an_error(tmp_path):

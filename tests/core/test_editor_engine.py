@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -148,3 +150,8 @@ def test_train_on_own_pairs_goes_on_and_exports(files, tmp_path, capsys, write_p
     BundledEditor.load(files / "editor.safetensors", out / "weights.safetensors")
     assert main([*command, "--lr", "0.5"]) == 1
     assert "other settings" in capsys.readouterr().err
+    row = {"source": "0.png", "target": "0.png", "instruction": "x", "references": ["1.png"]}
+    (tmp_path / "more.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    command[4] = str(tmp_path / "more.jsonl")
+    assert main(command) == 1
+    assert "more.jsonl: The bundled editor reads one picture" in capsys.readouterr().err

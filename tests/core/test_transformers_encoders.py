@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -188,6 +189,23 @@ def test_pixels_of_either_kind_and_of_any_size(folders, images):
     torch.testing.assert_close(encoder(sizes[:1], [""]).parts["vision"], expected)
 
 
+@pytest.mark.parametrize("name", VISION)
+def test_several_pictures_of_an_item_follow_one_another(folders, images, name):
+    encoder = TransformersEncoder({"vision": 16, "text": 16}, folders / name, folders / "t5")
+    second = [torch.rand(3, 28, 28), torch.rand(3, 10, 90)]
+    third = torch.rand(1, 3, 50, 20)
+    made, alone = encoder(images, [SHORT, LONG], second, third), encoder(images, [SHORT, LONG])
+    expected = [encoder(row, [""] * 2).parts["vision"] for row in (images, second, [third[0]] * 2)]
+    assert torch.equal(made.parts["vision"], torch.cat(expected, dim=1))
+    assert torch.equal(made.parts["text"], alone.parts["text"])
+    assert (made.origin["images"], "images" in alone.origin) == (3, False)
+    others = [alone, encoder(images, [SHORT, LONG], second), encoder(images, [SHORT, LONG], third)]
+    others.append(encoder(images, [SHORT, LONG], third, second))
+    assert len({made.fingerprint, *(other.fingerprint for other in others)}) == 5
+    with pytest.raises(HYWUError, match="image3 has 3 pictures for 2 images; give one for all"):
+        encoder(images, [SHORT, LONG], second, torch.rand(3, 3, 8, 8))
+
+
 def test_mean_and_deviation_of_the_folder_count(folders, images, tmp_path):
     folder = copy(folders / "siglip", tmp_path / "siglip")
     processor = transformers.SiglipImageProcessor(image_mean=[0.1] * 3, image_std=[0.9] * 3)
@@ -330,6 +348,28 @@ def checkpoint(folder, parts, **encoder):
     made = ParameterGenerator(GeneratorConfig(layout, parts, 8, 2, 32, 16, 1, encoder=encoder))
     made.reset_parameters()
     return save_generator(made, folder / "generator.safetensors", overwrite=True)
+
+
+def test_a_second_image_is_one_for_all_items_or_one_for_each(folders, tmp_path, capsys, caplog):
+    made = checkpoint(tmp_path, {"vision": 16}, type="comfyui", images=2)
+    pictures = [str(tmp_path / f"{name}.png") for name in ("red", "blue", "green")]
+    for path, size in zip(pictures, ((50, 40), (70, 90), (28, 28)), strict=True):
+        Image.new("RGB", size, Path(path).stem).save(path)
+    args = ["condition", "--checkpoint", str(made), "--vision-model", str(folders / "siglip")]
+    args += ["--instruction", SHORT, "--image", *pictures[:2]]
+    out = tmp_path / "two.safetensors"
+    assert main([*args, "--image", pictures[2], "--out", str(out)]) == 0
+    assert "batch 2; tokens x width: vision 8 x 16" in capsys.readouterr().out
+    assert not caplog.records
+    tokens = Condition.load(out).parts["vision"]
+    assert torch.equal(tokens[0, 4:], tokens[1, 4:])
+    assert not torch.equal(tokens[0, :4], tokens[1, :4])
+    one = tmp_path / "one.safetensors"
+    assert main([*args, "--out", str(one)]) == 0
+    assert torch.equal(Condition.load(one).parts["vision"], tokens[:, :4])
+    assert "trained with 2 pictures an item, here is 1" in caplog.text
+    assert main([*args, "--image", *pictures, "--out", str(tmp_path / "no.safetensors")]) == 1
+    assert "--image number 2 has 3 pictures for 2 images" in capsys.readouterr().err
 
 
 def test_from_pictures_to_a_lora(folders, tmp_path, capsys):

@@ -308,6 +308,68 @@ def stopped(wan: Model, generator: HostGenerator) -> dict[str, Any]:
     return {"stopped": how}
 
 
+# -- several pictures, and a text from another node ----------------------------------------------------------
+
+
+def several(wan: Model, generator: HostGenerator) -> dict[str, Any]:
+    """Three pictures an item, the third the same for all; under texts that differ and under one."""
+    texts, runs = "make it warm\nmake it cold", []
+    draw = torch.Generator().manual_seed(7)
+    further = {
+        "image2": torch.rand(2, 48, 48, 3, generator=draw),
+        "image3": torch.rand(1, 32, 90, 3, generator=draw),
+    }
+    places = [PICTURES[:2], further["image2"], further["image3"].expand(2, -1, -1, -1)]
+    alone = [tokens(generator, texts, picture, **wan.inputs) for picture in places]
+    handle = wan.network.register_forward_hook(lambda *_: runs.append(1))
+    found = encode(generator, texts, PICTURES[:2], **wan.inputs, **further)["result"][0]
+    differing = len(runs)
+    encode(generator, "make it warm", PICTURES[:2], **wan.inputs, **further)
+    handle.remove()
+    return {
+        "lengths": [found.parts[hidden_states.PART].shape[1], *(t.shape[1] for t in alone)],
+        "gap": gap(torch.cat(alone, dim=1), found.parts[hidden_states.PART]),
+        "third_by_text": gap(alone[2][0], alone[2][1]),
+        "runs": [differing, len(runs) - differing],
+        "images": found.origin["images"],
+    }
+
+
+def by_conditioning(made: Model) -> dict[str, Any]:
+    """Texts as other nodes give them, in a batch of two with pooled outputs, against the CLIP's own."""
+    generator, one = made.generator(), PICTURES[:1].expand(2, -1, -1, -1)
+    texts = ["make it warm", "make it cold"]
+    entries = [made.clip.encode_from_tokens_scheduled(made.clip.tokenize(t))[0] for t in texts]
+    pooled = torch.cat([facts["pooled_output"] for _, facts in entries])
+    given = [[torch.cat([text for text, _ in entries]), {"pooled_output": pooled}]]
+    beside = {
+        "pooled_output": pooled,
+        "reference_latents": [torch.ones(1, 16, 4, 4)],
+        "end_percent": 0.5,
+    }
+    without = {name: value for name, value in made.inputs.items() if name != "clip"}
+
+    def at(conditioning: Any, text: str = "") -> Any:
+        return encode(generator, text, one, conditioning=conditioning, **without)
+
+    wanted = tokens(generator, "\n".join(texts), one, **made.inputs)
+    found = at(given)["result"][0]
+    first = at([list(entries[0])])["result"][0]
+    busy = at([[given[0][0], beside], *given])
+    other_pooled = at([[given[0][0], {"pooled_output": pooled + 1}]])["result"][0]
+    part = hidden_states.PART
+    return {
+        "same": gap(wanted, found.parts[part]),
+        "differ": gap(found.parts[part][0], found.parts[part][1]),
+        "for_all": gap(wanted[:1].expand(2, -1, -1), first.parts[part]),
+        "beside": gap(wanted, busy["result"][0].parts[part]),
+        "said": json.loads(busy["ui"]["text"][0])["warnings"],
+        "pooled": gap(wanted, other_pooled.parts[part]),
+        "prints": len({c.fingerprint for c in (found, first, other_pooled)}),
+        "print_same": found.fingerprint == at(given)["result"][0].fingerprint,
+    }
+
+
 # -- trained -----------------------------------------------------------------------------------------------
 
 WIDGETS: dict[str, Any] = {
@@ -318,17 +380,19 @@ WIDGETS: dict[str, Any] = {
 
 
 def trained(wan: Model, reads: str) -> dict[str, Any]:
-    """Train, load the checkpoint, encode, generate, apply, sample."""
+    """Train, load the checkpoint, encode, generate, apply, sample. Its pairs have references for 'model'."""
     before = frozen_digest(wan.model.model)
     name = reads.replace(" ", "_")
+    images = 3 if reads == "model" else 1
+    further = {"image2": PICTURES[1:2], "image3": PICTURES[2:, :20]} if images > 1 else {}
     node = NODES["HYWUTrainGenerator"]()
     done = node.train(
         wan.model, wan.vae, wan.clip, clip_vision=tools.clip_vision(FOLDER), reads=reads,
-        **{**WIDGETS, "name": name},
+        **{**WIDGETS, "name": name, "pairs": "colour" if images == 1 else "references"},
     )["result"]  # fmt: skip
     cached = len(list((training_files.run_folder(name) / "cache").glob("*.safetensors")))
     generator = NODES["HYWULoadGenerator"]().load(f"{name}.safetensors", "auto")[0]
-    inputs = {**wan.inputs, "clip_vision": tools.clip_vision(FOLDER)}
+    inputs = {**wan.inputs, "clip_vision": tools.clip_vision(FOLDER), **further}
     picture = PICTURES[:1, :48, :48]
     result = encode(generator, "make it warm", picture, **inputs)
     other = encode(generator, "make it cold", picture, **inputs)["result"][0]
@@ -343,6 +407,7 @@ def trained(wan: Model, reads: str) -> dict[str, Any]:
     return {
         "parts": dict(generator.config.condition),
         "facts": generator.config.encoder["model"],
+        "images": [generator.config.encoder.get("images"), report["pictures_each"]],
         "losses": [report["loss_first_tenth"], report["loss_last_tenth"]],
         "note": report.get("note"),
         "warnings": json.loads(result["ui"]["text"][0])["warnings"],
@@ -356,23 +421,31 @@ def trained(wan: Model, reads: str) -> dict[str, Any]:
 
 def gap_to_training(wan: Model, generator: HostGenerator, name: str) -> float:
     """The condition of a training's crop against that of Condition Encode for the same picture."""
-    crop = FixedCrops(training_files.training_pairs("colour")[0], 1, SIDE, 1, 0).batch([0])
+    pairs = "colour" if name != "model" else "references"
+    crop = FixedCrops(training_files.training_pairs(pairs)[0], 1, SIDE, 1, 0).batch([0])
+    further = crop.references[0] if crop.references else ()
     cache = training_files.TensorCache(training_files.run_folder(name) / "cache")
-    encoder = GraphEncoder(wan.model, wan.clip, None, cache, "model", wan.vae, SIDE)
-    kept = encoder.condition(crop.source, crop.instruction[0]).parts[hidden_states.PART]
+    encoder = GraphEncoder(
+        wan.model, wan.clip, None, cache, "model", wan.vae, SIDE, images=1 + len(further)
+    )
+    kept = encoder.condition(crop.source, crop.instruction[0], further).parts[hidden_states.PART]
     inputs = {**wan.inputs, "clip_vision": tools.clip_vision(FOLDER)}
+    inputs |= {f"image{i}": p.movedim(0, -1)[None] for i, p in enumerate(further, 2)}
     picture = crop.source.movedim(1, -1)
     return gap(kept, tokens(generator, crop.instruction[0], picture, **inputs))
 
 
 with torch.inference_mode():  # as ComfyUI runs its nodes
     tools.make_pairs(FOLDER / "input" / "colour")
+    tools.make_pairs(FOLDER / "input" / "references", references=2)
     figures: dict[str, Any] = {name: looked_at(make) for name, make in models().items()}
     wan = models()["Wan 2.1"]()
     generator = wan.generator()
     figures["errors"] = wrong(wan, generator)
     figures["lora"] = with_lora(wan, generator)
     figures |= placed_by_hand(models()["Flux"]()) | stopped(wan, generator)
+    figures["several"] = several(wan, generator)
+    figures["conditioning"] = by_conditioning(models()["SD3"]())
     for reads in ("model", "model and encoders"):
         figures[reads] = trained(wan, reads)
 inside.show(figures)

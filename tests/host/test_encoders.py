@@ -23,12 +23,65 @@ def test_an_item_of_a_batch_is_as_alone(figures):
     assert figures["item"] < 1e-5
 
 
+def test_several_pictures_follow_one_another(figures):
+    """Each picture's tokens are those of the picture alone, in the order of the inputs, which counts."""
+    found = figures["several"]
+    assert found["length"] == 3 * 5
+    assert found["places"] == 0
+    assert found["item"] < 1e-5
+    assert found["shared"] == 0
+    assert found["swapped"] > 1e-3
+    # of every picture, its place and their number
+    assert found["prints"] == 5
+    assert found["origin"] == 3
+    assert found["report"] == {"images": 2, "pictures_each": 3}
+
+
+def test_another_number_of_pictures_than_in_the_training_is_said(figures):
+    found = figures["several"]
+    assert found["warned_1"] == [
+        "The generator was trained with 3 pictures an item, here is 1; give as many as in the training."
+    ]
+    assert found["warned_3"] == []
+    (warning,) = found["untrained_3"]
+    assert "was trained with 1 picture an item, here are 3" in warning
+
+
+def test_a_conditioning_is_the_text_in_place_of_clip(figures):
+    found = figures["conditioning"]
+    # as what the CLIP gives for the instructions one by one
+    assert found["same"]
+    assert found["masked"] == [2, 6]
+    assert found["alone"] == 0
+    assert found["text"] == ["conditioning", "conditioning", "instruction"]
+    assert found["unwritten"] == ["", ""]
+    assert found["prints"] == 4
+    assert found["warnings"] == []
+    assert found["both"] == [
+        "The conditioning is read as the text; clip and the instruction are not.",
+        "Of the conditioning's 2 entries the first is read.",
+        "Of the conditioning only the text is read, not reference_latents, strength.",
+    ]
+    assert found["both_same"]
+    assert found["unread"] == ["The generator reads no text; the conditioning is not looked at."]
+
+
 @pytest.mark.parametrize(
     ("case", "words"),
     [
         ("missing", "connect clip_vision"),
+        ("text", "connect clip (or conditioning)."),
         ("width", "connect the encoder that it was trained with"),
         ("part", "which no encoder of a graph makes"),
+        ("image2", "image2 has 3 pictures for 2 images; give one for all images, or one for each."),
+        ("nothing", "The image3 is 0 x 8 x 8 x 3"),
+        ("bundled", "The bundled editor reads one picture, here are 2; leave image2 and image3"),
+        ("bundled text", "leave conditioning unconnected and write the instruction"),
+        ("texts", "The conditioning holds 3 texts for 2 images; connect one that holds a single"),
+        ("no text", "The conditioning is empty"),
+        ("wide text", "The connected conditioning gives tokens 9 wide"),
+        ("odd mask", "has 4 tokens and an attention mask (1, 3)"),
+        ("no instruction", "The instruction is empty"),
     ],
 )
 def test_errors_say_what_to_connect(figures, case, words):
@@ -65,3 +118,13 @@ def test_folders_of_transformers_give_what_the_graph_gives(standalone, family):
     assert figures["origins"] == ["comfyui", "comfyui"]
     assert figures["gap"] < 2e-5
     assert figures["varies"] > 0.1
+
+
+@pytest.mark.parametrize("family", ["clip_vision", "siglip", "dinov2"])
+def test_folders_see_several_pictures_as_the_graph_does(standalone, family):
+    figures = standalone[family]
+    batch, length, width = FAMILIES[family]
+    assert figures["several_shapes"] == [[batch, 3 * length, width]] * 2
+    assert figures["several_gap"] < 2e-5
+    assert figures["first_same"]
+    assert figures["images"] == [3, 3]

@@ -71,7 +71,7 @@ def test_the_tokens_are_those_that_the_models_last_layer_gets(figures):
         ("base", "connect the base model that the generator was trained for"),
         ("layer", "which has no blocks.7"),
         ("vae", "connect vae."),
-        ("clip", "connect clip."),
+        ("clip", "connect clip (or conditioning)."),
         ("model", "connect model."),
         ("channels", "connect the model's own VAE"),
         ("origin", "made by the model's layer 'blocks.1'"),
@@ -105,6 +105,32 @@ def test_the_stop_button_works_between_pictures(figures):
     assert figures["stopped"] == "interrupted"
 
 
+def test_each_picture_of_an_item_runs_by_itself_under_the_items_text(figures):
+    found = figures["several"]
+    assert found["lengths"] == [15 + 16 + 14, 15, 16, 14]
+    assert found["gap"] < 1e-5
+    # one picture for all items runs under the text of each, once where it is the same
+    assert found["third_by_text"] > 1e-3
+    assert found["runs"] == [6, 5]
+    assert found["images"] == 3
+
+
+def test_the_model_runs_under_a_conditioning_in_place_of_clip(figures):
+    found = figures["conditioning"]
+    assert found["same"] < 1e-6
+    assert found["differ"] > 1e-3
+    assert found["for_all"] < 1e-6
+    # it acts at every noise level, and no picture is beside it
+    assert found["beside"] < 1e-6
+    assert found["said"] == [
+        "Of the conditioning's 2 entries the first is read.",
+        "Of the conditioning only the text is read, not end_percent, reference_latents.",
+    ]
+    assert found["pooled"] > 1e-3
+    assert found["prints"] == 3
+    assert found["print_same"]
+
+
 @pytest.mark.parametrize("reads", ["model", "model and encoders"])
 def test_a_generator_is_trained_on_them_and_used(figures, reads):
     found = figures[reads]
@@ -112,6 +138,7 @@ def test_a_generator_is_trained_on_them_and_used(figures, reads):
     assert found["parts"] == {"hidden_states": 128, **more}
     assert found["facts"]["layer"] == "blocks.1"
     assert found["facts"]["pixels"] == 64
+    assert found["images"] == ([3, 3] if reads == "model" else [None, 1])
     assert all(0 < loss < 10 for loss in found["losses"])
     assert found["note"] is None
     assert found["warnings"] == []

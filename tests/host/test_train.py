@@ -89,6 +89,45 @@ def test_errors_say_what_to_do(wan, case, words):
     assert words in wan[f"error_{case}"]
 
 
+@pytest.fixture(scope="module")
+def references(run_inside, weights, tmp_path_factory) -> dict:
+    return run_inside(
+        "train_figures.py", tmp_path_factory.mktemp("refs"), "references", timeout=900
+    )
+
+
+def test_a_generator_sees_the_references_of_its_pairs(references):
+    assert references["parts"] == {"vision": 32, "text": 4096}
+    assert references["images"] == 3
+    assert references["report"]["pictures_each"] == 3
+    assert references["report"]["skipped_rows"] == []
+    assert references["again_same"]
+    assert references["cache_kept"]
+
+
+def test_condition_encode_gives_what_it_saw(references):
+    found = references["condition"]
+    # the crop, and both references with about as many pixels and their own proportions
+    assert found["shapes"] == [[3, 64, 64], [3, 91, 45], [3, 78, 52]]
+    assert found["same"] < 1e-5
+    assert found["swapped"] > 1e-3
+    assert found["first"] < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("other", "was started from another list of pairs"),
+        ("text only", "which a generator that reads the instruction only doesn't see"),
+        ("uneven", "has 2 references and"),
+        ("outside", "'../../secret.png' lies outside"),
+        ("bundled", "The bundled editor reads one picture and the rows have references"),
+    ],
+)
+def test_references_that_cannot_be_used_are_refused(references, case, words):
+    assert words in references[case]
+
+
 def test_two_contradictory_tasks(run_inside, tmp_path):
     """The excess loss of one static LoRA over one a task falls by at least half with a generator."""
     found = run_inside("train_figures.py", tmp_path, "conflict", timeout=1500)

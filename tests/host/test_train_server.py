@@ -137,6 +137,22 @@ def test_a_generator_reads_the_models_own_hidden_states(server, tiny_sd3):
     assert g.said(outputs, "apply")["skipped"] == 0
     base, edit = (g.pictures(server, outputs, f"save_{tag}") for tag in ("base", "edit"))
     assert g.levels(base, edit) >= 1
+    # the text as a stock node's CONDITIONING is the same condition
+    encode = graph["encode"]["inputs"]
+    del encode["clip"]
+    encode |= {"conditioning": ["text", 0], "instruction": ""}
+    outputs = g.run(server, graph)
+    assert (g.said(outputs, "encode")["text"], g.said(outputs, "encode")["warnings"]) == (
+        "conditioning",
+        [],
+    )
+    assert g.said(outputs, "generate")["cached"]
+    # a second picture is read, though the generator was trained with one
+    encode["image2"] = ["photo", 0]
+    outputs = g.run(server, graph)
+    assert g.said(outputs, "encode")["tokens"] == 32
+    assert "trained with 1 picture an item" in g.said(outputs, "encode")["warnings"][0]
+    assert not g.said(outputs, "generate")["cached"]
     del graph["encode"]["inputs"]["vae"]
     with pytest.raises(NodeFailed, match="connect vae"):
         run_sync(server.url, graph, timeout=120)

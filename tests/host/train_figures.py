@@ -1,7 +1,7 @@
 """Run inside ComfyUI's tree by test_train.py: training through a Wan and an SD3 MODEL, figures as JSON.
 
 Arguments: ComfyUI's tree, this extension's folder, a folder to write to, and which figures: "wan",
-"conflict", or "files" with the width of the text's tokens.
+"conflict", "references", or "files" with the width of the text's tokens.
 """
 
 from __future__ import annotations
@@ -313,6 +313,85 @@ def make_generator(base: HostBase, layout: LoRALayout) -> HeldNetwork:
     return HeldNetwork(base, config, checkpointing=False)
 
 
+# -- pairs with references ---------------------------------------------------------------------------
+
+
+def references() -> dict[str, Any]:
+    """A generator that sees three pictures by a CLIP_VISION, gone on with, then used; and refusals."""
+    folder = FOLDER / "input" / "colour"
+    rows = [json.loads(row) for row in tools.make_pairs(folder, references=2).open()]
+    seeing, clip = tools.clip_vision(FOLDER), tools.ToyCLIP(4096)
+    with torch.inference_mode():
+        model, vae = tools.load_model(FOLDER, "Wan 2.1"), tools.wan_vae()
+        inputs = {"clip_vision": seeing, "name": "references", "steps": 2}
+        generator, report, *_ = train(model, vae, clip, **inputs)
+        written = checkpoint("references").read_bytes()
+        cached = sorted((files.run_folder("references") / "cache").iterdir())
+        stamps = [path.stat().st_mtime_ns for path in cached]
+        train(model, vae, clip, **inputs)
+        found = {
+            "report": json.loads(report),
+            "parts": dict(generator.config.condition),
+            "images": generator.config.encoder["images"],
+            "again_same": len(checkpoint("references").read_bytes()) == len(written),
+            "cache_kept": stamps == [path.stat().st_mtime_ns for path in cached],
+            "condition": condition_gaps(generator, model, clip, seeing),
+        }
+        bundled = NODES["HYWULoadBundledEditor"]().load()
+        found["bundled"] = inside.error(
+            lambda: train(bundled[0], bundled[2], bundled[1], name="bundled_base")
+        )
+        # another reference alone makes it another list
+        first = folder / rows[0]["references"][0]
+        first.write_bytes((folder / rows[-1]["references"][0]).read_bytes())
+        found["other"] = inside.error(lambda: train(model, vae, clip, **inputs))
+        found |= refused_references(
+            folder, rows, lambda **more: train(model, vae, clip, **more), seeing
+        )
+    return found
+
+
+def condition_gaps(generator: Any, model: Any, clip: Any, seeing: Any) -> dict[str, float]:
+    """A crop's condition in the training against Condition Encode's; and with the references changed."""
+    crop = FixedCrops(files.training_pairs("colour")[0], 1, tools.SIZE, 1, 0).batch([0])
+    cache = files.TensorCache(files.run_folder("references") / "cache")
+    encoder = GraphEncoder(model, clip, seeing, cache, images=3)
+    kept = encoder.condition(crop.source, crop.instruction[0], crop.references[0])
+    places = [crop.source[0], *crop.references[0]]
+
+    def encoded(*pictures: torch.Tensor) -> torch.Tensor:
+        first, *further = [picture.movedim(0, -1)[None] for picture in pictures]
+        more = {f"image{i}": picture for i, picture in enumerate(further, 2)}
+        done = NODES["HYWUConditionEncode"]().encode(
+            generator, first, crop.instruction[0], clip=clip, clip_vision=seeing, **more
+        )
+        said = json.loads(done["ui"]["text"][0])
+        assert bool(said["warnings"]) == (len(pictures) != 3), said
+        return done["result"][0].parts["vision"]
+
+    def gap(one: torch.Tensor, two: torch.Tensor) -> float:
+        return float((one - two).abs().max())
+
+    return {
+        "shapes": [list(picture.shape) for picture in places],
+        "same": gap(kept.parts["vision"], encoded(*places)),
+        "swapped": gap(kept.parts["vision"], encoded(places[0], places[2], places[1])),
+        "first": gap(kept.parts["vision"][:, :5], encoded(places[0])),
+    }
+
+
+def refused_references(folder: Path, rows: list[dict], attempt: Any, seeing: Any) -> dict[str, str]:
+    found = {"text only": inside.error(lambda: attempt(name="blind"))}
+    lists = {
+        "uneven": [rows[0], {**rows[1], "references": rows[1]["references"][:1]}],
+        "outside": [rows[0], {**rows[1], "references": ["0.png", "../../secret.png"]}],
+    }
+    for name, changed in lists.items():
+        (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, changed)))
+        found[name] = inside.error(lambda name=name: attempt(name=name, clip_vision=seeing))
+    return found
+
+
 # -- two contradictory tasks ---------------------------------------------------------------------------
 
 STEPS, RANK, PICTURES, VALIDATION = 300, 2, 16, 10_000
@@ -411,4 +490,5 @@ def server_files() -> dict[str, Any]:
     return {"parameters": sum(value.numel() for value in weights.values())}
 
 
-inside.show({"wan": wan, "conflict": conflict, "files": server_files}[WHICH]())
+FIGURES = {"wan": wan, "conflict": conflict, "references": references, "files": server_files}
+inside.show(FIGURES[WHICH]())

@@ -81,13 +81,24 @@ def compare(part: str, folder: Path, **more) -> dict[str, object]:
     """Largest differences between ComfyUI's condition and ours, and what must be told of them."""
     asked = SimpleNamespace(config=SimpleNamespace(condition={part: 16}, encoder={}))
     padding = more.pop("text_padding", 0)
+    encoder = TransformersEncoder({part: 16}, folder, folder, text_padding=padding)
     with torch.no_grad():
-        theirs = graph_encoders.encode(asked, images, TEXTS, more)
-    ours = TransformersEncoder({part: 16}, folder, folder, text_padding=padding)(images, TEXTS)
+        theirs = graph_encoders.encode(asked, [images], TEXTS, more)
+        several = graph_encoders.encode(asked, [images, second, third], TEXTS, more)
+    ours = encoder(images, TEXTS)
+    found = {"images": [several.origin["images"]]}
+    if part == "vision":
+        ours_several = encoder(images, TEXTS, second, third)
+        one, two = several.parts[part], ours_several.parts[part]
+        found["images"].append(ours_several.origin["images"])
+        found["several_shapes"] = [list(one.shape), list(two.shape)]
+        found["several_gap"] = float((one - two).abs().max() / one.abs().max())
+        length = theirs.parts[part].shape[1]
+        found["first_same"] = torch.equal(one[:, :length], theirs.parts[part])
     one, two = theirs.parts[part], ours.parts[part]
     if part in ours.masks:
         one, two = one[theirs.masks[part]], two[ours.masks[part]]
-    return {
+    return found | {
         "shapes": [list(one.shape), list(two.shape)],
         "gap": float((one - two).abs().max() / one.abs().max()),
         "varies": float((one - one.flip(0)).abs().max() / one.abs().max()),
@@ -156,6 +167,9 @@ def t5(name: str, target: SimpleNamespace, padding: int) -> dict[str, object]:
 
 # neither a square nor of the models' sides
 images = torch.rand(2, 3, 61, 90, generator=torch.Generator().manual_seed(1))
+# the items' further pictures, of other sizes: one for each and one for all
+second = torch.rand(2, 3, 40, 33, generator=torch.Generator().manual_seed(2))
+third = torch.rand(1, 3, 28, 95, generator=torch.Generator().manual_seed(3))
 mochi = SimpleNamespace(
     params={}, clip=comfy.text_encoders.genmo.mochi_te(),
     tokenizer=comfy.text_encoders.genmo.MochiT5Tokenizer,
