@@ -38,7 +38,7 @@ SIZES = {
     "PreviewAny": (WIDTH, 400),
     "PrimitiveStringMultiline": (WIDTH, 110),
     "CLIPTextEncode": (WIDTH, 110),
-    "HYWUConditionEncode": (WIDTH, 200),
+    "HYWUConditionEncode": (WIDTH, 260),
     "HYWUTrainGenerator": (WIDTH, 1080),
 }
 #: Widgets at the end of stock nodes that newer ComfyUIs require. Older servers ignore them in a prompt,
