@@ -245,6 +245,37 @@ def test_dropped_workflows_have_no_missing_node_and_no_unset_widget(page, artefa
     assert errors == []
 
 
+def test_a_workflow_of_an_earlier_version_is_the_same_graph(page, tmp_path, artefacts, errors):
+    """Saved before Condition Encode had its last inputs; its instruction comes over a link."""
+    later = {"image2", "image3", "conditioning"}
+    saved = json.loads((dev.ROOT / "workflows" / "edit_bundled.json").read_text(encoding="utf-8"))
+    shipped = dev.ROOT / "workflows" / "api" / "edit_bundled.json"
+    wanted = json.loads(shipped.read_text(encoding="utf-8"))
+    (encode,) = (node for node in saved["nodes"] if node["type"] == "HYWUConditionEncode")
+    kept = [entry for entry in encode["inputs"] if entry["name"] not in later]
+    assert len(kept) == len(encode["inputs"]) - 3
+    for link in saved["links"]:
+        if link[3] == encode["id"]:
+            link[4] = [entry["name"] for entry in kept].index(encode["inputs"][link[4]]["name"])
+    encode["inputs"], encode["size"] = kept, [310, 200]
+    earlier = tmp_path / "earlier.json"
+    earlier.write_text(json.dumps(saved), encoding="utf-8")
+    page.evaluate("window.app.graph.clear()")
+    do.drop(page, earlier, "application/json")
+    page.wait_for_function(f"window.app.graph._nodes.length === {len(saved['nodes'])}")
+    page.wait_for_timeout(500)
+    prompt = page.evaluate("async () => (await window.app.graphToPrompt()).output")
+    key = str(encode["id"])
+    assert isinstance(wanted[key]["inputs"]["instruction"], list)
+    assert prompt[key]["inputs"] == wanted[key]["inputs"]
+    sockets = page.evaluate(
+        f"window.app.graph.getNodeById({encode['id']}).inputs.map((input) => input.name)"
+    )
+    assert later <= set(sockets)
+    page.screenshot(path=artefacts / "earlier.png")
+    assert errors == []
+
+
 def test_a_dropped_picture_brings_its_graph(page, server, tmp_path, artefacts, errors):
     do.open_graph(page, do.hywu_graph("blur the picture"))
     do.run(page)
