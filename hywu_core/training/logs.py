@@ -86,7 +86,7 @@ def plot_loss(rows: Sequence[Mapping[str, float]], path: Path) -> None:
     axes = figure.subplots()
     axes.plot(steps, losses, color="0.8", linewidth=0.8, label="loss")
     axes.plot(steps, smooth, color="tab:blue", label="smoothed")
-    axes.set(xlabel="step", ylabel="loss", yscale="log")
+    axes.set(xlabel="step", ylabel="loss", yscale="log" if min(losses) > 0 else "linear")
     axes.legend(frameon=False)
     with atomic_path(path, overwrite=True) as part:
         figure.savefig(part, format="png", dpi=110)

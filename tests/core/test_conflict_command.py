@@ -209,10 +209,10 @@ def test_precision_is_the_machines_and_stays_the_experiments(hywu, tmp_path, mon
 
 def test_a_whole_experiment_with_the_other_loss_and_gradual_phrasings(hywu, tmp_path):
     out = tmp_path / "out"
-    assert hywu(out, "--error", "rmse", "--written-steps", "2", "--only", "hywu_r2") == 0
-    assert read(out / "plan.json")["plan"]["error"] == "rmse"
+    assert hywu(out, "--error", "log", "--written-steps", "2", "--only", "hywu_r2") == 0
+    assert read(out / "plan.json")["plan"]["error"] == "log"
     header = read_header(out / "runs" / "hywu_r2" / "state.safetensors")
-    assert (header["plan"]["error"], header["plan"]["written_steps"]) == ("rmse", 2)
+    assert (header["plan"]["error"], header["plan"]["written_steps"]) == ("log", 2)
     assert (out / "results" / "hywu_r2.seen.json").exists()
 
 

@@ -19,7 +19,7 @@ from hywu_core.errors import HYWUError
 from hywu_core.files import read_tensors
 from hywu_core.generator.checkpoints import load_generator
 from hywu_core.injection import inject
-from hywu_core.training.logs import read_log
+from hywu_core.training.logs import plot_loss, read_log
 from hywu_core.training.schedule import TrainConfig, chosen_precision, lr_at
 from hywu_core.training.state import recorded_precision
 from hywu_core.training.strategies import StaticLoRA, count_parameters, rank_for
@@ -276,3 +276,13 @@ def test_standardized_conditions_are_folded_into_the_checkpoint(tmp_path):
     for key in expected:
         torch.testing.assert_close(exported[key].A, expected[key].A, atol=2e-2, rtol=2e-2)
         torch.testing.assert_close(exported[key].B, expected[key].B, atol=2e-2, rtol=2e-2)
+
+
+def test_a_loss_below_zero_is_plotted_too(tmp_path):
+    rows = [{"step": step, "loss": -0.1 - 0.01 * step} for step in range(1, 40)]
+    plot_loss(rows, tmp_path / "loss.png")
+    from PIL import Image
+
+    with Image.open(tmp_path / "loss.png") as plot:
+        blue = sum(b > 150 > r for r, _, b in plot.convert("RGB").getdata())
+    assert blue > 500

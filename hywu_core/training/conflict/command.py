@@ -38,7 +38,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--precision", choices=("auto", *PRECISIONS), default="auto",
         help="auto: bf16 where the device has it in hardware, else no (float32)",
     )  # fmt: skip
-    parser.add_argument("--error", choices=("mse", "rmse"), help="of an item (default mse)")
+    parser.add_argument("--error", choices=("mse", "log"), help="of an item (default mse)")
     parser.add_argument(
         "--written-steps", type=int, help="steps over which composed phrasings come in (default 0)"
     )
