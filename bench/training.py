@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from hywu_core.training.base import Batch
 from hywu_core.training.conflict.plan import ConflictPlan, Run
 from hywu_core.training.conflict.runs import Runs
 from hywu_core.training.editor_base import EditorBase
+from hywu_core.training.schedule import usual_precision
 from hywu_core.training.strategies import Strategy, count_parameters
 from hywu_core.training.trainer import Trainer
 
@@ -39,7 +41,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--repeats", type=int, default=7, help="default: %(default)s")
     args = parser.parse_args()
-    plan = ConflictPlan()
+    plan = replace(ConflictPlan(), precision=usual_precision("cpu"))
     base = EditorBase(Editor())
     batch = example(plan, base.module.config.train_size)
     with tempfile.TemporaryDirectory() as folder:
@@ -67,7 +69,9 @@ def main() -> None:
         )
         for name, strategy in strategies.items()
     ]
-    say(f"batch of {plan.batch_size} at {base.module.config.train_size} pixels, bf16 autocast")
+    say(
+        f"batch of {plan.batch_size} at {base.module.config.train_size} pixels, precision {plan.precision}"
+    )
     table(rows, ("loop", "steps/s", "times shared's step", "peak MB of a step", "trained values"))
     write_json(args.json, {"times": figures, "peak_bytes": memory})
 

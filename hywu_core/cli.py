@@ -7,7 +7,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from .errors import HYWUError
+from .errors import HYWUError, out_of_memory
 
 #: name -> (module relative to hywu_core, with configure(parser) and run(args) -> int; one line)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -31,9 +31,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "eval": (".evaluation.command", "WU-Eval, GEdit-Bench, ImgEdit-Bench, human GSB"),
     "comfy": (".headless.command", "run a workflow on a ComfyUI server"),
 }
-
-#: What torch's error says where a device or the host has no memory left; it has no class common to all.
-NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 EPILOG = "`hywu COMMAND --help` explains one command and shows an example."
 
@@ -77,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 1
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not any(w in str(error) for w in NO_MEMORY):
+        if not out_of_memory(error):
             raise
         sys.stderr.write(f"hywu {args.command}: not enough memory for this\n")
         return 1

@@ -10,6 +10,17 @@ class HYWUError(ValueError):
     """Something the user can put right: the text names the file or key, what disagrees, the way out."""
 
 
+#: What torch's errors say where a device or the host has no memory left; they have no class in common.
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator gave up, the host's or a device's."""
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(t in str(error).lower() for t in _NO_MEMORY)
+
+
 def need(package: str, purpose: str, install: str | None = None) -> ModuleType:
     """Import an optional package where it is used.
 

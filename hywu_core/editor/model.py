@@ -7,11 +7,7 @@ shared by all blocks with a learned offset each (PixArt's adaLN-single).
 
 from __future__ import annotations
 
-import math
-import re
-import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -19,82 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import HYWUError
+from .config import EditorConfig
+from .layers import MLP, Attention, norm, rope_2d, time_embedding
+from .patches import overlap_add, pad_to, patchify
+from .text import TextEncoder, word_ids
 
-#: Most pieces of one word that are looked at.
-PIECES = 48
-
-
-@dataclass(frozen=True)
-class EditorConfig:
-    """Hyperparameters. width must be divisible by heads, and a head by 4 (two rotary axes of pairs).
-
-    patch: side of a patch in pixels. text_words: longest instruction, in words. buckets: embeddings
-    that the words' pieces are hashed to. train_size: side of the training crops; larger images are
-    edited in tiles of that size. pool: the condition has at most ``pool x pool`` image tokens.
-    channels: of the pixel head.
-    """
-
-    width: int = 192
-    depth: int = 8
-    heads: int = 6
-    text_depth: int = 2
-    patch: int = 8
-    text_words: int = 24
-    buckets: int = 4096
-    train_size: int = 64
-    pool: int = 4
-    channels: int = 16
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if value < 1:
-                raise HYWUError(f"editor config: {name} is {value}; it must be 1 or more.")
-        if self.width % self.heads or self.width // self.heads % 4:
-            raise HYWUError(
-                f"editor config: width {self.width} over {self.heads} heads must give heads whose "
-                "size is divisible by 4."
-            )
-        if self.train_size % self.patch:
-            raise HYWUError(
-                f"editor config: train_size {self.train_size} must be divisible by patch {self.patch}."
-            )
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> EditorConfig:
-        """Raises HYWUError on unknown or missing fields."""
-        names = {f.name for f in fields(cls)}
-        if odd := names.symmetric_difference(data):
-            raise HYWUError(f"editor config: unknown or missing fields: {', '.join(sorted(odd))}.")
-        return cls(**{name: int(value) for name, value in data.items()})
-
-
-class Attention(nn.Module):
-    def __init__(self, width: int, heads: int, operations: Any) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = operations.Linear(width, 3 * width)
-        self.proj = operations.Linear(width, width)
-
-    def forward(self, x: Tensor, rope: Tensor | None, mask: Tensor | None) -> Tensor:
-        """x ``[B, L, C]``; rope ``[L, head_dim / 2, 2]`` or None; mask bool ``[B, 1, 1, L]`` or None."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        if rope is not None:
-            q, k = rotate(q, rope), rotate(k, rope)
-        out = attend(q, k, v, mask)
-        return self.proj(out.transpose(1, 2).flatten(2))
-
-
-class MLP(nn.Module):
-    def __init__(self, width: int, operations: Any) -> None:
-        super().__init__()
-        self.fc1 = operations.Linear(width, 4 * width)
-        self.fc2 = operations.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+__all__ = ["Editor", "EditorConfig"]
 
 
 class Block(nn.Module):
@@ -110,81 +36,6 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = parts
         x = x + gate1 * self.attn(norm(x) * (1 + scale1) + shift1, rope, mask)
         return x + gate2 * self.mlp(norm(x) * (1 + scale2) + shift2)
-
-
-class TextBlock(nn.Module):
-    def __init__(self, width: int, heads: int, operations: Any) -> None:
-        super().__init__()
-        self.attn = Attention(width, heads, operations)
-        self.mlp = MLP(width, operations)
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        x = x + self.attn(norm(x), None, mask)
-        return x + self.mlp(norm(x))
-
-
-class TextEncoder(nn.Module):
-    """Words of the instruction -> tokens, each the sum of its byte n-grams' embeddings over the root of
-    their number (after fastText, Bojanowski et al. 2017): words never seen share pieces with their
-    relatives ("blurrier", "blur").
-
-    Position 0 is a start token, so that "" has one token.
-    """
-
-    def __init__(self, config: EditorConfig, operations: Any) -> None:
-        super().__init__()
-        self.embed = operations.Embedding(config.buckets, config.width)
-        self.position = nn.Parameter(torch.randn(config.text_words + 1, config.width) * 0.02)
-        self.layers = nn.ModuleList(
-            TextBlock(config.width, config.heads, operations) for _ in range(config.text_depth)
-        )
-
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """ids int64 ``[B, T, G]`` of the words' pieces, 0 for none; mask bool ``[B, T]`` -> ``[B, T, C]``."""
-        x = self.words(ids)
-        x = x + self.position[: ids.shape[1]].to(x)
-        for layer in self.layers:
-            x = layer(x, mask[:, None, None])
-        return norm(x)
-
-    def words(self, ids: Tensor) -> Tensor:
-        """Each word by itself, ``[B, T, C]``: what the layers start from, but for the positions."""
-        there = (ids > 0).unsqueeze(-1)
-        pieces = self.embed(ids)
-        # divided by the root of their number: pieces are nearly orthogonal
-        return (pieces * there).sum(2) * there.sum(2).clamp_min(1).to(pieces) ** -0.5
-
-
-def split_words(text: str) -> list[str]:
-    """Lower-case words and single signs, in order."""
-    return re.findall(r"[^\W_]+|[^\w\s]|_", text.lower())
-
-
-def word_pieces(word: str, buckets: int) -> list[int]:
-    """Hashes in 2..buckets - 1 of a word and its n-grams of 2 to 4 UTF-8 bytes, ends marked."""
-    data = b"<" + word.encode("utf-8", "replace") + b">"
-    grams = {data} | {data[i : i + n] for n in (2, 3, 4) for i in range(len(data) - n + 1)}
-    return sorted({2 + zlib.crc32(gram) % (buckets - 2) for gram in grams})[:PIECES]
-
-
-def word_ids(
-    instructions: Sequence[str], config: EditorConfig, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """The words' pieces, int64 ``[B, T, G]``, 0 for none, and mask bool ``[B, T]``."""
-    rows = [
-        [[1], *(word_pieces(word, config.buckets) for word in split_words(text))]
-        for text in instructions
-    ]
-    rows = [row[: config.text_words + 1] for row in rows]
-    longest = max(map(len, rows))
-    most = max(len(pieces) for row in rows for pieces in row)
-    ids = torch.zeros(len(rows), longest, most, dtype=torch.int64)
-    for row, words in zip(ids, rows, strict=True):
-        for place, pieces in zip(row, words, strict=False):
-            place[: len(pieces)] = torch.tensor(pieces)
-    lengths = torch.tensor([len(row) for row in rows])
-    mask = torch.arange(longest) < lengths[:, None]
-    return ids.to(device), mask.to(device)
 
 
 class PixelHead(nn.Module):
@@ -314,99 +165,3 @@ class Editor(nn.Module):
         for block in self.blocks:
             hidden = block(hidden, modulation, rope, keep)
         return hidden, time, grid
-
-
-def norm(x: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:])
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Scaled dot-product attention ``[B, heads, L, head_dim]``; True in the mask lets a key be seen."""
-    if q.requires_grad and q.device.type == "cpu":
-        # on so few tokens the CPU's fused backward takes three times as long as plain products
-        scores = (q @ k.mT) * q.shape[-1] ** -0.5
-        if mask is not None:
-            scores = scores.masked_fill(~mask, float("-inf"))
-        return scores.softmax(-1).to(v) @ v
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-
-
-def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotary positions (Su et al. 2021) on interleaved pairs; x ``[B, heads, L, head_dim]``."""
-    cos, sin = rope.to(x).unbind(-1)
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
-
-
-def rope_2d(grid: tuple[int, int], text: int, head_dim: int, device: torch.device) -> Tensor:
-    """(cos, sin) ``[text + h*w, head_dim / 2, 2]``; half of the pairs turn with y, half with x.
-
-    Text tokens are not turned. float32.
-    """
-    pairs = head_dim // 4
-    frequency = 100.0 ** (-torch.arange(pairs, device=device, dtype=torch.float32) / pairs)
-    y, x = (torch.arange(side, device=device, dtype=torch.float32) for side in grid)
-    y, x = torch.meshgrid(y, x, indexing="ij")
-    angles = torch.cat([y.reshape(-1, 1) * frequency, x.reshape(-1, 1) * frequency], dim=1)
-    angles = torch.cat([angles.new_zeros(text, 2 * pairs), angles])
-    return torch.stack([angles.cos(), angles.sin()], dim=-1)
-
-
-def time_embedding(t: Tensor, width: int) -> Tensor:
-    """Sines and cosines of t in 0..1, ``[B, width]``, float32."""
-    half = width // 2
-    steps = torch.arange(half, device=t.device, dtype=torch.float32) / half
-    angles = 1000.0 * t.float()[:, None] * torch.exp(-math.log(10000.0) * steps)
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
-
-
-def pad_to(x: Tensor, multiple: int) -> Tensor:
-    """Pad right and below to a multiple by reflection; by repetition where that is too narrow."""
-    height, width = x.shape[-2:]
-    right, below = -width % multiple, -height % multiple
-    if not right and not below:
-        return x
-    mode = "reflect" if right < width and below < height else "replicate"
-    return F.pad(x, (0, right, 0, below), mode=mode)
-
-
-def patchify(x: Tensor, patch: int) -> tuple[Tensor, tuple[int, int]]:
-    """``[B, C, h*p, w*p]`` -> ``[B, h*w, C*p*p]`` and (h, w)."""
-    x = x.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # b c h p w q
-    grid = (x.shape[2], x.shape[4])
-    return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2), grid
-
-
-def unpatchify(x: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
-    """Inverse of `patchify`."""
-    x = x.unflatten(2, (-1, patch, patch)).unflatten(1, grid)  # b h w c p q
-    return x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
-
-
-def overlap_add(x: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
-    """Blend squares of twice a patch's side, each around its patch, by a raised cosine.
-
-    ``[B, h*w, C*(2p)*(2p)]`` -> ``[B, C, h*p, w*p]``. Without it neighbours meet in a visible step.
-    """
-    rise = torch.arange(2 * patch, device=x.device, dtype=torch.float32) + 0.5
-    window = (rise * (math.pi / (2 * patch))).sin().square()
-    squares = x.unflatten(2, (-1, 2, patch, 2, patch))  # b hw c (2 p) (2 q)
-    squares = squares * (window[:, None] * window).view(2, patch, 2, patch).to(x)
-    height, width = (side * patch for side in grid)
-    canvas = x.new_zeros(x.shape[0], squares.shape[2], height + patch, width + patch)
-    for row in (0, 1):
-        for column in (0, 1):
-            quarter = unpatchify(squares[:, :, :, row, :, column].flatten(2), grid, patch)
-            top, left = row * patch, column * patch
-            canvas[..., top : top + height, left : left + width] += quarter
-    cut = patch // 2
-    weight = [_covered(window, count)[cut : cut + count * patch].to(x) for count in grid]
-    canvas = canvas[..., cut : cut + height, cut : cut + width]
-    return canvas / (weight[0][:, None] * weight[1])
-
-
-def _covered(window: Tensor, count: int) -> Tensor:
-    """Sum of `count` windows, each half a window after the last: 1 but at both ends."""
-    first, second = window.chunk(2)
-    ones = (first + second).repeat(max(count - 1, 0))
-    return torch.cat([first, ones, second])

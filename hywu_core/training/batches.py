@@ -25,12 +25,13 @@ class TaskBatches:
     """Batches that hold each task equally often, ``batch_size / len(tasks)`` times, in random crops.
 
     only: keep just this task's items of the same batches, so that what is trained on one task sees
-    exactly the examples of it that the others see. Raises HYWUError when the split isn't even.
+    exactly the examples of it that the others see. written_steps: over so many steps the share of
+    composed phrasings grows from nothing to all. Raises HYWUError when the split isn't even.
     """
 
     def __init__(
         self, pool: ImagePool, tasks: Sequence[str], batch_size: int, size: int, seed: int = 0,
-        only: str = "",
+        only: str = "", written_steps: int = 0,
     ) -> None:  # fmt: skip
         if batch_size % len(tasks):
             raise HYWUError(
@@ -38,12 +39,14 @@ class TaskBatches:
                 f"choose a multiple of {len(tasks)}."
             )
         self.pool, self.size, self.seed, self.only = pool, size, seed, only
+        self.written_steps = written_steps
         self.names = list(tasks) * (batch_size // len(tasks))
 
     def __call__(self, step: int) -> Batch:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         clean = self.pool.crops(len(self.names), self.size, generator)
-        batch = make_batch(clean, self.names, generator, carriers=True)
+        composed = min(1.0, step / self.written_steps) if self.written_steps else 1.0
+        batch = make_batch(clean, self.names, generator, carriers=True, composed=composed)
         if not self.only:
             return batch
         return batch.select([i for i, task in enumerate(batch.task) if task == self.only])

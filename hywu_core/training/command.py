@@ -18,6 +18,7 @@ from pathlib import Path
 
 from ..console import say
 from ..errors import HYWUError
+from .schedule import PRECISIONS
 
 WEIGHTS = "weights.safetensors"
 #: Peak learning rates that the conflict experiment's trials favour.
@@ -34,7 +35,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=24, help="examples a step (default 24)")
     parser.add_argument("--accumulation", type=int, default=1, help="parts of a batch (default 1)")
     parser.add_argument("--lr", type=float, help=f"peak learning rate (default: {RATES})")
-    parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="bf16")
+    parser.add_argument(
+        "--precision", choices=("auto", *PRECISIONS), default="auto",
+        help="auto: bf16 where the device has it in hardware, else no (float32)",
+    )  # fmt: skip
     parser.add_argument(
         "--checkpointing", action="store_true", help="recompute blocks: less memory"
     )
@@ -54,14 +58,17 @@ def run(args: argparse.Namespace) -> int:
 
     from ..editor.checkpoint import bundled, load_editor
     from .editor_base import EditorBase
-    from .schedule import TrainConfig
-    from .trainer import Trainer
+    from .schedule import TrainConfig, chosen_precision
+    from .state import recorded_precision
+    from .trainer import STATE, Trainer
 
     base = EditorBase(load_editor(args.editor or bundled("editor")))
     batches, phrasings = _data(args, base.module.config.train_size)
+    recorded = recorded_precision(args.out / STATE)
+    precision = chosen_precision(args.precision, recorded, args.device)
     config = TrainConfig(
         args.steps, args.batch_size, args.lr or RATES[args.strategy], accumulation=args.accumulation,
-        warmup=min(40, args.steps // 5), precision=args.precision, seed=args.seed,
+        warmup=min(40, args.steps // 5), precision=precision, seed=args.seed,
     )  # fmt: skip
     torch.manual_seed(args.seed + 1)
     strategy = _strategy(args, base)

@@ -12,21 +12,31 @@ from ..condition import Condition
 from ..conditioning.editor import EditorEncoder
 from ..editor.checkpoint import editor_identity
 from ..editor.model import Editor
+from ..errors import HYWUError
 from .base import Batch, Draws
 
 NAME = "hywu-bundled-editor"
+#: Losses of an item.
+ERRORS = ("mse", "rmse")
+#: Added under the root, in units of -1..1: 46 dB, past which an edit needn't become better.
+SMALLEST = 1e-4
 
 
 class EditorBase:
     """Flow matching on the editor; the loss is on the clean image that it predicts.
 
-    sampling_steps: Euler steps of `edit`. Images must be no larger than one window.
+    sampling_steps: Euler steps of `edit`. error: "mse" of an item, or its root ("rmse"), by which all
+    items pull alike: a mean of squares hardly sees a task whose edits are small, such as a blur, beside
+    one that changes every pixel. Images must be no larger than one window.
     """
 
     name = NAME
 
-    def __init__(self, editor: Editor, sampling_steps: int = 4) -> None:
+    def __init__(self, editor: Editor, sampling_steps: int = 4, error: str = "mse") -> None:
+        if error not in ERRORS:
+            raise HYWUError(f"training: error '{error}'; it is one of {', '.join(ERRORS)}.")
         self.module, self.sampling_steps = editor.requires_grad_(False), sampling_steps
+        self.error = error
         self._encoder = EditorEncoder(editor, editor_identity(editor))
 
     @property
@@ -54,7 +64,8 @@ class EditorBase:
         x = (1 - t) * target + t * draws["noise"]
         text, mask = module.encode_text(batch.instruction)
         clean = module.predict(x, draws["t"], source, text, mask)
-        return (clean.float() - target).square().mean(dim=(1, 2, 3))
+        squared = (clean.float() - target).square().mean(dim=(1, 2, 3))
+        return squared if self.error == "mse" else (squared + SMALLEST).sqrt()
 
     @torch.no_grad()
     def edit(self, module: nn.Module, batch: Batch, seed: int) -> Tensor:

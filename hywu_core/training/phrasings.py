@@ -21,6 +21,9 @@ CARRIERS = (
     "for the album: {}",
 )  # fmt: skip
 
+#: Sentences of its own that each task's list begins with; the others are composed.
+WRITTEN = 14
+
 #: How often a trained phrasing gets a carrier.
 CARRIED = 0.7
 

@@ -24,8 +24,8 @@ from .base import Batch
 from .data import PACKAGES, ImagePool, split_files
 from .logs import Log, save_grid
 from .phrasings import nonsense
-from .schedule import Average, TrainConfig, lr_at
-from .state import load_state, save_state
+from .schedule import Average, TrainConfig, chosen_precision, lr_at
+from .state import load_state, recorded_precision, save_state
 from .tasks import PRETRAINING, make_batch
 
 #: What is not known is left as it is: words without meaning ask for the identity.
@@ -39,14 +39,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=32, help="crops a step (default 32)")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default 1e-3)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, crops, tasks and noise")
+    parser.add_argument(
+        "--precision", choices=("auto", "no", "bf16"), default="auto",
+        help="auto: bf16 where the CPU has it in hardware, else no (float32)",
+    )  # fmt: skip
     parser.add_argument("--save-every", type=int, default=200, help="steps between states")
     parser.add_argument("--commit", default="", help="commit of the code, kept in the provenance")
 
 
 def run(args: argparse.Namespace) -> int:
+    recorded = recorded_precision(args.out / STATE)
     config = TrainConfig(
         args.steps, args.batch_size, args.lr, warmup=100, weight_decay=0.01, ema=0.998,
-        precision="bf16", seed=args.seed,
+        precision=chosen_precision(args.precision, recorded, "cpu"), seed=args.seed,
     )  # fmt: skip
     torch.manual_seed(args.seed)
     editor = Editor(EditorConfig())
@@ -101,7 +106,8 @@ def pretrain(
             rate = lr_at(config, step)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            loss = editor_loss(editor, *make_step(pool, config, step, editor.config.train_size))
+            examples = make_step(pool, config, step, editor.config.train_size)
+            loss = editor_loss(editor, *examples, config.precision)
             loss.backward()
             size = nn.utils.clip_grad_norm_(parameters.values(), config.clip)
             optimizer.step()
@@ -150,11 +156,13 @@ def make_step(
     return batch, noise, times
 
 
-def editor_loss(editor: Editor, batch: Batch, noise: Tensor, times: Tensor) -> Tensor:
+def editor_loss(
+    editor: Editor, batch: Batch, noise: Tensor, times: Tensor, precision: str = "no"
+) -> Tensor:
     """Mean squared error of the predicted clean image, in units of -1..1."""
     source, target = batch.source * 2 - 1, batch.target * 2 - 1
     t = times[:, None, None, None]
-    with torch.autocast(source.device.type, torch.bfloat16):
+    with torch.autocast(source.device.type, torch.bfloat16, enabled=precision == "bf16"):
         text, mask = editor.encode_text(batch.instruction)
         clean = editor.predict((1 - t) * target + t * noise, times, source, text, mask)
     return (clean.float() - target).square().mean()

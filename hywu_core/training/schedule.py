@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from ..errors import HYWUError
 
+PRECISIONS = ("no", "bf16", "fp16")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -45,7 +47,7 @@ class TrainConfig:
             raise HYWUError(f"training: the learning rate is {self.lr}; it must be above 0.")
         if not 0 <= self.ema < 1:
             raise HYWUError(f"training: ema is {self.ema}; it must be in [0, 1).")
-        if self.precision not in ("no", "bf16", "fp16"):
+        if self.precision not in PRECISIONS:
             raise HYWUError(f"training: precision '{self.precision}'; it is no, bf16 or fp16.")
 
     def to_json(self) -> dict[str, Any]:
@@ -64,6 +66,23 @@ class TrainConfig:
                 f"{where}: was started with other settings ({', '.join(odd)}); use the same ones to "
                 "go on, or another output folder."
             )
+
+
+def usual_precision(device: str | None = None) -> str:
+    """ "bf16" where the device (default: a GPU, if there is one) multiplies bfloat16 in hardware, else
+    "no": a CPU that emulates it takes many times as long as in float32.
+    """
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda"):
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    # torch has no public way to ask; a CPU of which these say nothing does well in float32
+    asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported") if name == "cpu" else ()
+    return "bf16" if any(getattr(torch.cpu, each, bool)() for each in asked) else "no"
+
+
+def chosen_precision(asked: str, recorded: str | None, device: str | None = None) -> str:
+    """What "auto" means: as the run was started, on whatever machine; at the start `usual_precision`."""
+    return asked if asked != "auto" else recorded or usual_precision(device)
 
 
 def lr_at(config: TrainConfig, step: int) -> float:

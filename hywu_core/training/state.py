@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import HYWUError
-from ..files import open_tensors, parse_header, save_tensors
+from ..files import open_tensors, parse_header, read_header, save_tensors
 from .schedule import Average
 
 FORMAT = "hywu-training-1"
@@ -34,6 +34,13 @@ def save_state(
             if moment in optimizer.state.get(parameter, {}):
                 tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
     save_tensors(path, tensors, {**header, "format": FORMAT, "step": step}, overwrite=True)
+
+
+def recorded_precision(path: Path) -> str | None:
+    """The precision that a state's run was started with, or None where there is no state."""
+    if not path.exists():
+        return None
+    return read_header(path).get("config", {}).get("precision")
 
 
 def load_state(

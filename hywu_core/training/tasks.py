@@ -298,12 +298,13 @@ def get_task(name: str) -> Task:
 
 def make_batch(
     clean: Tensor, tasks: Sequence[str], generator: torch.Generator, held_out: bool = False,
-    carriers: bool = False,
+    carriers: bool = False, composed: float = 1.0,
 ) -> Batch:  # fmt: skip
     """Examples from clean images ``[B, 3, H, W]`` in 0..1, item i by ``tasks[i]``.
 
     held_out: phrasings from those kept out of training, instead of the seen ones. carriers: put words
-    around most of the seen ones that say nothing of the edit ("please …, thanks").
+    around most of the seen ones that say nothing of the edit ("please …, thanks"). composed: the share
+    of items whose phrasing is drawn from all seen ones; the others' is from a task's first few.
     """
     if len(tasks) != clean.shape[0]:
         raise HYWUError(f"{len(tasks)} tasks for {clean.shape[0]} images; give one for each.")
@@ -315,6 +316,12 @@ def make_batch(
         source[items], target[items] = task.make(clean[items], generator)
         choices = task.held_out if held_out else task.seen
         picks = torch.randint(len(choices), (len(items),), generator=generator).tolist()
+        if composed < 1:
+            kinds = torch.rand(len(items), generator=generator).tolist()
+            picks = [
+                pick if kind < composed else pick % phrasings.WRITTEN
+                for pick, kind in zip(picks, kinds, strict=True)
+            ]
         for item, pick in zip(items, picks, strict=True):
             instructions[item] = choices[pick]
     if carriers and not held_out:

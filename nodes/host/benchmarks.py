@@ -9,6 +9,7 @@ import folder_paths
 
 from ...hywu_core.errors import HYWUError
 from ...hywu_core.evaluation.commands.shared import data_path
+from ...hywu_core.evaluation.gedit_unpack import packed_files
 
 #: Key of extra_model_paths.yaml under which the operator names further folders.
 EXTRA = "hywu_benchmarks"
@@ -42,7 +43,9 @@ def data_stamp(benchmark: str, path: str) -> str:
         found = data_folder(benchmark, path)
     except HYWUError:
         return "missing"
-    files = [found, *sorted(found.glob("*.json*"))] if found.is_dir() else [found]
+    files = [found]
+    if found.is_dir():
+        files += sorted(found.glob("*.json*")) or packed_files(found)
     return ";".join(f"{file.name}:{file.stat().st_mtime_ns}" for file in files)
 
 

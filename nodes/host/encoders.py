@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...hywu_core.condition import Condition
 from ...hywu_core.conditioning.editor import EditorEncoder
-from ...hywu_core.editor.model import split_words
+from ...hywu_core.editor.text import split_words
 from ...hywu_core.editor.vocabulary import unknown_instruction
 from ...hywu_core.errors import HYWUError
 from ..instructions import for_images

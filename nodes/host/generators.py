@@ -12,7 +12,7 @@ import comfy.utils
 import torch
 
 from ...hywu_core.condition import Condition
-from ...hywu_core.errors import HYWUError
+from ...hywu_core.errors import HYWUError, out_of_memory
 from ...hywu_core.files import open_tensors
 from ...hywu_core.generator.checkpoints import load_generator, open_checkpoint
 from ...hywu_core.generator.config import GeneratorConfig
@@ -42,11 +42,6 @@ def activation_bytes(config: GeneratorConfig, batch: int, tokens: int, itemsize:
     sizes = Sizes(config, 0, 0, itemsize, batch, tokens, chunk, PREFIX_CACHE_BYTES)
     prefix = sizes.stream_bytes if sizes.stream_bytes <= PREFIX_CACHE_BYTES else 0
     return sizes.working_bytes(chunk) + prefix + 8 * config.d_model**2 * itemsize
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device's allocator gave up; only CUDA's has an exception of its own."""
-    return isinstance(error, torch.cuda.OutOfMemoryError) or "out of memory" in str(error).lower()
 
 
 class HostGenerator:
@@ -93,7 +88,7 @@ class HostGenerator:
                     need = self.memory_required(condition)
                     mm.load_models_gpu([self.patcher], memory_required=need)
                 return self._generate(condition)
-            except RuntimeError as error:
+            except (MemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
                     raise
             # from here on, without the exception, whose frames hold what the failed call had

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...hywu_core.condition import Condition
-from ...hywu_core.errors import HYWUError
+from ...hywu_core.errors import HYWUError, out_of_memory
 from ...hywu_core.generator.config import GeneratorConfig
 from ...hywu_core.layout import LoRALayout
 from ...hywu_core.training.conflict.plan import GeneratorSize
@@ -235,7 +235,9 @@ class _Training:
         self.rows = read_log(self.folder / "log.csv") if (self.folder / STATE).exists() else []
         try:
             done = trainer.run()
-        except mm.OOM_EXCEPTION as error:
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
             raise HYWUError(
                 f"{self.device} ran out of memory in step {trainer.step + 1}; raise accumulation, turn "
                 "checkpointing on, or choose a smaller generator_size, rank or image_size. The state "

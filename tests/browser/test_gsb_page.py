@@ -1,4 +1,4 @@
-"""The voting page in Chromium: keyboard votes on a desktop's and a phone's width."""
+"""The voting page in Chromium, standalone and inside ComfyUI, on a desktop's and a phone's width."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from hywu_core.cli import main
 from hywu_core.evaluation.gsb import session
 from hywu_core.evaluation.gsb.store import Store
 
@@ -20,9 +21,8 @@ SERVE = (
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture
-def voting(tmp_path):
-    """(link, session folder): four pairs of a photograph, blurred and brightened."""
+def make_session(tmp_path: Path, folder: Path) -> Path:
+    """A session of four pairs of a photograph, blurred and brightened."""
     from PIL import Image, ImageEnhance, ImageFilter
     from skimage import data
 
@@ -36,7 +36,13 @@ def voting(tmp_path):
         image.save(tmp_path / f"{name}.png")
     paths = [tmp_path / f"{name}.png" for name in versions]
     entries = [session.Entry(f"{i}", f"Blur the picture, please ({i})", *paths) for i in range(4)]
-    folder = session.create_session(tmp_path / "session", entries, ("a", "b"), seed=1)
+    return session.create_session(folder, entries, ("a", "b"), seed=1)
+
+
+@pytest.fixture
+def standalone(tmp_path):
+    """(link, session folder) of `hywu eval gsb serve`."""
+    folder = make_session(tmp_path, tmp_path / "session")
     process = subprocess.Popen(
         [sys.executable, "-c", SERVE, str(folder)], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
@@ -46,14 +52,25 @@ def voting(tmp_path):
     process.stdout.close()
 
 
+@pytest.fixture
+def inside_comfyui(server, tmp_path, capsys):
+    """(link, session folder) of a session in the user folder of a running ComfyUI."""
+    gsb = server.base / "user" / "hywu" / "gsb"
+    folder = make_session(tmp_path, gsb / f"votes {len(list(gsb.glob('*')))}")
+    assert main(["eval", "gsb", "link", str(folder), "--server", server.url]) == 0
+    return capsys.readouterr().out.strip(), folder
+
+
 @pytest.mark.parametrize(("width", "height"), [(1366, 800), (390, 844)])
-def test_a_voter_votes_by_keyboard(browser, voting, artefacts, width, height):
-    link, folder = voting
+@pytest.mark.parametrize("place", ["standalone", "inside_comfyui"])
+def test_a_voter_votes_by_keyboard(browser, request, artefacts, place, width, height):
+    link, folder = request.getfixturevalue(place)
     context = browser.new_context(viewport={"width": width, "height": height})
     page = context.new_page()
     problems: list[str] = []
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("console", lambda m: problems.append(m.text) if m.type == "error" else None)
+    page.on("response", lambda r: problems.append(r.url) if r.status >= 400 else None)
     page.goto(link)
     page.fill("#voter", "Ada")
     page.keyboard.press("Enter")
@@ -62,7 +79,7 @@ def test_a_voter_votes_by_keyboard(browser, voting, artefacts, width, height):
         _wait(page, f"document.getElementById('progress').textContent === '{done} of 4' && !busy")
 
     at(0)
-    page.screenshot(path=artefacts / f"gsb_{width}.png")
+    page.screenshot(path=artefacts / f"gsb_{place}_{width}.png")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.mouse.move(*_middle(page, "#left"))
     page.mouse.wheel(0, -300)
@@ -86,7 +103,7 @@ def test_a_voter_votes_by_keyboard(browser, voting, artefacts, width, height):
         page.keyboard.press(key)
         at(done)
     assert page.is_visible("#finished")
-    page.screenshot(path=artefacts / f"gsb_{width}_end.png")
+    page.screenshot(path=artefacts / f"gsb_{place}_{width}_end.png")
     context.close()
     store = Store(folder)
     verdicts = [vote.verdict for vote in store.votes()]

@@ -10,6 +10,8 @@ import torch
 from hywu_core.errors import HYWUError
 from hywu_core.training.batches import PairBatches, TaskBatches
 from hywu_core.training.data import ImagePool, read_pairs
+from hywu_core.training.phrasings import CARRIERS, OBJECTS, WRITTEN
+from hywu_core.training.tasks import CONFLICT, get_task
 
 TASKS = ("blur", "deblur", "darken", "brighten")
 
@@ -42,6 +44,35 @@ def test_one_task_sees_its_items_of_the_same_batches(pool):
     assert torch.equal(alone.source, whole.source[items])
     assert torch.equal(alone.target, whole.target[items])
     assert set(alone.task) == {"darken"}
+
+
+def test_composed_phrasings_come_in_over_the_first_steps(pool):
+    """At the start only the sentences that a task's list begins with, later all."""
+    gradual, usual = (
+        TaskBatches(pool, TASKS, 80, 32, written_steps=100),
+        TaskBatches(pool, TASKS, 80, 32),
+    )
+
+    frames = ("{}", *CARRIERS)
+
+    def written(batch) -> int:
+        first = {
+            t: {f.format(s) for f in frames for s in get_task(t).seen[:WRITTEN]} for t in TASKS
+        }
+        return sum(
+            said in first[task] for said, task in zip(batch.instruction, batch.task, strict=True)
+        )
+
+    assert written(gradual(0)) == 80
+    assert 80 > written(gradual(50)) > written(usual(50))
+    assert gradual(100).instruction == usual(100).instruction
+
+
+@pytest.mark.parametrize("task", CONFLICT)
+def test_the_composed_phrasings_begin_after_the_written_ones(task):
+    seen = get_task(task).seen
+    assert seen[WRITTEN].split(" ", 1)[1] in OBJECTS
+    assert len(seen) > 80
 
 
 def test_uneven_shares_are_refused(pool):

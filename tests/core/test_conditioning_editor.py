@@ -98,3 +98,14 @@ def test_a_generator_learns_through_the_editor(base, tmp_path):
     edits = trainer.edit(batches(100))
     assert edits.shape == (8, 3, 16, 16)
     assert 0 <= edits.min() <= edits.max() <= 1
+
+
+def test_the_root_of_the_error_is_taken_of_each_item(base):
+    source = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    batch = Batch(source, source.flip(2), ("blur",) * 3, ("blur",) * 3)
+    draws = base.draw(batch, 0)
+    squared = base.loss(base.module, batch, draws)
+    root = EditorBase(base.module, error="rmse").loss(base.module, batch, draws)
+    assert torch.allclose(root.square(), squared + 1e-4)
+    with pytest.raises(HYWUError, match="mse, rmse"):
+        EditorBase(base.module, error="mae")

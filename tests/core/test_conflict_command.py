@@ -195,6 +195,27 @@ def test_another_plan_or_editor_is_refused(hywu, done, tmp_path, capsys):
     assert (done / "plan.json").read_bytes() == before
 
 
+def test_precision_is_the_machines_and_stays_the_experiments(hywu, tmp_path, monkeypatch):
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    for here, capable in (("slow", False), ("fast", True)):
+        for name in names:
+            monkeypatch.setattr(torch.cpu, name, lambda capable=capable: capable, raising=False)
+        assert hywu(tmp_path / here, "--only", "none") == 0
+    found = [read(tmp_path / here / "plan.json")["plan"]["precision"] for here in ("slow", "fast")]
+    assert found == ["no", "bf16"]
+    assert hywu(tmp_path / "slow", "--only", "none") == 0  # as it was begun, on another machine
+    assert hywu(tmp_path / "slow", "--precision", "bf16") == 1
+
+
+def test_a_whole_experiment_with_the_other_loss_and_gradual_phrasings(hywu, tmp_path):
+    out = tmp_path / "out"
+    assert hywu(out, "--error", "rmse", "--written-steps", "2", "--only", "hywu_r2") == 0
+    assert read(out / "plan.json")["plan"]["error"] == "rmse"
+    header = read_header(out / "runs" / "hywu_r2" / "state.safetensors")
+    assert (header["plan"]["error"], header["plan"]["written_steps"]) == ("rmse", 2)
+    assert (out / "results" / "hywu_r2.seen.json").exists()
+
+
 def test_list_names_the_runs_and_does_nothing(hywu, tmp_path, capsys):
     assert hywu(tmp_path / "out", "--list") == 0
     assert capsys.readouterr().out.split() == RUNS

@@ -6,16 +6,10 @@ import pytest
 import torch
 
 from hywu_core.editor.checkpoint import load_editor, save_editor
-from hywu_core.editor.model import (
-    Editor,
-    EditorConfig,
-    overlap_add,
-    patchify,
-    split_words,
-    unpatchify,
-    word_pieces,
-)
+from hywu_core.editor.model import Editor, EditorConfig
+from hywu_core.editor.patches import overlap_add, patchify, unpatchify
 from hywu_core.editor.sampling import edit, tiled_velocity
+from hywu_core.editor.text import split_words, word_pieces
 from hywu_core.errors import HYWUError
 from hywu_core.files import read_tensors, save_tensors
 from hywu_core.layout import LoRALayout

@@ -15,7 +15,7 @@ from hywu_core.training.data import ImagePool
 from hywu_core.training.logs import read_log
 from hywu_core.training.schedule import TrainConfig
 
-CONFIG = TrainConfig(20, 8, 3e-3, warmup=2, ema=0.9, precision="bf16")
+CONFIG = TrainConfig(20, 8, 3e-3, warmup=2, ema=0.9, precision="no")
 
 
 @pytest.fixture

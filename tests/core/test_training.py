@@ -20,8 +20,10 @@ from hywu_core.files import read_tensors
 from hywu_core.generator.checkpoints import load_generator
 from hywu_core.injection import inject
 from hywu_core.training.logs import read_log
-from hywu_core.training.schedule import TrainConfig, lr_at
+from hywu_core.training.schedule import TrainConfig, chosen_precision, lr_at
+from hywu_core.training.state import recorded_precision
 from hywu_core.training.strategies import StaticLoRA, count_parameters, rank_for
+from hywu_core.training.trainer import STATE
 
 TOY = Path(__file__).with_name("toy_base.py")
 _spec = importlib.util.spec_from_file_location("toy_base", TOY)
@@ -158,6 +160,28 @@ def test_bf16_autocast_trains(tmp_path):
     rows = read_log(tmp_path / "log.csv")
     assert rows[-1]["loss"] < rows[0]["loss"]
     assert all(p.dtype == torch.float32 for p in trainer.parameters.values())
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"), [((False, False), "no"), ((True, False), "bf16"), ((False, True), "bf16")]
+)
+def test_auto_is_bf16_only_where_the_cpu_has_it(monkeypatch, flags, wanted):
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    for name, flag in zip(names, flags, strict=True):
+        monkeypatch.setattr(torch.cpu, name, lambda flag=flag: flag, raising=False)
+    assert chosen_precision("auto", None, "cpu") == wanted
+    assert chosen_precision("fp16", None, "cpu") == "fp16"
+    for name in names:
+        monkeypatch.delattr(torch.cpu, name)
+    assert chosen_precision("auto", None, "cpu") == "no"
+
+
+def test_auto_goes_on_in_the_precision_of_the_interrupted_run(tmp_path):
+    assert recorded_precision(tmp_path / STATE) is None
+    toy.make_trainer(tmp_path, steps=4, precision="bf16").run(until=2)
+    recorded = recorded_precision(tmp_path / STATE)
+    precision = chosen_precision("auto", recorded, "cpu")
+    assert toy.make_trainer(tmp_path, steps=4, precision=precision).run()
 
 
 def test_exported_generator_makes_the_edits_of_the_trainer(tmp_path):

@@ -1,10 +1,12 @@
 """Run inside ComfyUI's tree by test_gguf.py: a LoRA unmerged on a GGUF-quantized copy, figures as JSON.
 
-Arguments: ComfyUI's tree, this extension's folder, a folder for files.
+Arguments: ComfyUI's tree, this extension's folder, a folder for files, and for the loader node that people
+use the folder of ComfyUI-GGUF; without it layers of our own hold the quantized weights.
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from inside_comfyui import ARGUMENTS, load_as, load_nodes, show
@@ -17,7 +19,7 @@ from safetensors.torch import save_file
 
 import nodes as stock
 
-HERE, FOLDER = Path(__file__).parent, Path(ARGUMENTS[0])
+HERE, FOLDER, NODE_PACK = Path(__file__).parent, Path(ARGUMENTS[0]), ARGUMENTS[1:]
 folder_paths.add_model_folder_path("diffusion_models", str(FOLDER), is_default=True)
 NODES = load_nodes()
 from hywu_nodes.hywu_core.layout import LoRALayout  # noqa: E402
@@ -27,6 +29,10 @@ a = load_as("architectures", str(HERE / "architectures.py"))
 g = load_as("gguf_layers", str(HERE / "gguf_layers.py"))
 
 torch.set_grad_enabled(False)
+# After the folder above is known: the pack takes its list of folders when it is imported.
+PACK = [load_as("gguf_pack", f"{path}/__init__.py", [path]) for path in NODE_PACK]
+#: Architectures as the files of the node pack name them.
+ARCHITECTURES = {"SD3": "sd3", "Wan 2.1": "wan"}
 
 
 def random_loras(layout) -> GeneratedLoRA:
@@ -52,16 +58,15 @@ def gap(one, two) -> float:
 def figures(name: str, kind) -> dict:
     weights = a.random_weights(a.build(name), torch.float32)
     file = FOLDER / "copy.gguf"
-    rounded = g.write(file, weights, "diffusion", kind)
+    rounded = g.write(file, weights, ARCHITECTURES[name], kind)
     state = g.read(file)
     exact = {f"model.diffusion_model.{k}": v for k, v in g.dequantized(state).items()}
     save_file(exact, FOLDER / "exact.safetensors")
     folder_paths.filename_list_cache.clear()
     reference = stock.UNETLoader().load_unet("exact.safetensors", "default")[0]
-    options = {"custom_operations": g.Operations, "dtype": torch.float32}
-    model = comfy.sd.load_diffusion_model_state_dict(state, model_options=options)
+    model = by_node(file) if PACK else by_layers(state)
     network = model.model.diffusion_model
-    held = [m for m in network.modules() if isinstance(getattr(m, "weight", None), g.Quantized)]
+    held = [m for m in network.modules() if is_held(getattr(m, "weight", None))]
     loras = random_loras(LoRALayout.of(network, 2))
     before = [m.weight.as_subclass(torch.Tensor).clone() for m in held]
     sample = a.sampler(name, stock.common_ksampler)
@@ -70,7 +75,11 @@ def figures(name: str, kind) -> dict:
     batch = sample(apply(model, loras), batch=2)
     other = sample(apply(reference, loras.select(1), "merge"), batch=2)
     first = sample(apply(reference, loras.select(0), "merge"), batch=2)
+    found = (
+        {"merge": gap(sample(apply(model, loras.select(0), "merge")), merged[0])} if PACK else {}
+    )
     return {
+        **found,
         "rounded": rounded,
         "held": len(held),
         "targets": len(loras),
@@ -85,6 +94,27 @@ def figures(name: str, kind) -> dict:
             for m, kept in zip(held, before, strict=True)
         ),
     }
+
+
+def by_layers(state: dict):
+    """The model on the layers of gguf_layers.py."""
+    options = {"custom_operations": g.Operations, "dtype": torch.float32}
+    return comfy.sd.load_diffusion_model_state_dict(state, model_options=options)
+
+
+def by_node(file: Path):
+    """The model as the node pack's loader gives it, computing in float32."""
+    loader = PACK[0].NODE_CLASS_MAPPINGS["UnetLoaderGGUFAdvanced"]()
+    model = loader.load_unet(file.name, "float32", "float32", False)[0]
+    model.set_model_compute_dtype(torch.float32)
+    return model
+
+
+def is_held(weight) -> bool:
+    """Whether a layer holds the file's bytes."""
+    if PACK:
+        return sys.modules["gguf_pack.dequant"].is_quantized(weight)
+    return isinstance(weight, g.Quantized)
 
 
 def unrounded(weights: dict):

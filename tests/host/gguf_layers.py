@@ -2,7 +2,7 @@
 
 The file is written and read by ggml's own package. The layers are what a GGUF loader gives ComfyUI as
 `custom_operations`: the weight is the file's bytes, says the shape of what they hold, and becomes floating
-point inside `forward` only. The loader nodes people use are not packages; these layers stand for theirs.
+point inside `forward` only. The loader nodes people use are on no package index; these layers stand for theirs.
 """
 
 from __future__ import annotations

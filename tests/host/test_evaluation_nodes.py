@@ -204,3 +204,93 @@ def test_the_shipped_workflows_run_from_items_to_table(server, weights, name):
     assert shown.count("2 scored of 2 items") == (2 if name == "wu_eval" else 1)
     edited = next(i for i, n in shipped.items() if n["_meta"]["title"] == "Edited")
     assert len(record["outputs"][edited]["images"]) == 2
+
+
+# -- the shipped workflows over a user's own benchmark -------------------------------------------------
+
+
+def photo(path, colour: int, side: int = 80):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.linear_gradient("L").resize((side, 64)).point(lambda v: (v + colour) % 256).convert(
+        "RGB"
+    ).save(path)
+    return path
+
+
+def gedit_as_published(folder):
+    """Two items in two languages in a parquet file, as on the hub, and one without a picture."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [
+        {
+            "task_type": task,
+            "key": f"k{number}",
+            "instruction": "把照片变亮" if language == "cn" else "Brighten the photo.",
+            "instruction_language": language,
+            "input_image_raw": {"bytes": photo(folder / f"{number}.png", 40 * number).read_bytes()},
+            "Intersection_exist": True,
+        }
+        for number, (task, language) in enumerate(
+            [("tone_transfer", "en"), ("tone_transfer", "cn")]
+        )
+    ]
+    rows.append({**rows[0], "key": "lost", "input_image_raw": None})
+    (folder / "data").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), folder / "data" / "train-00000-of-00001.parquet")
+
+
+def imgedit_as_published(folder):
+    """Three items, their pictures in a folder beside the list."""
+    rows = {}
+    for number, kind in enumerate(("adjust", "style", "background")):
+        photo(folder / "singleturn" / kind / f"{number}.png", 40 * number)
+        rows[f"{number}"] = {
+            "id": f"{kind}/{number}.png",
+            "prompt": "Darken the photo.",
+            "edit_type": kind,
+        }
+    (folder / "basic_edit.json").write_text(json.dumps(rows), encoding="utf-8")
+
+
+def folder_of_pairs(folder):
+    """Three items with their targets, of sizes of their own, and one whose picture is missing."""
+    rows = []
+    for number in range(3):
+        photo(folder / f"{number}.png", 40 * number, 70 + 9 * number)
+        photo(folder / f"{number}_wanted.png", 40 * number + 60, 70 + 9 * number)
+        pair = {"source": f"{number}.png", "target": f"{number}_wanted.png"}
+        rows.append({**pair, "instruction": "Brighten the photo.", "task": "light"})
+    rows.append({"source": "nowhere.png", "instruction": "Brighten the photo."})
+    lines = "\n".join(map(json.dumps, rows))
+    (folder / "items.jsonl").write_text(lines, encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "shown"),
+    [
+        ("benchmark_gedit", gedit_as_published, "2 refused of 2 items"),
+        ("benchmark_imgedit", imgedit_as_published, "3 refused of 3 items"),
+        ("wu_eval", folder_of_pairs, "3 scored of 3 items"),
+    ],
+)
+def test_one_path_takes_a_shipped_workflow_to_a_users_folder(server, weights, name, make, shown):
+    """The judge of the shipped ones computes from pixels: it declines items without a target."""
+    folder = server.base / "input" / f"my_{name}"
+    folder.mkdir()
+    make(folder)
+    shipped = read_graph(dev.ROOT / "workflows" / "api" / f"{name}.json")
+    reader = next(n for n in shipped.values() if n["class_type"] == "HYWUBenchmarkItems")
+    reader["inputs"]["path"] = f"my_{name}"
+    for each in shipped.values():
+        if each["class_type"] == "HYWUJudge":
+            each["inputs"]["method"] = "mine_" + each["inputs"]["method"]  # apart from other tests
+    record, _ = run_sync(server.url, shipped, timeout=400)
+    table = next(i for i, n in shipped.items() if n["class_type"] == "HYWUScoreTable")
+    edited = next(i for i, n in shipped.items() if n["_meta"]["title"] == "Edited")
+    assert shown in text(record, table)
+    assert len(record["outputs"][edited]["images"]) == int(shown.split()[-2])
+    if "refused" in shown:
+        judge_id = next(i for i, n in shipped.items() if n["class_type"] == "HYWUJudge")
+        answers = record["outputs"][judge_id]["text"]
+        assert all("no target picture" in answer for answer in answers)

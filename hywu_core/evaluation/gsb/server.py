@@ -27,13 +27,14 @@ STATIC = {
     "": ("index.html", "text/html"),
     "gsb.css": ("gsb.css", "text/css"),
     "gsb.js": ("gsb.js", "text/javascript"),
+    "icon.svg": ("icon.svg", "image/svg+xml"),
 }
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 MAX_BODY = 4096
 MAX_VOTER = 64
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
-    "img-src blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "img-src 'self' blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",

@@ -14,11 +14,13 @@ examples:
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 from ...console import say
 from ...errors import HYWUError
 from ...files import read_header
+from ..schedule import PRECISIONS, chosen_precision
 from .plan import ConflictPlan
 
 
@@ -31,6 +33,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--ranks", type=int, nargs="+", help=f"of the sweep (default {ConflictPlan.ranks})"
+    )
+    parser.add_argument(
+        "--precision", choices=("auto", *PRECISIONS), default="auto",
+        help="auto: bf16 where the device has it in hardware, else no (float32)",
+    )  # fmt: skip
+    parser.add_argument("--error", choices=("mse", "rmse"), help="of an item (default mse)")
+    parser.add_argument(
+        "--written-steps", type=int, help="steps over which composed phrasings come in (default 0)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of weights, crops and noise")
     parser.add_argument("--quick", action="store_true", help="a few minutes; figures mean nothing")
@@ -53,6 +63,9 @@ def run(args: argparse.Namespace) -> int:
         "sweep_steps": args.sweep_steps,
         "ranks": args.ranks and tuple(args.ranks),
         "seed": args.seed,
+        "error": args.error,
+        "written_steps": args.written_steps,
+        "precision": chosen_precision(args.precision, _recorded(args.out), args.device),
     }
     plan = dataclasses.replace(plan, **{k: v for k, v in changes.items() if v is not None})
     if args.list:
@@ -82,12 +95,18 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _recorded(folder: Path) -> str | None:
+    """The precision of the experiment in a folder, if there is one."""
+    path = folder / "plan.json"
+    if not path.exists():
+        return None
+    return json.loads(path.read_text(encoding="utf-8"))["plan"].get("precision")
+
+
 def make_experiment(
     folder: Path, plan: ConflictPlan, editor_file: Path | None, device: str | None, commit: str
 ):
     """The experiment on an editor's file; a folder that holds another plan is refused."""
-    import json
-
     from ...editor.checkpoint import bundled, load_editor
     from ..data import PACKAGES, ImagePool, split_files
     from ..editor_base import EditorBase
@@ -96,7 +115,7 @@ def make_experiment(
 
     path, editor_file = folder / "plan.json", editor_file or bundled("editor")
     editor = load_editor(editor_file)
-    base = EditorBase(editor, plan.sampling_steps)
+    base = EditorBase(editor, plan.sampling_steps, plan.error)
     facts = {"plan": json.loads(json.dumps(plan.to_json())), "editor": dict(base.encoder)}
     if path.exists() and json.loads(path.read_text(encoding="utf-8")) != facts:
         raise HYWUError(

@@ -45,10 +45,15 @@ class ConflictPlan:
     """tasks come in contradictory pairs. main_rank: of the main table (about 1 % of the editor's width);
     ranks: of the sweep, where all are trained for sweep_steps, a part of the main runs' steps.
     tune_steps: length of a run that tries a learning rate, 0 to take the middle one untried.
+    precision: of all trainings. error: of an item (see `EditorBase`). written_steps: over so many steps the
+    composed phrasings come in, from none to all (see `make_batch`); 0: all from the start.
     crops: crops of each evaluation image, each edited once a task.
     """
 
     steps: int = 2500
+    precision: str = "bf16"
+    error: str = "mse"
+    written_steps: int = 0
     sweep_steps: int = 500
     batch_size: int = 24
     tasks: tuple[str, ...] = tuple(CONFLICT)
@@ -70,7 +75,7 @@ class ConflictPlan:
     def training(self, lr: float, steps: int, batch_size: int) -> TrainConfig:
         """The schedule of every strategy."""
         return TrainConfig(
-            steps, batch_size, lr, warmup=min(40, steps // 5), ema=0.98, precision="bf16",
+            steps, batch_size, lr, warmup=min(40, steps // 5), ema=0.98, precision=self.precision,
             seed=self.seed,
         )  # fmt: skip
 

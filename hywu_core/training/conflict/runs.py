@@ -73,7 +73,15 @@ class Runs:
 
     def batches(self, run: Run) -> BatchSource:
         plan = self.plan
-        return TaskBatches(self.pool, plan.tasks, plan.batch_size, self.size, plan.seed, run.task)
+        return TaskBatches(
+            self.pool,
+            plan.tasks,
+            plan.batch_size,
+            self.size,
+            plan.seed,
+            run.task,
+            plan.written_steps,
+        )
 
     # -- learning rate -----------------------------------------------------------------------------
 
@@ -153,7 +161,7 @@ class Runs:
 
 def _trained_by(plan: ConflictPlan, run: Run) -> dict[str, Any]:
     """The part of a plan that a run's weights depend on, as JSON gives it back."""
-    keys = ["batch_size", "tasks", "seed"]
+    keys = ["batch_size", "tasks", "seed", "precision", "error", "written_steps"]
     keys += ["generator"] if run.strategy in ("hywu", "shared_large") else []
     return json.loads(json.dumps({key: plan.to_json()[key] for key in keys}))
 
