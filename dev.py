@@ -4,6 +4,7 @@ demo   sets everything up, edits a photograph through a real ComfyUI server, sho
 test   [core|host|browser] [pytest arguments]: the tests, all of them by default
 host   prepares a ComfyUI to develop against; `--start` runs it with this extension in it
 workflows  makes workflows/*.json, their thumbnails and docs/pictures anew, after nodes or weights changed
+help-pictures  [class of a node]: draws the help pages' pictures anew, web/docs/pictures, after nodes changed
 bench  [name] [arguments]: the benchmarks of bench/; without a name it lists them
 lint   ruff check and ruff format --check
 
@@ -331,6 +332,14 @@ def workflows(args: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
+def help_pictures(args: argparse.Namespace, rest: list[str]) -> int:
+    """Draw every node in the real frontend, for the help pages in web/docs (needs Chromium)."""
+    with server_of(prepare_host(), HOST / "help-pictures") as server:
+        command = [python_of(VENV), "-m", "workflows.help_pictures", "--server", server.url]
+        run([*command, *rest], cwd=ROOT)
+    return 0
+
+
 def bench(args: argparse.Namespace, rest: list[str]) -> int:
     """Run bench/NAME.py, or list what there is."""
     files = (ROOT / "bench").glob("*.py")  # those without a main are what the benchmarks share
@@ -356,9 +365,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="dev.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for function in (demo, test, host, workflows, bench, lint):
+    for function in (demo, test, host, workflows, help_pictures, bench, lint):
         command = commands.add_parser(
-            function.__name__, help=function.__doc__, description=function.__doc__
+            function.__name__.replace("_", "-"), help=function.__doc__, description=function.__doc__
         )
         command.set_defaults(function=function)
         if function is demo:

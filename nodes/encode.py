@@ -58,7 +58,7 @@ class HYWUConditionEncode:
                     "MODEL",
                     {
                         "tooltip": "The base model, for checkpoints that read its own hidden states; it "
-                        "runs once for each image, with whatever LoRAs lie on it. For the bundled "
+                        "runs twice for each image, with whatever LoRAs lie on it. For the bundled "
                         "generator only a check: its encoder brings its own copy of the editor."
                     },
                 ),

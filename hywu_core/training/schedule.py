@@ -111,15 +111,14 @@ class Average:
 
     @contextlib.contextmanager
     def swapped(self) -> Iterator[None]:
-        """Inside the block the parameters hold their averages."""
-        kept = {name: p.detach().clone() for name, p in self.parameters.items()}
+        """Inside the block the parameters hold their averages; nothing is copied."""
+        kept = {name: p.data for name, p in self.parameters.items()}
         try:
             self._set(self.values)
             yield
         finally:
             self._set(kept)
 
-    @torch.no_grad()
     def _set(self, values: Mapping[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():
-            parameter.copy_(values[name])
+            parameter.data = values[name]

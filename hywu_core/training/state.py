@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import HYWUError
-from ..files import read_header, read_tensors, save_tensors
+from ..files import open_tensors, parse_header, read_header, save_tensors
 from .schedule import Average
 
 FORMAT = "hywu-training-1"
@@ -50,25 +50,32 @@ def load_state(
     optimizer: torch.optim.Optimizer,
 ) -> dict[str, Any]:
     """Restore a state; returns its header. Raises HYWUError, before anything changes, on a misfit."""
-    tensors, header = read_tensors(path)
-    if header.get("format") != FORMAT:
-        raise HYWUError(f"{path}: not a training state of this program; choose another folder.")
-    for name, parameter in parameters.items():
-        found = tensors.get(f"parameters.{name}")
-        if found is None or found.shape != parameter.shape:
-            what = "is missing" if found is None else f"is {tuple(found.shape)}"
-            raise HYWUError(
-                f"{path}: {name} {what}, the model has {tuple(parameter.shape)}; go on with the "
-                "model that the run was started with, or use another output folder."
-            )
-    with torch.no_grad():
+    with open_tensors(path) as file:
+        header = parse_header(path, file.metadata())
+        if header.get("format") != FORMAT:
+            raise HYWUError(f"{path}: not a training state of this program; choose another folder.")
+        names = set(file.keys())
         for name, parameter in parameters.items():
-            parameter.copy_(tensors[f"parameters.{name}"])
-            average.values[name].copy_(tensors[f"average.{name}"])
-            if f"exp_avg.{name}" not in tensors:
-                continue
-            optimizer.state[parameter] = {
-                "step": torch.tensor(float(header["step"]), dtype=torch.float32),
-                **{m: tensors[f"{m}.{name}"].to(parameter.device) for m in _MOMENTS},
-            }
+            key = f"parameters.{name}"
+            shape = tuple(file.get_slice(key).get_shape()) if key in names else None
+            if shape != tuple(parameter.shape):
+                what = "is missing" if shape is None else f"is {shape}"
+                raise HYWUError(
+                    f"{path}: {name} {what}, the model has {tuple(parameter.shape)}; go on with the "
+                    "model that the run was started with, or use another output folder."
+                )
+        # one tensor after another: the whole file is as large as all that is trained
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(file.get_tensor(f"parameters.{name}"))
+                average.values[name].copy_(file.get_tensor(f"average.{name}"))
+                if f"exp_avg.{name}" not in names:
+                    continue
+                optimizer.state[parameter] = {
+                    "step": torch.tensor(float(header["step"]), dtype=torch.float32),
+                    **{
+                        m: torch.empty_like(parameter).copy_(file.get_tensor(f"{m}.{name}"))
+                        for m in _MOMENTS
+                    },
+                }
     return header

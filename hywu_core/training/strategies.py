@@ -93,14 +93,15 @@ class HyperNetwork:
 
     @torch.no_grad()
     def _folded(self) -> dict[str, Tensor]:
-        """The generator's state with the standardization inside its input projection."""
-        state = {name: value.detach().clone() for name, value in self.trained.state_dict().items()}
+        """The generator's state in float16, with the standardization inside its input projection."""
+        state = {name: value.detach().half() for name, value in self.trained.state_dict().items()}
         single = len(self.trained.config.condition) == 1
         for name, (mean, factor) in self._statistics.items():
             prefix = "hidden_in" if single else f"hidden_in.{name}"
-            weight = state[f"{prefix}.weight"] * factor.to(state[f"{prefix}.weight"])
-            state[f"{prefix}.bias"] -= weight @ mean.to(weight)
-            state[f"{prefix}.weight"] = weight
+            layer = self.trained.get_submodule(prefix)
+            weight = layer.weight * factor.to(layer.weight)
+            state[f"{prefix}.bias"] = (layer.bias - weight @ mean.to(weight)).half()
+            state[f"{prefix}.weight"] = weight.half()
         return state
 
     @contextlib.contextmanager
@@ -115,9 +116,10 @@ class HyperNetwork:
 
         config = self.trained.config
         whole = {**config.provenance, **provenance}
-        half = ParameterGenerator(config.with_(provenance=whole))
-        half.load_state_dict(self._folded())
-        return save_generator(half.half(), path, overwrite=True)
+        with torch.device("meta"):  # a large one's weights are in memory often enough
+            half = ParameterGenerator(config.with_(provenance=whole))
+        half.load_state_dict(self._folded(), assign=True)
+        return save_generator(half, path, overwrite=True)
 
 
 class StaticLoRA:

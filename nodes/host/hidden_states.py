@@ -4,6 +4,10 @@ The picture goes through the MODEL once, as a sampler's last step would send it:
 little noise, always the same, and the instruction as the text. A hook on the block takes its output;
 the tokens of the image are averaged into a grid of at most 8 x 8. Which tokens are the image's is found
 out by the MODEL: they are those that its output depends on.
+
+Most of such a state is the picture's; two instructions for one picture may differ by a hundredth. So the
+picture goes through a second time, its text zeroed, and each token is followed, as more channels, by what
+the text has changed. A generator that is trained on standardized channels sees both equally well.
 """
 
 from __future__ import annotations
@@ -40,6 +44,9 @@ PART = OFFICIAL_PART
 SIGMA = 0.1
 #: Side of the grid of tokens, at most.
 SIDE = 8
+#: What a state is compared with: the same run with all numbers of the text 0. Checkpoints that say
+#: nothing about it read the state alone.
+CONTRAST = "zeros"
 #: Pixels that the sides of a picture are multiples of.
 MULTIPLE = 16
 #: Text -> an entry of a CONDITIONING, and picture ``[1, 3, H, W]`` -> its latent.
@@ -73,7 +80,7 @@ def describe(model: Any, vae: Any, pixels: int, said: Said, latent: Latent) -> d
             "states can't be taken; let the generator read encoders."
         )
     found = {"layer": watch.path, "pixels": pixels, "sigma": SIGMA, "side": SIDE}
-    return {**identity(model, vae), **found}
+    return {**identity(model, vae), **found, "contrast": CONTRAST}
 
 
 def identity(model: Any, vae: Any) -> dict[str, str]:
@@ -116,9 +123,10 @@ def encode(
 ) -> Tensor:  # fmt: skip
     """Tokens ``[B, L, C]`` of each item's pictures one after another, on the CPU.
 
-    pictures: the items' first ones, second ones and so on, ``[B, 3, H, W]`` in 0..1 or ``[1, ...]`` for
-    all. said: each item's text. The MODEL runs once for each picture under the text of its item, as it
-    is given, with whatever lies on it. Raises HYWUError.
+    C is the layer's width, or twice that with what the text changes (see `CONTRAST`). pictures: the items'
+    first ones, second ones and so on, ``[B, 3, H, W]`` in 0..1 or ``[1, ...]`` for all. said: each item's
+    text. The MODEL runs for each picture under the text of its item, as it is given, with whatever lies
+    on it. Raises HYWUError.
     """
     check(facts, model)
     bar = comfy.utils.ProgressBar(sum(map(len, pictures)) + len(pictures) * len(said))
@@ -160,6 +168,22 @@ def scaled(image: Tensor, pixels: int) -> Tensor:
 
 
 def _tokens(facts: Mapping[str, Any], model: Any, latent: Tensor, entry: Entry) -> Tensor:
+    """``[1, L, C]``: the states, and behind them, where the checkpoint wants it, what the text changes."""
+    states = _states(facts, model, latent, entry)
+    if facts.get("contrast") is None:
+        return states
+    return torch.cat([states, states - _states(facts, model, latent, _zeroed(entry))], dim=2)
+
+
+def _zeroed(entry: Entry) -> Entry:
+    """As ComfyUI's ConditioningZeroOut makes it: as many tokens, all 0."""
+    text, facts = entry
+    pooled = facts.get("pooled_output")
+    zeros = None if pooled is None else torch.zeros_like(pooled)
+    return [torch.zeros_like(text), {**facts, "pooled_output": zeros}]
+
+
+def _states(facts: Mapping[str, Any], model: Any, latent: Tensor, entry: Entry) -> Tensor:
     network, layer, side = model.model.diffusion_model, facts["layer"], facts["side"]
 
     def run(kept: Place | None = None) -> tuple[list[Tensor], bool]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import time
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -31,10 +33,7 @@ def describe(
     layout = LoRALayout.of(
         model.model.diffusion_model, rank, include=patterns(include), exclude=patterns(exclude)
     )
-    width, blocks = SIZES[size]
-    config = GeneratorConfig(
-        layout, {"hidden_states": CONDITION_WIDTH}, TOKEN_DIM, rank, width, 64, blocks
-    )
+    config = generator_config(layout, size, {"hidden_states": CONDITION_WIDTH})
     device = mm.get_torch_device()
     dtype = torch.bfloat16 if mm.should_use_bf16(device) else torch.float32
     with torch.device("meta"):
@@ -57,8 +56,8 @@ def describe(
         "tokens": sum(grid.num_layers * grid.num_tokens for grid in config.grids),
         "generator": {
             "size": size,
-            "d_model": width,
-            "blocks": blocks,
+            "d_model": config.d_model,
+            "blocks": config.num_blocks,
             "parameters": parameters,
             "weights_bytes": parameters * dtype.itemsize,
             "activation_bytes": activation_bytes(config, batch, tokens, dtype.itemsize),
@@ -69,6 +68,15 @@ def describe(
         },
     }
     return _table(layout, report), json.dumps(report)
+
+
+def generator_config(
+    layout: LoRALayout, size: str, condition: Mapping[str, int], **more: Any
+) -> GeneratorConfig:
+    """A generator of one of the `SIZES`, whatever the rank. more: other fields of its config."""
+    width, blocks = SIZES[size]
+    shared = math.gcd(layout.rank, width)
+    return GeneratorConfig(layout, condition, TOKEN_DIM, shared, width, 64, blocks, **more)
 
 
 def patterns(text: str) -> list[str] | None:

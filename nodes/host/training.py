@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from ...hywu_core.training.schedule import TrainConfig
 from ...hywu_core.training.trainer import STATE, Trainer
 from . import training_files as files
 from .generators import HostGenerator
-from .layouts import SIZES, TOKEN_DIM, patterns
+from .layouts import generator_config, patterns
 from .training_base import HostBase
 from .training_conditions import READS, GraphEncoder
 from .training_data import FixedCrops
@@ -131,11 +130,10 @@ class _Training:
         layout = LoRALayout.of(
             base.module, request.rank, include=patterns(request.include), exclude=exclude or None
         )
-        width, blocks = SIZES[request.generator_size]
         usual = GeneratorSize()
-        return GeneratorConfig(
-            layout, dict(base.condition_parts), TOKEN_DIM, math.gcd(request.rank, width), width, 64,
-            blocks, lora_a_scale=usual.lora_a_scale, lora_b_scale=usual.lora_b_scale,
+        return generator_config(
+            layout, request.generator_size, dict(base.condition_parts),
+            lora_a_scale=usual.lora_a_scale, lora_b_scale=usual.lora_b_scale,
             encoder=dict(base.encoder), base=base.name,
         )  # fmt: skip
 

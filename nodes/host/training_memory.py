@@ -25,6 +25,8 @@ from .training_base import HostBase
 
 #: float32 weight, gradient, AdamW's two moments and the moving average.
 BYTES_A_WEIGHT = 20
+#: AdamW's square roots of all second moments at once; nothing of the backward pass is kept any more then.
+BYTES_OF_UPDATE = 4
 #: Residual streams that one item's backward pass keeps for each block of the generator, at the least.
 STREAMS_A_BLOCK = 4
 
@@ -85,15 +87,20 @@ def _recomputing(forward: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def check_weights(config: GeneratorConfig, device: torch.device, items: int) -> int:
-    """Bytes that the generator's training state takes; HYWUError when they can't fit at all."""
+    """Bytes that training the generator's weights takes; HYWUError when they can't fit at all."""
     with torch.device("meta"):
         count = sum(p.numel() for p in ParameterGenerator(config).parameters())
     stream = 4 * items * config.num_positions * config.d_model
-    least = BYTES_A_WEIGHT * count + config.num_blocks * STREAMS_A_BLOCK * stream
+    least = _bytes(count, config.num_blocks * STREAMS_A_BLOCK * stream)
     total = mm.get_total_memory(device)
     if least > total:
         raise HYWUError(_too_much("at least", least, total, device, f"{count:,} weights"))
-    return BYTES_A_WEIGHT * count
+    return _bytes(count, 0)
+
+
+def _bytes(weights: int, activations: int) -> int:
+    """The most of a step: at the end of the backward pass, or in the update after it."""
+    return BYTES_A_WEIGHT * weights + max(activations, BYTES_OF_UPDATE * weights)
 
 
 def check_step(strategy: HyperNetwork, batch: Batch, items: int, recompute: bool) -> int:
@@ -111,9 +118,11 @@ def check_step(strategy: HyperNetwork, batch: Batch, items: int, recompute: bool
     latent = base.latent(batch.source[:1].cpu())
     # a forward's own working memory, as ComfyUI reckons it for sampling
     working = int(base.model.memory_required([items, *latent.shape[1:]])) if recompute else 0
-    weights = BYTES_A_WEIGHT * sum(p.numel() for p in strategy.trained.parameters())
+    weights = sum(p.numel() for p in strategy.trained.parameters())
     loras = 2 * 4 * items * config.layout.num_values
-    need, free = weights + items * kept + working + loras, mm.get_free_memory(base.device)
+    need = _bytes(weights, items * kept + working + loras)
+    # the weights themselves are there already
+    free = mm.get_free_memory(base.device) + 4 * weights
     if need > free:
         raise HYWUError(_too_much("about", need, free, base.device, f"{items} examples at once"))
     return need

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,22 +12,13 @@ import pytest
 import dev
 from hywu_core.editor.checkpoint import VARIABLE
 from hywu_core.headless.local import LocalServer
-
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-]
+from workflows.browser import FLAGS, SETTINGS, find_chromium, open_frontend
 
 
 @pytest.fixture(scope="session")
 def chromium() -> str:
     """The path of a Chromium. .ci/run installs one; a machine without one says so and skips."""
-    named = [os.environ.get("CHROMIUM"), "chromium", "chromium-browser", "google-chrome"]
-    found = next((path for name in named if name and (path := shutil.which(name))), None)
+    found = find_chromium()
     if found is None:
         if os.environ.get("CI"):
             pytest.fail("CI has no Chromium: .ci/run should have installed it.")
@@ -36,15 +26,6 @@ def chromium() -> str:
     return found
 
 
-#: What a user who has been here before has set; the first visit would open the templates.
-SETTINGS = {
-    "Comfy.TutorialCompleted": True,
-    "Comfy.Locale": "en",
-    "Comfy.ColorPalette": "dark",
-    "Comfy.NodeSearchBoxImpl": "default",
-    "Comfy.NodeSearchBoxImpl.NodePreview": False,
-    "Comfy.LinkRelease.Action": "no action",
-}
 #: The frontend's own: with paid nodes switched off its page may not call their server, and it
 #: asks for files (user style, last settings, a help page in this language) that needn't be there.
 NOISE = ("api.comfy.org", "status of 404")
@@ -104,14 +85,7 @@ def settings() -> dict:
 def page(browser, server: LocalServer, errors: list[str], settings: dict):
     """A page with the frontend loaded; what it writes to the console as errors later is in `errors`."""
     context = browser.new_context(viewport={"width": 1600, "height": 1000})
-    context.request.post(f"{server.url}/settings", data=settings)
-    opened = context.new_page()
-    opened.goto(server.url)
-    opened.wait_for_function(
-        "window.app?.extensionManager?.workflow?.activeWorkflow", timeout=90_000
-    )
-    opened.wait_for_function("!document.querySelector('.p-blockui-mask')")  # the splash is gone
-    opened.wait_for_timeout(500)
+    opened = open_frontend(context, server.url, settings)
 
     def note(text: str) -> None:
         if not any(noise in text for noise in NOISE):

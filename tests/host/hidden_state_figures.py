@@ -66,7 +66,11 @@ class Model:
         encoder = GraphEncoder(self.model, self.clip, None, cache, "model", self.vae, SIDE)
         facts = {**encoder.identity, "model": {**encoder.identity["model"], **changed}}
         layout = LoRALayout.of(self.network, 2)
-        config = GeneratorConfig(layout, encoder.parts, 32, 2, 64, 32, 1, encoder=facts)
+        parts = dict(encoder.parts)
+        if facts["model"]["contrast"] is None:  # as checkpoints say it that know of none
+            del facts["model"]["contrast"]
+            parts[hidden_states.PART] //= 2
+        config = GeneratorConfig(layout, parts, 32, 2, 64, 32, 1, encoder=facts)
         torch.manual_seed(0)
         made = ParameterGenerator(config)
         made.reset_parameters()
@@ -179,9 +183,21 @@ def looked_at(make: Any) -> dict[str, Any]:
         "item": gap(batch[1:2], single),
         "by_image": gap(batch[0], batch[2]),
         "by_text": gap(asked[0], asked[1]),
+        "contrast_by_text": gap(*(half(row, 1) for row in asked)),
+        "without_contrast": gap(half(batch, 0), without_contrast(made, texts)),
         "place": image_place(made),
         "hooks_left": sum(len(m._forward_hooks) for m in made.network.modules()),
     }
+
+
+def half(states: torch.Tensor, second: int) -> torch.Tensor:
+    """The states themselves, or what the text changes in them."""
+    return states.chunk(2, dim=-1)[second]
+
+
+def without_contrast(made: Model, texts: str) -> torch.Tensor:
+    """The tokens that a checkpoint gets which says nothing about a contrast."""
+    return tokens(made.generator(contrast=None), texts, **made.inputs)
 
 
 def image_place(made: Model) -> list[Any]:
@@ -282,9 +298,10 @@ def placed_by_hand(flux_model: Model) -> dict[str, Any]:
     picture = PICTURES[:1, :48, :48]
     found = tokens(generator, "make it warm", picture, **flux_model.inputs)
     handle.remove()
-    whole = seen[0].float().mT.unflatten(2, (SIDE // 16, SIDE // 16))
-    wanted = torch.nn.functional.adaptive_avg_pool2d(whole, 8 if SIDE > 128 else SIDE // 16)
-    return {"hand": gap(found, wanted.flatten(2).mT), "runs": len(seen)}
+    with_text, without = seen[0].float(), seen[-1].float()
+    assert with_text.shape[1] <= hidden_states.SIDE**2  # the grid is not averaged
+    wanted = torch.cat([with_text, with_text - without], dim=2)
+    return {"hand": gap(found, wanted)}
 
 
 def stopped(wan: Model, generator: HostGenerator) -> dict[str, Any]:

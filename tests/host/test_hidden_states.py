@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-#: Architecture -> the last of its blocks to run, its outputs' shape for three pictures of 80 x 48 pixels.
+#: Architecture -> the last of its blocks to run, its outputs' shape for three pictures of 80 x 48 pixels;
+#: tokens are twice as wide, with what the text changes.
 ARCHITECTURES = {
     "Wan 2.1": ("blocks.1", [3, 15, 128]),
     "SD3": ("joint_blocks.1", [3, 15, 128]),
@@ -27,8 +28,8 @@ def figures(run_inside, weights, tmp_path_factory):
 def test_the_last_block_gives_a_grid_of_the_images_tokens(figures, name):
     found, (layer, shape) = figures[name], ARCHITECTURES[name]
     assert found["layer"] == layer
-    assert found["shape"] == shape
-    assert found["width"] == {"hidden_states": shape[2]}
+    assert found["shape"] == [*shape[:2], 2 * shape[2]]
+    assert found["width"] == {"hidden_states": 2 * shape[2]}
     assert found["hooks_left"] == 0
 
 
@@ -39,6 +40,19 @@ def test_image_and_instruction_change_it_and_nothing_else_does(figures, name):
     assert found["item"] < 1e-5
     assert found["by_image"] > 1e-3
     assert found["by_text"] > 1e-3
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_what_the_text_changes_is_told_apart_from_the_picture(figures, name):
+    """Two instructions for one picture: nearly the same states, very different changes by the text."""
+    found = figures[name]
+    assert found["contrast_by_text"] > 0.2
+    assert found["contrast_by_text"] > 2 * found["by_text"]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_checkpoint_without_the_contrast_gets_the_states_alone(figures, name):
+    assert figures[name]["without_contrast"] < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -135,7 +149,7 @@ def test_the_model_runs_under_a_conditioning_in_place_of_clip(figures):
 def test_a_generator_is_trained_on_them_and_used(figures, reads):
     found = figures[reads]
     more = {"vision": 32, "text": 4096} if "encoders" in reads else {}
-    assert found["parts"] == {"hidden_states": 128, **more}
+    assert found["parts"] == {"hidden_states": 256, **more}
     assert found["facts"]["layer"] == "blocks.1"
     assert found["facts"]["pixels"] == 64
     assert found["images"] == ([3, 3] if reads == "model" else [None, 1])

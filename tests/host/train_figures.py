@@ -1,13 +1,17 @@
 """Run inside ComfyUI's tree by test_train.py: training through a Wan and an SD3 MODEL, figures as JSON.
 
 Arguments: ComfyUI's tree, this extension's folder, a folder to write to, and which figures: "wan",
-"conflict", "references", or "files" with the width of the text's tokens.
+"size" and a generator's, "conflict" with a seed and names of `ARMS`, "references", or "files" with the width
+of the text's tokens.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
+import resource
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,7 @@ import folder_paths
 import torch
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 from safetensors.torch import save_file
+from torch import Tensor
 
 import nodes as stock
 
@@ -31,14 +36,18 @@ folder_paths.add_model_folder_path("diffusion_models", str(FOLDER / "models"), i
 NODES = inside.load_nodes()
 
 import train_tools as tools  # noqa: E402
+from hywu_nodes.hywu_core.condition import Condition  # noqa: E402
 from hywu_nodes.hywu_core.generator.checkpoints import load_generator  # noqa: E402
 from hywu_nodes.hywu_core.generator.config import GeneratorConfig  # noqa: E402
+from hywu_nodes.hywu_core.generator.model import ParameterGenerator  # noqa: E402
 from hywu_nodes.hywu_core.layout import LoRALayout  # noqa: E402
 from hywu_nodes.hywu_core.training.base import Batch, frozen_digest  # noqa: E402
 from hywu_nodes.hywu_core.training.conflict.plan import GeneratorSize  # noqa: E402
+from hywu_nodes.hywu_core.training.logs import read_log  # noqa: E402
 from hywu_nodes.hywu_core.training.schedule import TrainConfig  # noqa: E402
 from hywu_nodes.hywu_core.training.strategies import StaticLoRA  # noqa: E402
 from hywu_nodes.hywu_core.training.trainer import Trainer  # noqa: E402
+from hywu_nodes.nodes.host import layouts  # noqa: E402
 from hywu_nodes.nodes.host import training_files as files  # noqa: E402
 from hywu_nodes.nodes.host.training_base import HostBase  # noqa: E402
 from hywu_nodes.nodes.host.training_conditions import GraphEncoder  # noqa: E402
@@ -66,10 +75,13 @@ def checkpoint(name: str) -> Path:
     return FOLDER / "models" / "hywu" / f"{name}.safetensors"
 
 
-def make_base(model: Any, vae: Any, clip: Any, source_input: str = "none") -> HostBase:
+def make_base(
+    model: Any, vae: Any, clip: Any, kind: type[HostBase] = HostBase, reads: str = "encoders"
+) -> HostBase:
     cache = files.TensorCache(FOLDER / "cache")
     patcher = plain_patcher(model)
-    base = HostBase(patcher, vae, GraphEncoder(patcher, clip, None, cache), cache, source_input, 2)
+    encoder = GraphEncoder(patcher, clip, None, cache, reads, vae, tools.SIZE)
+    base = kind(patcher, vae, encoder, cache, "none", 2)
     base.load()
     return base
 
@@ -130,23 +142,28 @@ def reloaded(model: Any, clip: Any, generator: Any) -> dict[str, Any]:
     }
 
 
-def interrupted(model: Any, vae: Any, clip: Any) -> dict[str, Any]:
-    """Stopped after a step, by the flag that the stop button sets, and run again."""
-    calls = {"left": 2}
+def interrupted_at(step: int, action: Callable[[], Any]) -> str:
+    """How a training ended that was stopped after a step, by the flag that the stop button sets."""
+    calls = {"left": step}
     ask = mm.processing_interrupted
 
-    def stop_at_second() -> bool:
+    def stop() -> bool:
         calls["left"] -= 1
         return calls["left"] == 0
 
-    mm.processing_interrupted = stop_at_second
+    mm.processing_interrupted = stop
     try:
-        train(model, vae, clip, name="stopped")
-        how = "went on"
+        action()
+        return "went on"
     except mm.InterruptProcessingException:
-        how = "interrupted"
+        return "interrupted"
     finally:
         mm.processing_interrupted = ask
+
+
+def interrupted(model: Any, vae: Any, clip: Any) -> dict[str, Any]:
+    """Stopped after a step, and run again."""
+    how = interrupted_at(2, lambda: train(model, vae, clip, name="stopped"))
     log = (files.run_folder("stopped") / "log.csv").read_text().splitlines()
     kept = (files.run_folder("stopped") / "state.safetensors").is_file()
     written = checkpoint("stopped").exists()
@@ -212,7 +229,7 @@ def other_ways(vae: Any, clip: Any) -> dict[str, Any]:
 
 def short_of_memory(model: Any, vae: Any, clip: Any) -> dict[str, str]:
     """On a machine said to have less than the weights need, and on one with less than a step needs."""
-    found, weights = {}, 20 * 3_737_216
+    found, weights = {}, 16 * 3_737_216
     for case, (function, size) in {
         "memory": ("get_total_memory", weights),
         "step": ("get_free_memory", weights + (4 << 20)),
@@ -302,14 +319,14 @@ def backward(strategy: HeldNetwork, batch: Batch, draws: dict) -> None:
     strategy.release()
 
 
-def make_generator(base: HostBase, layout: LoRALayout) -> HeldNetwork:
+def make_generator(base: HostBase, layout: LoRALayout, seed: int = 1) -> HeldNetwork:
     usual = GeneratorSize()
     config = GeneratorConfig(
         layout, dict(base.condition_parts), 192, layout.rank, 128, 64, 1,
         lora_a_scale=usual.lora_a_scale, lora_b_scale=usual.lora_b_scale,
         encoder=dict(base.encoder), base=base.name,
     )  # fmt: skip
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     return HeldNetwork(base, config, checkpointing=False)
 
 
@@ -392,19 +409,104 @@ def refused_references(folder: Path, rows: list[dict], attempt: Any, seeing: Any
     return found
 
 
+# -- every size of generator -----------------------------------------------------------------------------
+
+
+#: Real models in their full width and depth, without storage.
+FULL = {
+    "Wan 2.1 14B": ("Wan 2.1", {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40}),
+    "Flux": ("Flux", {"depth": 19, "depth_single_blocks": 38}),
+    "SDXL": ("SDXL", {}),
+}
+
+
+def counts(tiny: Any) -> dict[str, dict[str, int]]:
+    """Model -> size -> weights of its generator of rank 4 that reads a text encoder's 4096 channels."""
+    networks = {"tiny": tiny.model.diffusion_model}
+    for name, (kind, options) in FULL.items():
+        known = architectures.ARCHITECTURES[kind]
+        wide = dataclasses.replace(known, options={**known.options, **options})
+        architectures.ARCHITECTURES[name] = wide
+        networks[name] = architectures.build(name)
+    found: dict[str, dict[str, int]] = {name: {} for name in networks}
+    for name, network in networks.items():
+        layout = LoRALayout.of(network, 4)
+        for size in layouts.SIZES:
+            config = layouts.generator_config(layout, size, {"text": 4096})
+            with torch.device("meta"):
+                generator = ParameterGenerator(config)
+            found[name][size] = sum(p.numel() for p in generator.parameters())
+    return found
+
+
+def resident() -> int:
+    """The most memory that this process has had, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def trained_size(size: str) -> dict[str, Any]:
+    """Three steps of a size: stopped after the first, gone on with, loaded, a LoRA generated."""
+    tools.make_pairs(FOLDER / "input" / "colour")
+    with torch.inference_mode():
+        model, vae, clip = tools.load_model(FOLDER, "Wan 2.1"), tools.wan_vae(), tools.ToyCLIP(4096)
+        widgets, before = {"name": size, "generator_size": size, "steps": 3}, resident()
+        how = interrupted_at(1, lambda: train(model, vae, clip, **widgets))
+        measured = resident() - before
+        report = json.loads(train(model, vae, clip, **widgets)[1])
+        loaded = NODES["HYWULoadGenerator"]().load(f"{size}.safetensors", "auto")[0]
+        image = torch.rand(1, 40, 40, 3, generator=torch.Generator().manual_seed(0))
+        encode = NODES["HYWUConditionEncode"]()
+        condition = encode.encode(loaded, image, "make it warm", clip=clip)["result"][0]
+        lora = NODES["HYWUGenerateLoRA"]().generate(loaded, condition)["result"][0]
+        odd_rank = NODES["HYWUModelLayout"]().show(model, 12, size, 64, 1)["result"][1]
+    values = torch.cat([lora[path].B.flatten() for path in lora])
+    return {
+        "interrupted": how,
+        "losses": [row["loss"] for row in read_log(files.run_folder(size) / "log.csv")],
+        "weights": report["generator_weights"],
+        "state_bytes": (files.run_folder(size) / "state.safetensors").stat().st_size,
+        "checkpoint_bytes": checkpoint(size).stat().st_size,
+        "estimate": report["memory_estimate_bytes"],
+        "measured": measured,
+        "modules": len(lora),
+        "largest": float(values.abs().max()),
+        "finite": bool(torch.isfinite(values).all()),
+        "odd_rank": json.loads(odd_rank)["generator"]["parameters"],
+        "counts": counts(model),
+    }
+
+
 # -- two contradictory tasks ---------------------------------------------------------------------------
 
 STEPS, RANK, PICTURES, VALIDATION = 300, 2, 16, 10_000
 
 
+class OtherPicture(HostBase):
+    """Items come in pairs of one picture in both tasks; each gets the condition of the next pair's picture.
+
+    So a condition tells the instruction and nothing about the picture that is to be made.
+    """
+
+    def encode(self, source: Tensor, instruction: Sequence[str]) -> Condition:
+        return super().encode(source.roll(2, 0), instruction)
+
+
+#: Name -> the base, and what its generator reads. "own" sees what no static LoRA sees: the picture.
+ARMS = {
+    "encoders": (HostBase, "encoders"),
+    "model": (OtherPicture, "model"),
+    "own": (HostBase, "model"),
+}
+
+
 class Balanced:
     """Four pictures a batch, each in both tasks, or in the one named; later steps are never trained on."""
 
-    def __init__(self, crops: FixedCrops, task: str = "") -> None:
-        self.crops, self.task = crops, task
+    def __init__(self, crops: FixedCrops, task: str = "", seed: int = 0) -> None:
+        self.crops, self.task, self.seed = crops, task, seed
 
     def __call__(self, step: int) -> Batch:
-        generator = torch.Generator().manual_seed(step)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         chosen = torch.randperm(PICTURES, generator=generator)[:4].tolist()
         batch = self.crops.batch([2 * i + side for i in chosen for side in (0, 1)])
         return batch.select([i for i, task in enumerate(batch.task) if self.task in ("", task)])
@@ -427,31 +529,33 @@ def validation_loss(trainer: Trainer, batches: Balanced) -> float:
     return sum(losses) / len(losses)
 
 
-def conflict() -> dict[str, Any]:
-    """Validation losses of the generator, of one LoRA for both tasks and of one LoRA a task.
+def conflict(seed: str, *arms: str) -> dict[str, Any]:
+    """Validation losses of generators, of one LoRA for both tasks and of one LoRA a task.
 
     All see the same examples, noise, text conditioning and schedule. The shared LoRA gets the best of
     three learning rates, the others one: what favours it.
     """
     tools.make_pairs(FOLDER / "input" / "colour", PICTURES)
+    number = int(seed)
     with torch.inference_mode():
         model, vae, clip = tools.load_model(FOLDER, "Wan 2.1"), tools.wan_vae(), tools.ToyCLIP(4096)
     with autograd_through_host():
-        base = make_base(model, vae, clip)
+        bases = {arm: make_base(model, vae, clip, *ARMS[arm]) for arm in arms}
         crops = FixedCrops(files.training_pairs("colour")[0], 8, tools.SIZE, 1, 0)
-        layout = LoRALayout.of(base.module, RANK)
+        layout = LoRALayout.of(bases["model"].module, RANK)
 
-        def run(name: str, rate: float, task: str = "") -> float:
-            torch.manual_seed(1)
-            batches = Balanced(crops, task)
+        def run(name: str, rate: float, task: str = "", arm: str = "model") -> float:
+            torch.manual_seed(1 + number)
+            batches, base = Balanced(crops, task, number), bases[arm]
             if name == "hywu":
-                strategy = make_generator(base, layout)
-                first = crops.batch(range(8))
-                strategy.standardize([base.encode(first.source, first.instruction)])
+                strategy = make_generator(base, layout, 1 + number)
+                # all of them, before a LoRA lies on the MODEL whose states they are
+                whole = crops.batch(range(len(crops)))
+                strategy.standardize([base.encode(whole.source, whole.instruction)])
             else:
                 strategy = StaticLoRA(base, layout)
-            config = TrainConfig(STEPS, len(batches(0)), rate, warmup=20)
-            folder = FOLDER / "runs" / f"{name}{task}{rate:g}"
+            config = TrainConfig(STEPS, len(batches(0)), rate, warmup=20, seed=number)
+            folder = FOLDER / "runs" / f"{name}{task}{rate:g}{arm}"
             trainer = Trainer(base, strategy, batches, config, folder, device="cpu")
             trainer.run()
             loss = validation_loss(trainer, batches)
@@ -461,23 +565,23 @@ def conflict() -> dict[str, Any]:
 
         shared = {rate: run("shared", rate) for rate in (1e-2, 3e-2, 6e-2)}
         single = {task: run("single", 3e-2, task) for task in tools.TASKS}
-        hywu = run("hywu", 2e-3)
+        hywu = {arm: run("hywu", 2e-3, arm=arm) for arm in arms}
     floor = sum(single.values()) / len(single)
-    best = min(shared.values())
+    excess = min(shared.values()) - floor
     return {
-        "shared": shared, "single": single, "hywu": hywu, "excess_shared": best - floor,
-        "excess_hywu": hywu - floor, "falls_by": 1 - (hywu - floor) / (best - floor),
+        "parts": {arm: dict(base.condition_parts) for arm, base in bases.items()},
+        "shared": shared, "single": single, "hywu": hywu, "excess_shared": excess,
+        "falls_by": {arm: 1 - (loss - floor) / excess for arm, loss in hywu.items()},
     }  # fmt: skip
 
 
 # -- files for a server ----------------------------------------------------------------------------------
 
 
-def server_files() -> dict[str, Any]:
+def server_files(width: str) -> dict[str, Any]:
     """A tiny SD3 that reads the bundled CLIP's tokens, and a tiny VAE, in a server's model folders."""
-    width = int(inside.ARGUMENTS[2])
     sd3 = architectures.ARCHITECTURES["SD3"]
-    sd3.options["context_embedder_config"]["params"]["in_features"] = width
+    sd3.options["context_embedder_config"]["params"]["in_features"] = int(width)
     weights = architectures.random_weights(architectures.build("SD3"), torch.float32)
     models = FOLDER / "models"
     save_file(
@@ -490,5 +594,8 @@ def server_files() -> dict[str, Any]:
     return {"parameters": sum(value.numel() for value in weights.values())}
 
 
-FIGURES = {"wan": wan, "conflict": conflict, "references": references, "files": server_files}
-inside.show(FIGURES[WHICH]())
+ASKED = {
+    "wan": wan, "size": trained_size, "conflict": conflict, "references": references,
+    "files": server_files,
+}  # fmt: skip
+inside.show(ASKED[WHICH](*inside.ARGUMENTS[2:]))

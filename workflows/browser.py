@@ -1,0 +1,42 @@
+"""A real browser on a server's frontend: for the tests of tests/browser and the pictures of the help pages."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import Any
+
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+]
+#: What a user who has been here before has set; the first visit would open the templates.
+SETTINGS = {
+    "Comfy.TutorialCompleted": True,
+    "Comfy.Locale": "en",
+    "Comfy.ColorPalette": "dark",
+    "Comfy.NodeSearchBoxImpl": "default",
+    "Comfy.NodeSearchBoxImpl.NodePreview": False,
+    "Comfy.LinkRelease.Action": "no action",
+}
+
+
+def find_chromium() -> str | None:
+    """The path of a Chromium: CHROMIUM's, or one that is installed."""
+    named = [os.environ.get("CHROMIUM"), "chromium", "chromium-browser", "google-chrome"]
+    return next((path for name in named if name and (path := shutil.which(name))), None)
+
+
+def open_frontend(context: Any, url: str, settings: dict[str, Any]) -> Any:
+    """A page of a Playwright `context` with the frontend at `url` loaded, for a user with these settings."""
+    context.request.post(f"{url}/settings", data=settings)
+    page = context.new_page()
+    page.goto(url)
+    page.wait_for_function("window.app?.extensionManager?.workflow?.activeWorkflow", timeout=90_000)
+    page.wait_for_function("!document.querySelector('.p-blockui-mask')")  # the splash is gone
+    page.wait_for_timeout(500)
+    return page
