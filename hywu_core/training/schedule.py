@@ -111,7 +111,10 @@ class Average:
 
     @contextlib.contextmanager
     def swapped(self) -> Iterator[None]:
-        """Inside the block the parameters hold their averages; nothing is copied."""
+        """Inside the block the parameters hold their averages, read only; nothing is copied.
+
+        They stay the same objects, so the optimizer's state and hooks on them are not touched.
+        """
         kept = {name: p.data for name, p in self.parameters.items()}
         try:
             self._set(self.values)
@@ -122,3 +125,5 @@ class Average:
     def _set(self, values: Mapping[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():
             parameter.data = values[name]
+            # whoever keeps what follows from the weights learns by the version that they are others
+            torch.autograd.graph.increment_version(parameter)

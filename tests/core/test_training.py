@@ -232,6 +232,48 @@ def test_average_is_an_exponential_mean(tmp_path):
     assert torch.allclose(trainer.average.values["out.bias"], expected, atol=1e-6)
 
 
+def test_an_exception_under_averaged_weights_gives_the_weights_back(tmp_path):
+    """And the training goes on to the same weights, averages and moments as one without it."""
+    trainer = toy.make_trainer(tmp_path / "broken", steps=8)
+    trainer.run(until=4)
+    average = trainer.average
+    weights = {name: p.detach().clone() for name, p in trainer.parameters.items()}
+    averages = {name: value.clone() for name, value in average.values.items()}
+    with pytest.raises(RuntimeError, match="in the block"), average.swapped():
+        inside = {name: p.detach() for name, p in trainer.parameters.items()}
+        assert largest_difference(inside, averages) == 0
+        assert largest_difference(inside, weights) > 0
+        raise RuntimeError("in the block")
+    after = {name: p.detach() for name, p in trainer.parameters.items()}
+    assert largest_difference(after, weights) == 0
+    assert largest_difference(average.values, averages) == 0
+    trainer.run()
+    toy.make_trainer(tmp_path / "whole", steps=8).run()
+    assert largest_difference(trained(tmp_path / "broken"), trained(tmp_path / "whole")) == 0
+
+
+def test_the_generator_keeps_nothing_of_its_weights_when_they_are_swapped(tmp_path):
+    """Its prefix, which depends on no condition, is computed anew from the averages and back."""
+    trainer = toy.make_trainer(tmp_path, steps=4)
+    trainer.run()
+    batch = toy.batches(50)
+    condition = trainer.base.encode(batch.source, batch.instruction)
+    generator = trainer.strategy.trained
+
+    def kept_and_new():
+        kept = generator(condition)
+        generator._prefix = None
+        new = generator(condition)
+        return max(float((kept[path].B - new[path].B).abs().max()) for path in kept)
+
+    with torch.no_grad():
+        generator(condition)
+        assert generator._prefix is not None
+        with trainer.average.swapped():
+            assert kept_and_new() == 0
+        assert kept_and_new() == 0
+
+
 def test_schedule_warms_up_and_ends_low():
     config = TrainConfig(steps=100, lr=1.0, warmup=10, final_lr=0.1)
     rates = [lr_at(config, step) for step in range(100)]
