@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import logging
 import time
@@ -95,7 +96,10 @@ def train(model: Any, vae: Any, clip: Any, clip_vision: Any, request: Request) -
     sizes that can't be used, and when the training doesn't fit the memory.
     """
     with autograd_through_host():
-        return _Training(model, vae, clip, clip_vision, request).run()
+        trained = _Training(model, vae, clip, clip_vision, request).run()
+    # the trainer's parts refer to each other in circles, and hold all that was trained until these are found
+    gc.collect()
+    return trained
 
 
 class _Training:

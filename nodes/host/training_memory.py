@@ -141,7 +141,8 @@ def _kept_bytes(strategy: HyperNetwork, one: Batch) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        # without its history: an output that the graph keeps would keep the graph, for good
+        return tensor.detach()
 
     draws = {k: v.to(one.source.device) for k, v in strategy.base.draw(one, 0).items()}
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

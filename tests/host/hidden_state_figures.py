@@ -183,11 +183,17 @@ def looked_at(make: Any) -> dict[str, Any]:
         "item": gap(batch[1:2], single),
         "by_image": gap(batch[0], batch[2]),
         "by_text": gap(asked[0], asked[1]),
-        "contrast_by_text": gap(*(half(row, 1) for row in asked)),
+        "text_in_states": share(*(half(row, 0) for row in asked)),
+        "text_in_contrast": share(*(half(row, 1) for row in asked)),
         "without_contrast": gap(half(batch, 0), without_contrast(made, texts)),
         "place": image_place(made),
         "hooks_left": sum(len(m._forward_hooks) for m in made.network.modules()),
     }
+
+
+def share(one: torch.Tensor, two: torch.Tensor) -> float:
+    """How much of one is not in the other, by their norms."""
+    return float((one - two).norm() / one.norm())
 
 
 def half(states: torch.Tensor, second: int) -> torch.Tensor:
