@@ -56,16 +56,16 @@ def encode(
         raise HYWUError("The condition has NaN or infinite values; look at the image for them.")
     warnings = several.number_warnings(generator.config.encoder, len(pictures))
     warnings += _warnings(generator, texts if given is None else [], condition)
-    text = condition.origin.get("text", "instruction")
+    text_from = condition.origin.get("text_from", "instruction")
     if given is not None:
-        warnings += conditionings.warnings(given, inputs.get("clip"), text == "conditioning")
+        warnings += conditionings.warnings(given, inputs.get("clip"), text_from == "conditioning")
     for warning in warnings:
         log.warning("HY-WU: %s", warning)
     report = {
         "images": count,
         "pictures_each": len(pictures),
         "instructions": [text[:200] for text in texts],
-        "text": text,
+        "text_from": text_from,
         "tokens": condition.num_tokens,
         "seconds": round(time.perf_counter() - start, 4),
         "warnings": warnings,

@@ -59,7 +59,7 @@ def encode(
         origin["model"] = {**generator.config.encoder["model"], **connected}
     facts = [list(texts), tuple(pictures[0].shape), list(parts), origin.get("model")]
     if read and inputs.get("conditioning") is not None:
-        origin["text"] = "conditioning"
+        origin["text_from"] = "conditioning"
         facts.append(conditionings.digest(said))
     return Condition(parts, masks, _fingerprint(facts, pictures), origin)
 

@@ -146,7 +146,7 @@ def conditionings() -> dict:
         ),
         "masked": found.masks["text"].sum(1).tolist(),
         "alone": far(shared.parts["text"], made[0].expand(2, -1, -1)),
-        "text": [report["text"] for report in reports],
+        "text": [report["text_from"] for report in reports],
         "unwritten": reports[0]["instructions"],
         "prints": len({c.fingerprint for c in (by_clip, found, *prints)}),
         "warnings": reports[0]["warnings"] + reports[1]["warnings"],

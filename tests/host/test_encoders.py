@@ -106,7 +106,8 @@ FAMILIES = {
 
 @pytest.fixture(scope="module")
 def standalone(run_inside, tmp_path_factory):
-    return run_inside("transformers_figures.py", tmp_path_factory.mktemp("standalone"), threads=1)
+    folder = tmp_path_factory.mktemp("standalone")
+    return run_inside("transformers_figures.py", folder, threads=1, timeout=900)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -142,10 +142,8 @@ def test_a_generator_reads_the_models_own_hidden_states(server, tiny_sd3):
     del encode["clip"]
     encode |= {"conditioning": ["text", 0], "instruction": ""}
     outputs = g.run(server, graph)
-    assert (g.said(outputs, "encode")["text"], g.said(outputs, "encode")["warnings"]) == (
-        "conditioning",
-        [],
-    )
+    report = g.said(outputs, "encode")
+    assert (report["text_from"], report["warnings"]) == ("conditioning", [])
     assert g.said(outputs, "generate")["cached"]
     # a second picture is read, though the generator was trained with one
     encode["image2"] = ["photo", 0]
