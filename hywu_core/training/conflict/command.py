@@ -38,9 +38,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--precision", choices=("auto", *PRECISIONS), default="auto",
         help="auto: bf16 where the device has it in hardware, else no (float32)",
     )  # fmt: skip
-    parser.add_argument("--error", choices=("mse", "log"), help="of an item (default mse)")
     parser.add_argument(
-        "--written-steps", type=int, help="steps over which composed phrasings come in (default 0)"
+        "--error", choices=("mse", "log"), help=f"of an item (default {ConflictPlan.error})"
+    )
+    parser.add_argument(
+        "--written-steps",
+        type=int,
+        help=f"steps over which composed phrasings come in (default {ConflictPlan.written_steps})",
     )
     parser.add_argument("--seed", type=int, default=0, help="of weights, crops and noise")
     parser.add_argument("--quick", action="store_true", help="a few minutes; figures mean nothing")

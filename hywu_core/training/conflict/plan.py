@@ -19,7 +19,7 @@ from ..tasks import CONFLICT
 #: scales: one step of a generator's output head moves every value of every LoRA.
 LEARNING_RATES: Mapping[str, tuple[float, ...]] = MappingProxyType(
     {
-        "hywu": (3e-4, 6e-4, 1.2e-3),
+        "hywu": (6e-4, 1.2e-3, 2.4e-3),
         "shared": (3e-3, 1e-2, 3e-2),
         "shared_large": (3e-4, 1e-3, 3e-3),
         "sft": (1e-4, 3e-4, 1e-3),
@@ -50,11 +50,11 @@ class ConflictPlan:
     crops: crops of each evaluation image, each edited once a task.
     """
 
-    steps: int = 2500
+    steps: int = 2000
     precision: str = "bf16"
-    error: str = "mse"
-    written_steps: int = 0
-    sweep_steps: int = 500
+    error: str = "log"
+    written_steps: int = 600
+    sweep_steps: int = 400
     batch_size: int = 24
     tasks: tuple[str, ...] = tuple(CONFLICT)
     main_rank: int = 2
@@ -105,7 +105,7 @@ class ConflictPlan:
         """The whole experiment in a few minutes on two cores; its figures mean nothing."""
         small = GeneratorSize(token_dim=192, d_model=64, head_dim=32, num_blocks=1)
         return replace(
-            cls(), steps=12, sweep_steps=6, batch_size=8, ranks=(1, 2), generator=small,
+            cls(), steps=12, sweep_steps=6, written_steps=6, batch_size=8, ranks=(1, 2), generator=small,
             tune_steps=2, crops=1, sampling_steps=2, max_images=3,
         )  # fmt: skip
 
