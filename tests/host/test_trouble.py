@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 from hywu_core.editor.checkpoint import bundled, editor_identity, load_editor
-from hywu_core.generator.checkpoints import load_generator, save_generator
+from hywu_core.generator.checkpoints import load_generator
 from hywu_core.generator.model import ParameterGenerator
+from hywu_core.generator.saving import save_generator
 from hywu_core.headless.client import Client, Interrupted, NodeFailed, Refused
 
 _spec = importlib.util.spec_from_file_location(
