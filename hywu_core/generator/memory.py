@@ -31,6 +31,9 @@ LARGEST_PINNED = 4 << 30
 #: Start of every tensor in a flat buffer, in bytes: what vectorized loads want.
 ALIGNMENT = 256
 
+#: Bytes that matrix products may take for themselves: oneDNN packs bf16 operands on some CPUs with AMX.
+PRODUCT_SCRATCH = 1 << 15
+
 #: Held while a generator starts to stream, which moves its weights.
 STARTING = threading.Lock()
 
@@ -120,7 +123,7 @@ class Sizes:
         )
         streams = batch * self.stream_bytes + (self.stream_bytes if batch > 1 else 0)
         output = 0 if values == d else batch * config.num_positions * values * size
-        return streams + output + max(keys + chunk, projecting) + tables + (1 << 12)
+        return streams + output + max(keys + chunk, projecting) + tables + PRODUCT_SCRATCH
 
 
 def plan_memory(sizes: Sizes, budget: int) -> MemoryPlan:
