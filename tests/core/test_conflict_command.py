@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 
@@ -18,7 +19,9 @@ from hywu_core.formats import load_lora
 from hywu_core.generator.checkpoints import load_generator
 from hywu_core.training import data
 from hywu_core.training.conflict import bundle, evaluate, experiment, report
+from hywu_core.training.conflict.learning import learning_curves
 from hywu_core.training.conflict.plan import ConflictPlan, GeneratorSize
+from hywu_core.training.logs import FIELDS, Log
 
 TASKS = ("blur", "deblur")
 TINY = EditorConfig(width=24, depth=1, heads=2, text_depth=1, patch=8, train_size=32, pool=2)
@@ -133,8 +136,39 @@ def test_the_report_shows_what_the_rows_say(done):
         assert f"\n| {run} | " in page
 
 
+def test_learning_curves_are_the_logs_and_single_is_the_mean_of_its_tasks(done):
+    def losses(run):
+        with (done / "runs" / run / "log.csv").open(newline="") as file:
+            return np.array([float(row["loss"]) for row in csv.DictReader(file)])
+
+    learning = read(done / "figures.json")["learning"]
+    assert learning["steps"] == [1, 2]
+    assert list(learning["loss"]) == ["HY-WU", "Shared", "Single", "Shared large", "SFT"]
+    assert learning["loss"]["HY-WU"] == pytest.approx(losses("hywu_r2"), abs=1e-5)
+    singles = [losses(f"single_{task}_r2") for task in TASKS]
+    assert learning["loss"]["Single"] == pytest.approx(sum(singles) / len(TASKS), abs=1e-5)
+    shown = " | ".join(f"{learning['loss']['SFT'][i]:.4f}" for i in (0, 0, 0, 1))
+    assert f"| SFT | {shown} |" in (done / "report.md").read_text(encoding="utf-8")
+
+
+def test_a_run_whose_log_lacks_steps_has_no_curve(tmp_path):
+    plan = ConflictPlan(steps=80)
+    for run, steps in (("hywu_r2", range(1, 81)), ("shared_r2", range(3, 81))):
+        (tmp_path / "runs" / run).mkdir(parents=True)
+        log = Log(tmp_path / "runs" / run, 0)
+        for step in steps:
+            log.add(dict.fromkeys(FIELDS, step))
+    learning = learning_curves(
+        tmp_path, plan, {"HY-WU": "hywu_r2", "Shared": "shared_r2", "Single": "single"}
+    )
+    assert learning == {
+        "steps": list(range(2, 81, 2)),
+        "loss": {"HY-WU": [i - 0.5 for i in range(2, 81, 2)]},
+    }
+
+
 def test_the_pictures_show_edits_and_figures(done):
-    for name in ("edits", "ranks", "gradients"):
+    for name in ("edits", "ranks", "learning", "gradients"):
         with Image.open(done / f"{name}.png") as image:
             assert image.format == "PNG"
             assert min(image.size) > 100

@@ -90,6 +90,7 @@ def test_the_page_says_what_the_figures_say(plan, results):
         "all_images": summary,
         "photographs_only": Summary(results, plan, OPPOSITES, ["one"]).to_json(),
         "held_out_phrasings": {task: CONFLICT[task].held_out for task in TASKS},
+        "learning": {"steps": [50, 100], "loss": {"HY-WU": [-0.1, -0.2]}},
         "gradients": {"mean_of_all_pairs": -0.2, "mean_of_opposite_tasks": -0.4},
         "trained": {
             "hywu_r2": {

@@ -1,7 +1,8 @@
-"""Pictures of the experiment: edits side by side, the sweep over ranks, the gradients' cosines."""
+"""Pictures of the experiment: edits, the sweep over ranks, learning curves, the gradients' cosines."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,24 @@ def draw_ranks(ranks: Mapping[str, Mapping[str, Any]], path: Path) -> Path:
     axis.set_ylabel("PSNR in dB, mean of all tasks")
     axis.grid(alpha=0.3)
     axis.legend()
+    return _save(figure, path)
+
+
+def draw_learning(learning: Mapping[str, Any], error: str, path: Path) -> Path:
+    """Training loss over steps, one line a strategy (see `learning_curves`).
+
+    error: of an item; where it is the logarithm, the axis is in dB, like a PSNR.
+    """
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(5.5, 3.6), constrained_layout=True)
+    for label, losses in learning["loss"].items():
+        # a loss of 0.1 * log10(e), e on -1..1, is a hundredth of 20 log10(2) - PSNR
+        values = [20 * math.log10(2) - 100 * x for x in losses] if error == "log" else losses
+        axis.plot(learning["steps"], values, label=label, linewidth=2 if label == "HY-WU" else 1.2)
+    axis.set_xlabel("step")
+    axis.set_ylabel("PSNR of what is predicted in training, dB" if error == "log" else "loss")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
     return _save(figure, path)
 
 

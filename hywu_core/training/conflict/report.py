@@ -14,7 +14,8 @@ from ...files import atomic_path
 from ..data import photographs
 from ..tasks import CONFLICT
 from .experiment import Experiment
-from .figures import draw_cosines, draw_edits, draw_ranks
+from .figures import draw_cosines, draw_edits, draw_learning, draw_ranks
+from .learning import learning_curves
 from .runs import write_json
 from .summary import Summary
 
@@ -41,11 +42,13 @@ def write_report(experiment: Experiment, folder: Path) -> Path:
         "photographs": names,
         "all_images": summary.to_json(),
         "photographs_only": photos.to_json(),
+        "learning": learning_curves(folder, plan, summary.main),
         "gradients": {**gradients, **_mean_cosines(gradients, opposites)},
     }
     write_json(folder / "figures.json", facts)
     if facts["all_images"]["ranks"]:
         draw_ranks(facts["all_images"]["ranks"], folder / "ranks.png")
+    draw_learning(facts["learning"], plan.error, folder / "learning.png")
     draw_cosines(gradients["tasks"], gradients["cosines"], folder / "gradients.png")
     _draw_edits(experiment, summary, folder / "edits.png")
     with atomic_path(folder / "report.md", overwrite=True) as part:
@@ -213,6 +216,7 @@ def _rest(facts: Mapping[str, Any]) -> list[str]:
     ]
     return [
         *_ranks(facts),
+        *_learning(facts),
         "## Gradients at the Shared LoRA",
         f"Mean cosine of all pairs of tasks {cosines['mean_of_all_pairs']:.2f}, of opposite tasks "
         f"{cosines['mean_of_opposite_tasks']:.2f}. (The HY-WU authors report about -0.30 on "
@@ -235,6 +239,22 @@ def _ranks(facts: Mapping[str, Any]) -> list[str]:
         f"## Ranks, PSNR in dB (all trained for {facts['plan']['sweep_steps']} steps)",
         _rows(("rank", *next(iter(ranks.values()))), lines),
         "![PSNR over rank](ranks.png)",
+    ]
+
+
+def _learning(facts: Mapping[str, Any]) -> list[str]:
+    """The loss of each strategy over the steps; at the end of each quarter as numbers."""
+    learning = facts["learning"]
+    quarters = [max(0, len(learning["steps"]) * i // 4 - 1) for i in range(1, 5)]
+    lines = [
+        (label, *(f"{losses[i]:.4f}" for i in quarters))
+        for label, losses in learning["loss"].items()
+    ]
+    return [
+        "## Learning",
+        "Training loss at the same steps, on the same examples (Single: the mean over its tasks).",
+        _rows(("strategy", *(f"step {learning['steps'][i]}" for i in quarters)), lines),
+        "![training loss over steps](learning.png)",
     ]
 
 
