@@ -16,12 +16,10 @@ from ..schedule import TrainConfig
 from ..tasks import CONFLICT
 
 #: strategy -> learning rates tried; as many for each. A static LoRA and a generator live on different
-#: scales: one step of a generator's output head moves every value of every LoRA. HY-WU's begin where a trial
-#: of 500 steps on crops of training images was best: the short runs that choose among them are too short to
-#: tell it from the half of it, with which a generator stays twice as long where a Shared LoRA ends.
+#: scales: one step of a generator's output head moves every value of every LoRA.
 LEARNING_RATES: Mapping[str, tuple[float, ...]] = MappingProxyType(
     {
-        "hywu": (1.2e-3, 2.4e-3, 4.8e-3),
+        "hywu": (6e-4, 1.2e-3, 2.4e-3),
         "shared": (3e-3, 1e-2, 3e-2),
         "shared_large": (3e-4, 1e-3, 3e-3),
         "sft": (1e-4, 3e-4, 1e-3),
