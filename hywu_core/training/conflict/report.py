@@ -13,6 +13,7 @@ from ...errors import HYWUError
 from ...files import atomic_path
 from ..data import photographs
 from ..tasks import CONFLICT
+from .evaluate import EvaluationSet
 from .experiment import Experiment
 from .figures import draw_cosines, draw_edits, draw_learning, draw_ranks
 from .learning import learning_curves
@@ -103,16 +104,16 @@ def _mean_cosines(gradients: Mapping[str, Any], opposites: Mapping[str, str]) ->
 
 
 def _draw_edits(experiment: Experiment, summary: Summary, path: Path) -> None:
-    """The first crop of a few images, every task once, all strategies side by side."""
+    """One crop of a few images, every task once, all strategies side by side."""
     data, tasks = experiment.data, experiment.plan.tasks
     names = list(dict.fromkeys(data.image))
     rows = []
     for number, task in enumerate(tasks):
-        # the two directions of a pair on the same image
+        # the two directions of a pair on the same crop
         name = names[(number // 2) % len(names)]
-        rows.append(
-            next(i for i in range(len(data)) if data.image[i] == name and data.seen.task[i] == task)
-        )
+        crop = data.crop[_most_contrast(data, name, tasks[number // 2 * 2])]
+        found = zip(data.image, data.crop, data.seen.task, strict=True)
+        rows.append(list(found).index((name, crop, task)))
     columns = {"input": data.seen.source[rows], "target": data.seen.target[rows]}
     keys = {**summary.main, "Editor alone": "base"}
     for label in COLUMNS[1:]:
@@ -125,6 +126,15 @@ def _draw_edits(experiment: Experiment, summary: Summary, path: Path) -> None:
         else:
             columns[label] = experiment.edits(keys[label])[rows]
     draw_edits(columns, [data.seen.instruction[i] for i in rows], path)
+
+
+def _most_contrast(data: EvaluationSet, image: str, task: str) -> int:
+    """The item of an image and task whose source shows most: a crop of plain sky shows no edit."""
+    asked = (image, task)
+    found = [
+        i for i, key in enumerate(zip(data.image, data.seen.task, strict=True)) if key == asked
+    ]
+    return max(found, key=lambda i: float(data.seen.source[i].std()))
 
 
 # -- Markdown ---------------------------------------------------------------------------------------
