@@ -289,3 +289,16 @@ def test_weights_too_large_for_a_checkout_are_not_bundled(
     assert hywu(done, "--bundle", str(tmp_path / "weights")) == 1
     assert "at most 1,000 a file" in capsys.readouterr().err
     assert not (tmp_path / "weights").exists()
+
+
+def test_the_sweep_alone_gives_its_figure(hywu, tmp_path, capsys):
+    out = tmp_path / "sweep"
+    assert hywu(out, "--only", "*_r1_sweep") == 0
+    assert str(out / "ranks.png") in capsys.readouterr().out
+    found = read(out / "ranks.json")
+    assert list(found["ranks"]) == ["1"]
+    rows = read(out / "results" / "shared_r1_sweep.seen.json")
+    mean = np.mean([row["psnr"] for row in rows])
+    assert found["ranks"]["1"]["Shared"]["mean"] == pytest.approx(mean, abs=1e-4)
+    assert hywu(out, "--report") == 1
+    assert "must be done first" in capsys.readouterr().err

@@ -7,6 +7,7 @@ command goes on after an interruption.
 examples:
   hywu conflict --out runs/conflict
   hywu conflict --out runs/conflict --only 'shared*' 'single*'   # a part, for a second process
+  hywu conflict --out runs/ranks --only '*_sweep'                # the sweep over ranks alone
   hywu conflict --out runs/quick --quick
   hywu conflict --out runs/conflict --editor runs/editor/editor.safetensors --bundle hywu_core/editor/weights
 """
@@ -89,11 +90,14 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         say(f"interrupted; the same command goes on from there ({args.out})")
         return 130
+    from .report import write_ranks, write_report
+
     if missing := experiment.missing():
         say(f"not done yet: {', '.join(missing)}")
         if not args.report:
+            if picture := write_ranks(experiment, args.out):
+                say(str(picture))
             return 0
-    from .report import write_report
 
     say(str(write_report(experiment, args.out)))
     return 0

@@ -47,14 +47,25 @@ def write_report(experiment: Experiment, folder: Path) -> Path:
         "gradients": {**gradients, **_mean_cosines(gradients, opposites)},
     }
     write_json(folder / "figures.json", facts)
-    if facts["all_images"]["ranks"]:
-        draw_ranks(facts["all_images"]["ranks"], folder / "ranks.png")
+    write_ranks(experiment, folder)
     draw_learning(facts["learning"], plan.error, folder / "learning.png")
     draw_cosines(gradients["tasks"], gradients["cosines"], folder / "gradients.png")
     _draw_edits(experiment, summary, folder / "edits.png")
     with atomic_path(folder / "report.md", overwrite=True) as part:
         part.write_text(render(facts), encoding="utf-8")
     return folder / "report.md"
+
+
+def write_ranks(experiment: Experiment, folder: Path) -> Path | None:
+    """``ranks.json`` and ``ranks.png`` of the sweep, which can be done without the main runs.
+
+    Returns the picture; None while no rank is done.
+    """
+    ranks = Summary(experiment.results(), experiment.plan, experiment.opposites()).ranks()
+    if not ranks:
+        return None
+    write_json(folder / "ranks.json", {"plan": experiment.plan.to_json(), "ranks": ranks})
+    return draw_ranks(ranks, folder / "ranks.png")
 
 
 def _check_main_rank(experiment: Experiment, folder: Path) -> None:

@@ -79,11 +79,6 @@ class Summary:
         """Everything that the report shows; JSON-safe."""
         tasks, main = self.plan.tasks, self.main
         hywu, shared = main["HY-WU"], main["Shared"]
-        ranks = [
-            rank
-            for rank in sorted(self.plan.ranks)
-            if {f"hywu_r{rank}_sweep", f"shared_r{rank}_sweep"} <= self.results.keys()
-        ]
         controls = ("unchanged", "hywu_shuffled", "hywu_mean", "hywu_task_mean", "base")
         return {
             "images": len(self.values(hywu)),
@@ -121,7 +116,15 @@ class Summary:
             "held_out_phrasings": {
                 label: self.phrasing_loss(name)._asdict() for label, name in main.items()
             },
-            "ranks": {str(rank): self._at_rank(rank) for rank in ranks},
+            "ranks": self.ranks(),
+        }
+
+    def ranks(self) -> dict[str, dict[str, Any]]:
+        """Rank -> HY-WU, Shared and their difference in the sweep, where both are done; JSON-safe."""
+        return {
+            str(rank): self._at_rank(rank)
+            for rank in sorted(self.plan.ranks)
+            if {f"hywu_r{rank}_sweep", f"shared_r{rank}_sweep"} <= self.results.keys()
         }
 
     def _at_rank(self, rank: int) -> dict[str, Any]:
