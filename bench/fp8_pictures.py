@@ -30,7 +30,7 @@ PICTURES = Path(__file__).parent.parent / "workflows" / "inputs"
 #: (photograph, instruction in words that were trained)
 EDITS = [
     ("hywu_coffee.png", "blur the image"),
-    ("hywu_cat_soft.png", "deblur the image"),
+    ("hywu_cat_soft.png", "bring it into focus"),
     ("hywu_coffee.png", "make it look old"),
     ("hywu_astronaut_aged.png", "restore this old photo"),
     ("hywu_rocket.png", "darken the image"),

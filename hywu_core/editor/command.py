@@ -2,7 +2,7 @@
 
 example:
   hywu edit photo.jpg "make it look old" --out old.png
-  hywu edit photo.jpg "deblur the image" --out sharp.png --save-lora deblur.safetensors
+  hywu edit photo.jpg "bring it into focus" --out sharp.png --save-lora deblur.safetensors
 """
 
 from __future__ import annotations
