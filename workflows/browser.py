@@ -35,7 +35,7 @@ def open_frontend(context: Any, url: str, settings: dict[str, Any]) -> Any:
     """A page of a Playwright `context` with the frontend at `url` loaded, for a user with these settings."""
     context.request.post(f"{url}/settings", data=settings)
     page = context.new_page()
-    page.goto(url)
+    page.goto(url, timeout=120_000)  # a busy machine with two cores took more than 30 s
     page.wait_for_function("window.app?.extensionManager?.workflow?.activeWorkflow", timeout=90_000)
     page.wait_for_function("!document.querySelector('.p-blockui-mask')")  # the splash is gone
     page.wait_for_timeout(500)

@@ -62,7 +62,8 @@ def test_a_generated_lora_acts_like_the_same_lora_from_a_file(run, name):
     assert found["unmerged"] < EQUAL
     assert found["items"] < EQUAL
     assert found["effect"] > 10 * EQUAL
-    assert found["untouched"] == 0
+    # two runs of one model: on some CPUs products round by where in memory their operands lie
+    assert found["untouched"] < EQUAL / 10
     if quantized:
         assert found["fp8_weights"] > 0
         assert found["fp8_base"] < EQUAL
