@@ -19,6 +19,7 @@ from hywu_core.editor.model import Editor
 from hywu_core.training.base import Batch
 from hywu_core.training.conflict.plan import ConflictPlan, Run
 from hywu_core.training.conflict.runs import Runs
+from hywu_core.training.data import ImagePool, split_files
 from hywu_core.training.editor_base import EditorBase
 from hywu_core.training.schedule import usual_precision
 from hywu_core.training.strategies import Strategy, count_parameters
@@ -45,7 +46,8 @@ def main() -> None:
     base = EditorBase(Editor())
     batch = example(plan, base.module.config.train_size)
     with tempfile.TemporaryDirectory() as folder:
-        runs = Runs(base, None, base.module.config.train_size, plan, Path(folder))
+        pool = ImagePool(split_files("train"))  # conditions are standardized on its crops
+        runs = Runs(base, pool, base.module.config.train_size, plan, Path(folder))
         strategies: dict[str, Strategy] = {
             "shared": runs.strategy(Run("shared", plan.main_rank)),
             "hywu": runs.strategy(Run("hywu", plan.main_rank)),
