@@ -29,7 +29,7 @@ def learning_curves(folder: Path, plan: ConflictPlan, labels: Mapping[str, str])
     for label, name in labels.items():
         names = [name]
         if name == "single":
-            names = [f"single_{task}_r{plan.main_rank}" for task in plan.tasks]
+            names = [run.name for run in plan.runs if run.strategy == "single"]
         parts = [_windows(folder / "runs" / n / "log.csv", ends, width) for n in names]
         if all(parts):
             curves[label] = [

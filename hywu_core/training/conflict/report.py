@@ -17,6 +17,7 @@ from .evaluate import EvaluationSet
 from .experiment import Experiment
 from .figures import draw_cosines, draw_edits, draw_learning, draw_ranks
 from .learning import learning_curves
+from .plan import ConflictPlan
 from .runs import write_json
 from .summary import Summary
 
@@ -47,7 +48,7 @@ def write_report(experiment: Experiment, folder: Path) -> Path:
         "gradients": {**gradients, **_mean_cosines(gradients, opposites)},
     }
     write_json(folder / "figures.json", facts)
-    write_ranks(experiment, folder)
+    _keep_ranks(plan, facts["all_images"]["ranks"], folder)
     draw_learning(facts["learning"], plan.error, folder / "learning.png")
     draw_cosines(gradients["tasks"], gradients["cosines"], folder / "gradients.png")
     _draw_edits(experiment, summary, folder / "edits.png")
@@ -61,10 +62,14 @@ def write_ranks(experiment: Experiment, folder: Path) -> Path | None:
 
     Returns the picture; None while no rank is done.
     """
-    ranks = Summary(experiment.results(), experiment.plan, experiment.opposites()).ranks()
+    summary = Summary(experiment.results(), experiment.plan, experiment.opposites())
+    return _keep_ranks(experiment.plan, summary.ranks(), folder)
+
+
+def _keep_ranks(plan: ConflictPlan, ranks: Mapping[str, Any], folder: Path) -> Path | None:
     if not ranks:
         return None
-    write_json(folder / "ranks.json", {"plan": experiment.plan.to_json(), "ranks": ranks})
+    write_json(folder / "ranks.json", {"plan": plan.to_json(), "ranks": ranks})
     return draw_ranks(ranks, folder / "ranks.png")
 
 
