@@ -27,6 +27,7 @@ for kind in ("diffusion_models", "loras"):
 NODES = load_nodes()
 from hywu_nodes.hywu_core.layout import LoRALayout  # noqa: E402
 from hywu_nodes.hywu_core.lora import GeneratedLoRA  # noqa: E402
+from hywu_nodes.hywu_core.training.base import frozen_digest  # noqa: E402
 
 a = load_as("architectures", str(Path(__file__).with_name("architectures.py")))
 FP8 = "fp8_e4m3fn"
@@ -152,6 +153,7 @@ def figures(name: str) -> dict:
     result["foreign"] = foreign(model, lora)
     sample = a.sampler(name, stock.common_ksampler)
     plain = sample(model)
+    before = frozen_digest(model.model.diffusion_model)
     unmerged = sample(apply(model, lora))
     loader = stock.LoraLoaderModelOnly()
     from_file = sample(loader.load_lora_model_only(model, "lora.safetensors", 1.0)[0])
@@ -161,6 +163,7 @@ def figures(name: str) -> dict:
         "merge": gap(sample(apply(model, lora, mode="merge")), from_file),
         "unmerged": gap(unmerged, from_file),
         "untouched": gap(sample(model), plain),
+        "weights_same": frozen_digest(model.model.diffusion_model) == before,
     }
     batch = sample(apply(model, both), batch=2)
     other = sample(apply(model, both.select(1)), batch=2)
