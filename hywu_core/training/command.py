@@ -18,11 +18,11 @@ from pathlib import Path
 
 from ..console import say
 from ..errors import HYWUError
-from .schedule import PRECISIONS
+from .schedule import OPTIMIZERS, PRECISIONS
 
 WEIGHTS = "weights.safetensors"
 #: Peak learning rates that the conflict experiment's trials favour.
-RATES = {"hywu": 5e-4, "shared": 1e-2, "sft": 3e-4}
+RATES = {"hywu": 6e-4, "shared": 3e-3, "sft": 3e-4}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +39,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--precision", choices=("auto", *PRECISIONS), default="auto",
         help="auto: bf16 where the device has it in hardware, else no (float32)",
     )  # fmt: skip
+    parser.add_argument(
+        "--optimizer", choices=OPTIMIZERS, default="muon", help="default: muon (see docs/training.md)"
+    )
     parser.add_argument(
         "--checkpointing", action="store_true", help="recompute blocks: less memory"
     )
@@ -69,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
     config = TrainConfig(
         args.steps, args.batch_size, args.lr or RATES[args.strategy], accumulation=args.accumulation,
         warmup=min(40, args.steps // 5), precision=precision, seed=args.seed,
+        optimizer=args.optimizer,
     )  # fmt: skip
     torch.manual_seed(args.seed + 1)
     strategy = _strategy(args, base)

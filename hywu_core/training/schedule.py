@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import HYWUError
 
 PRECISIONS = ("no", "bf16", "fp16")
+OPTIMIZERS = ("adamw", "muon")
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class TrainConfig:
     accumulation: parts that a process splits its share into. warmup: steps of linear warm-up, then
     a cosine down to `final_lr` times the peak. ema: decay of the moving average, 0 for none; early
     on it averages over what there is. clip: largest norm of the gradient. precision: "bf16" runs
-    under autocast with float32 weights.
+    under autocast with float32 weights. optimizer: "muon" orthogonalizes the steps of matrices (see
+    `muon`); lr is that of all other weights then.
     """
 
     steps: int
@@ -38,6 +40,7 @@ class TrainConfig:
     accumulation: int = 1
     precision: Literal["no", "bf16", "fp16"] = "no"
     seed: int = 0
+    optimizer: Literal["adamw", "muon"] = "adamw"
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation"):
@@ -49,6 +52,8 @@ class TrainConfig:
             raise HYWUError(f"training: ema is {self.ema}; it must be in [0, 1).")
         if self.precision not in PRECISIONS:
             raise HYWUError(f"training: precision '{self.precision}'; it is no, bf16 or fp16.")
+        if self.optimizer not in OPTIMIZERS:
+            raise HYWUError(f"training: optimizer '{self.optimizer}'; it is adamw or muon.")
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -56,6 +61,7 @@ class TrainConfig:
     def check_same(self, recorded: Mapping[str, Any], where: object) -> None:
         """Raise HYWUError naming every setting in which an interrupted run was started otherwise."""
         mine = self.to_json()
+        recorded = {"optimizer": "adamw", **recorded}  # older states don't say it
         odd = [
             f"{key} {recorded.get(key)} -> {value}"
             for key, value in mine.items()

@@ -76,6 +76,7 @@ def load_state(
                     **{
                         m: torch.empty_like(parameter).copy_(file.get_tensor(f"{m}.{name}"))
                         for m in _MOMENTS
+                        if f"{m}.{name}" in names
                     },
                 }
     return header

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from ..errors import HYWUError, need
 from .base import BaseModel, Batch, BatchSource, Draws, frozen_digest
 from .logs import Log, plot_loss, save_grid
+from .muon import Muon
 from .schedule import Average, TrainConfig, lr_at
 from .state import load_state, save_state
 from .strategies import Strategy
@@ -100,16 +101,22 @@ class Trainer:
         # the strategy may share modules with the base, or train a copy of it: only its own train
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
-        optimizer = torch.optim.AdamW(
+        optimizer = self._make_optimizer()
+        objective = Objective(self.base, self.strategy)
+        self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
+        self.average = Average(self.parameters, config.ema)
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        config = self.config
+        if config.optimizer == "muon":
+            return Muon(self.strategy.trained, config.lr, config.weight_decay)
+        return torch.optim.AdamW(
             self.parameters.values(),
             lr=config.lr,
             betas=(0.9, 0.99),
             weight_decay=config.weight_decay,
             foreach=True,
         )
-        objective = Objective(self.base, self.strategy)
-        self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
-        self.average = Average(self.parameters, config.ema)
 
     # -- running ---------------------------------------------------------------------------------
 

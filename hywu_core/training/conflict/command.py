@@ -21,7 +21,7 @@ from pathlib import Path
 from ...console import say
 from ...errors import HYWUError
 from ...files import read_header
-from ..schedule import PRECISIONS, chosen_precision
+from ..schedule import OPTIMIZERS, PRECISIONS, chosen_precision
 from .plan import ConflictPlan
 
 
@@ -39,6 +39,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--precision", choices=("auto", *PRECISIONS), default="auto",
         help="auto: bf16 where the device has it in hardware, else no (float32)",
     )  # fmt: skip
+    parser.add_argument(
+        "--optimizer", choices=OPTIMIZERS, help=f"of all runs (default {ConflictPlan.optimizer})"
+    )
     parser.add_argument(
         "--error", choices=("mse", "log"), help=f"of an item (default {ConflictPlan.error})"
     )
@@ -68,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
         "sweep_steps": args.sweep_steps,
         "ranks": args.ranks and tuple(args.ranks),
         "seed": args.seed,
+        "optimizer": args.optimizer,
         "error": args.error,
         "written_steps": args.written_steps,
         "precision": chosen_precision(args.precision, _recorded(args.out), args.device),

@@ -17,15 +17,15 @@ from ..tasks import CONFLICT
 
 #: strategy -> learning rates tried; as many for each. A static LoRA and a generator live on different
 #: scales: one step of a generator's output head moves every value of every LoRA. The large shared LoRA's
-#: are lower than a short trial would choose: at 3e-3 it looks best after 120 steps, and then its gradients
-#: grow a hundredfold.
+#: are lower than a short trial would choose: with AdamW 3e-3 looked best after 120 steps, and then its
+#: gradients grew a hundredfold.
 LEARNING_RATES: Mapping[str, tuple[float, ...]] = MappingProxyType(
     {
-        "hywu": (6e-4, 1.2e-3, 2.4e-3),
-        "shared": (3e-3, 1e-2, 3e-2),
+        "hywu": (4e-4, 6e-4, 9e-4),
+        "shared": (1e-3, 3e-3, 1e-2),
         "shared_large": (1e-4, 3e-4, 1e-3),
         "sft": (1e-4, 3e-4, 1e-3),
-        "single": (3e-3, 1e-2, 3e-2),
+        "single": (1e-3, 3e-3, 1e-2),
     }
 )
 
@@ -47,16 +47,17 @@ class ConflictPlan:
     """tasks come in contradictory pairs. main_rank: of the main table (about 1 % of the editor's width);
     ranks: of the sweep, where all are trained for sweep_steps, a part of the main runs' steps.
     tune_steps: length of a run that tries a learning rate, 0 to take the middle one untried.
-    precision: of all trainings. error: of an item (see `EditorBase`). written_steps: over so many steps the
+    precision, optimizer: of all trainings. error: of an item (see `EditorBase`). written_steps: over so many steps the
     composed phrasings come in, from none to all (see `make_batch`); 0: all from the start.
     crops: crops of each evaluation image, each edited once a task.
     """
 
     steps: int = 2000
     precision: str = "bf16"
+    optimizer: str = "muon"
     error: str = "log"
     written_steps: int = 600
-    sweep_steps: int = 1000
+    sweep_steps: int = 600
     batch_size: int = 24
     tasks: tuple[str, ...] = tuple(CONFLICT)
     main_rank: int = 2
@@ -78,7 +79,7 @@ class ConflictPlan:
         """The schedule of every strategy."""
         return TrainConfig(
             steps, batch_size, lr, warmup=min(40, steps // 5), ema=0.98, precision=self.precision,
-            seed=self.seed,
+            seed=self.seed, optimizer=self.optimizer,
         )  # fmt: skip
 
     @property

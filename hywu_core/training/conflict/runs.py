@@ -161,7 +161,8 @@ class Runs:
 
 def _trained_by(plan: ConflictPlan, run: Run) -> dict[str, Any]:
     """The part of a plan that a run's weights depend on, as JSON gives it back."""
-    keys = ["batch_size", "tasks", "seed", "precision", "error", "written_steps"]
+    keys = ["batch_size", "tasks", "seed", "precision", "optimizer", "error"]
+    keys += ["written_steps"]
     keys += ["generator"] if run.strategy in ("hywu", "shared_large") else []
     return json.loads(json.dumps({key: plan.to_json()[key] for key in keys}))
 

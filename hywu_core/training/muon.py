@@ -1,0 +1,118 @@
+"""Muon: matrices take orthogonalized momentum steps, everything else those of AdamW.
+
+Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"; size of the steps as in Liu
+et al. 2025, "Muon is scalable for LLM training". A generator's gradients are dominated by what would
+serve all items alike; orthogonalized, the small directions in which items differ count as much.
+torch's own Muon came with 2.9, takes no fused projections apart and one matrix at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .schedule import usual_precision
+
+#: Coefficients of the quintic Newton-Schulz iteration and how often it is done (Jordan et al.).
+QUINTIC, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
+MOMENTUM = 0.95
+#: Root mean square of a step on a matrix, in learning rates: about what AdamW's steps have (Liu et al.).
+STEP_RMS = 0.2
+#: Learning rate of the matrices in those of the rest.
+MATRIX_RATE = 4.0
+#: Last parts of names: fused projections -> how many matrices lie one above the other; output heads, a step
+#: of which moves every value of every LoRA at once, stay with AdamW.
+FUSED = {"qkv": 3, "kv": 2}
+HEADS = ("proj_out_A", "proj_out_B", "image_out")
+
+
+def orthogonalized(matrices: Tensor) -> Tensor:
+    """``[N, rows, columns]`` -> the same singular vectors with singular values of about 1, in their dtype."""
+    a, b, c = QUINTIC
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Trains what requires a gradient in `module`: weights of linear layers by Muon at `MATRIX_RATE`
+    times the learning rate; embeddings, norms, biases, convolutions and output heads by AdamW.
+
+    States are called as AdamW's: exp_avg, and exp_avg_sq where AdamW steps.
+    """
+
+    def __init__(self, module: nn.Module, lr: float, weight_decay: float = 0.0) -> None:
+        self.parts = _matrices(module)
+        rest = [p for p in module.parameters() if p.requires_grad and p not in self.parts]
+        self._adamw = torch.optim.AdamW(rest, betas=(0.9, 0.99), foreach=True) if rest else None
+        groups = [{"params": list(self.parts)}] * bool(self.parts)
+        groups += [{"params": rest}] * bool(rest)
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step on all parameters that have a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            if group["params"][0] in self.parts:
+                self._step_matrices(group)
+            else:
+                self._step_rest(group)
+        return loss
+
+    def _step_rest(self, group: dict[str, Any]) -> None:
+        # whoever loads a state replaces it, so the inner optimizer gets it anew
+        self._adamw.state = self.state
+        inner = self._adamw.param_groups[0]
+        inner.update({key: group[key] for key in ("params", "lr", "weight_decay")})
+        self._adamw.step()
+
+    def _step_matrices(self, group: dict[str, Any]) -> None:
+        rate = group["lr"] * MATRIX_RATE
+        by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                continue
+            parameter.mul_(1 - rate * group["weight_decay"])
+            step, parts = self._momentum(parameter), self.parts[parameter]
+            for pair in zip(parameter.chunk(parts), step.chunk(parts), strict=True):
+                by_shape.setdefault(pair[0].shape, []).append(pair)
+        for shape, pairs in by_shape.items():
+            targets, steps = zip(*pairs, strict=True)
+            stacked = torch.stack(steps)
+            made = orthogonalized(stacked.to(_dtype(stacked))).to(stacked.dtype)
+            torch._foreach_add_(targets, made.unbind(), alpha=-rate * STEP_RMS * max(shape) ** 0.5)
+
+    def _momentum(self, parameter: nn.Parameter) -> Tensor:
+        """Nesterov's: the gradient mixed with its running mean."""
+        state = self.state[parameter]
+        if "exp_avg" not in state:
+            state["exp_avg"] = torch.zeros_like(parameter)
+        mean = state["exp_avg"].lerp_(parameter.grad, 1 - MOMENTUM)
+        return parameter.grad.lerp(mean, MOMENTUM)
+
+
+def _matrices(module: nn.Module) -> dict[nn.Parameter, int]:
+    """Trained weights of linear layers -> number of matrices in each."""
+    found = {}
+    for name, layer in module.named_modules():
+        weight = getattr(layer, "weight", None) if hasattr(layer, "in_features") else None
+        last = name.rpartition(".")[2]
+        if isinstance(weight, nn.Parameter) and weight.requires_grad and last not in HEADS:
+            found[weight] = FUSED.get(last.rpartition("_")[2], 1)
+    return found
+
+
+def _dtype(like: Tensor) -> torch.dtype:
+    fast = usual_precision(like.device.type) == "bf16"
+    return torch.bfloat16 if fast else torch.float32
