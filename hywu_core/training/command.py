@@ -40,7 +40,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="auto: bf16 where the device has it in hardware, else no (float32)",
     )  # fmt: skip
     parser.add_argument(
-        "--optimizer", choices=OPTIMIZERS, default="muon", help="default: muon (see docs/training.md)"
+        "--optimizer",
+        choices=OPTIMIZERS,
+        default="muon",
+        help="default: muon (see docs/training.md)",
     )
     parser.add_argument(
         "--checkpointing", action="store_true", help="recompute blocks: less memory"

@@ -20,7 +20,7 @@ from hywu_core.files import read_tensors
 from hywu_core.generator.checkpoints import load_generator
 from hywu_core.injection import inject
 from hywu_core.training.logs import plot_loss, read_log
-from hywu_core.training.schedule import TrainConfig, chosen_precision, lr_at
+from hywu_core.training.schedule import OPTIMIZERS, TrainConfig, chosen_precision, lr_at
 from hywu_core.training.state import recorded_precision
 from hywu_core.training.strategies import StaticLoRA, count_parameters, rank_for
 from hywu_core.training.trainer import STATE
@@ -57,11 +57,12 @@ def test_loss_falls_and_the_base_stays(tmp_path, name):
     assert not list(tmp_path.rglob("*.part"))
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_resumed_run_equals_an_uninterrupted_one(tmp_path, name):
-    toy.make_trainer(tmp_path / "whole", name).run()
-    assert not toy.make_trainer(tmp_path / "cut", name).run(until=3)
-    assert toy.make_trainer(tmp_path / "cut", name).run()
+def test_resumed_run_equals_an_uninterrupted_one(tmp_path, name, optimizer):
+    toy.make_trainer(tmp_path / "whole", name, optimizer=optimizer).run()
+    assert not toy.make_trainer(tmp_path / "cut", name, optimizer=optimizer).run(until=3)
+    assert toy.make_trainer(tmp_path / "cut", name, optimizer=optimizer).run()
     assert largest_difference(trained(tmp_path / "whole"), trained(tmp_path / "cut")) == 0
     steps = [row["step"] for row in read_log(tmp_path / "cut" / "log.csv")]
     assert steps == list(range(1, 9))
