@@ -52,8 +52,7 @@ class Muon(torch.optim.Optimizer):
         self.parts = _matrices(module)
         rest = [p for p in module.parameters() if p.requires_grad and p not in self.parts]
         self._adamw = torch.optim.AdamW(rest, betas=(0.9, 0.99), foreach=True) if rest else None
-        groups = [{"params": list(self.parts)}] * bool(self.parts)
-        groups += [{"params": rest}] * bool(rest)
+        groups = [{"params": parameters} for parameters in (list(self.parts), rest) if parameters]
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()
