@@ -8,7 +8,7 @@ torch's own Muon came with 2.9, takes no fused projections apart and one matrix 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -41,6 +41,15 @@ def orthogonalized(matrices: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
+def adamw(
+    parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0
+) -> torch.optim.AdamW:
+    """AdamW as all trainings here use it: alone, or beside Muon."""
+    return torch.optim.AdamW(
+        parameters, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, foreach=True
+    )
+
+
 class Muon(torch.optim.Optimizer):
     """Trains what requires a gradient in `module`: weights of linear layers by Muon at `MATRIX_RATE`
     times the learning rate; embeddings, norms, biases, convolutions and output heads by AdamW.
@@ -51,7 +60,7 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, module: nn.Module, lr: float, weight_decay: float = 0.0) -> None:
         self.parts = _matrices(module)
         rest = [p for p in module.parameters() if p.requires_grad and p not in self.parts]
-        self._adamw = torch.optim.AdamW(rest, betas=(0.9, 0.99), foreach=True) if rest else None
+        self._adamw = adamw(rest, lr, weight_decay) if rest else None
         groups = [{"params": parameters} for parameters in (list(self.parts), rest) if parameters]
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
 

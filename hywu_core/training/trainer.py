@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ..errors import HYWUError, need
 from .base import BaseModel, Batch, BatchSource, Draws, frozen_digest
 from .logs import Log, plot_loss, save_grid
-from .muon import Muon
+from .muon import Muon, adamw
 from .schedule import Average, TrainConfig, lr_at
 from .state import load_state, save_state
 from .strategies import Strategy
@@ -110,13 +110,7 @@ class Trainer:
         config = self.config
         if config.optimizer == "muon":
             return Muon(self.strategy.trained, config.lr, config.weight_decay)
-        return torch.optim.AdamW(
-            self.parameters.values(),
-            lr=config.lr,
-            betas=(0.9, 0.99),
-            weight_decay=config.weight_decay,
-            foreach=True,
-        )
+        return adamw(self.parameters.values(), config.lr, config.weight_decay)
 
     # -- running ---------------------------------------------------------------------------------
 

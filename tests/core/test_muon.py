@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from pathlib import Path
 
@@ -100,11 +101,7 @@ def test_embeddings_biases_norms_and_heads_step_as_with_adamw():
         "norm": nn.LayerNorm(6),
     }
     module = nn.ModuleDict(layers)
-    twin = nn.ModuleDict(
-        {"hidden": nn.Linear(6, 6), "proj_out_B": nn.Linear(6, 6), "embed": nn.Embedding(5, 6)}
-        | {"norm": nn.LayerNorm(6)}
-    )
-    twin.load_state_dict(module.state_dict())
+    twin = copy.deepcopy(module)
     optimizers = (
         Muon(module, LR),
         torch.optim.AdamW(twin.parameters(), lr=LR, betas=(0.9, 0.99), weight_decay=0.0),
