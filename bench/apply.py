@@ -25,9 +25,9 @@ from typing import Any
 import torch
 
 import dev
+from hywu_core.bases.bundled.checkpoint import VARIABLE, save_editor
+from hywu_core.bases.bundled.model import Editor, EditorConfig
 from hywu_core.console import say, table
-from hywu_core.editor.checkpoint import VARIABLE, save_editor
-from hywu_core.editor.model import Editor, EditorConfig
 
 from .measure import write_json
 

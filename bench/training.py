@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
+from hywu_core.bases.bundled.model import Editor
 from hywu_core.console import say, table
-from hywu_core.editor.model import Editor
 from hywu_core.training.base import Batch
 from hywu_core.training.conflict.plan import ConflictPlan, Run
 from hywu_core.training.conflict.runs import Runs

@@ -21,7 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "generate": (".commands.generate", "condition in, generated LoRA out"),
     "convert": (".commands.convert", "official folder <-> one file; LoRA formats into each other"),
-    "edit": (".editor.command", "edit a picture with the bundled editor"),
+    "edit": (".bases.bundled.command", "edit a picture with the bundled editor"),
     "train": (".training.command", "train a generator, or a baseline, through a frozen base"),
     "conflict": (
         ".training.conflict.command",

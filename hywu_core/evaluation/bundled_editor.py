@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..editor.checkpoint import bundled, bundled_loras, editor_identity, load_editor
-from ..editor.engine import BundledEditor
-from ..editor.model import Editor
-from ..editor.sampling import edit
+from ..bases.bundled.checkpoint import bundled, bundled_loras, editor_identity, load_editor
+from ..bases.bundled.engine import BundledEditor
+from ..bases.bundled.model import Editor
+from ..bases.bundled.sampling import edit
 from ..errors import HYWUError
 from ..files import read_tensors
 from ..formats import load_lora

@@ -16,7 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..editor.checkpoint import bundled, editor_identity, load_editor
+from ..bases.bundled.checkpoint import bundled, editor_identity, load_editor
 from ..errors import HYWUError
 from ..files import atomic_path
 from ..images import write_image

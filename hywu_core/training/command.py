@@ -62,7 +62,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from ..editor.checkpoint import bundled, load_editor
+    from ..bases.bundled.checkpoint import bundled, load_editor
     from .editor_base import EditorBase
     from .schedule import TrainConfig, chosen_precision
     from .state import recorded_precision

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..bases.bundled.checkpoint import editor_identity
+from ..bases.bundled.model import Editor
 from ..condition import Condition
 from ..conditioning.editor import EditorEncoder
-from ..editor.checkpoint import editor_identity
-from ..editor.model import Editor
 from ..errors import HYWUError
 from .base import Batch, Draws
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..bases.bundled.checkpoint import save_editor
+from ..bases.bundled.model import Editor, EditorConfig
+from ..bases.bundled.sampling import edit
 from ..console import say
-from ..editor.checkpoint import save_editor
-from ..editor.model import Editor, EditorConfig
-from ..editor.sampling import edit
 from .base import Batch
 from .data import PACKAGES, ImagePool, split_files
 from .logs import Log, save_grid

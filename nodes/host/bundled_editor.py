@@ -19,9 +19,9 @@ import comfy.supported_models_base
 import torch
 from torch import Tensor, nn
 
-from ...hywu_core.editor.checkpoint import editor_identity, load_editor
-from ...hywu_core.editor.model import Editor
-from ...hywu_core.editor.sampling import tiled_velocity
+from ...hywu_core.bases.bundled.checkpoint import editor_identity, load_editor
+from ...hywu_core.bases.bundled.model import Editor
+from ...hywu_core.bases.bundled.sampling import tiled_velocity
 from ...hywu_core.errors import HYWUError
 from ..instructions import lines_of
 from . import operations

@@ -15,11 +15,11 @@ import comfy.utils
 import torch
 from torch import Tensor
 
+from ...hywu_core.bases.bundled.text import split_words
+from ...hywu_core.bases.bundled.vocabulary import unknown_instruction
 from ...hywu_core.condition import Condition
 from ...hywu_core.conditioning import pictures as several
 from ...hywu_core.conditioning.editor import EditorEncoder
-from ...hywu_core.editor.text import split_words
-from ...hywu_core.editor.vocabulary import unknown_instruction
 from ...hywu_core.errors import HYWUError
 from ..instructions import for_images, lines_of
 from . import conditionings, graph_encoders, hidden_states

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import folder_paths
 
-from ...hywu_core.editor.checkpoint import bundled, bundled_loras, weights_folder
+from ...hywu_core.bases.bundled.checkpoint import bundled, bundled_loras, weights_folder
 from ...hywu_core.errors import HYWUError
 
 #: The first entry of the list of generators: the one that comes with the extension.

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import dev
-from hywu_core.editor.checkpoint import VARIABLE
+from hywu_core.bases.bundled.checkpoint import VARIABLE
 from hywu_core.headless.local import LocalServer
 from workflows.browser import FLAGS, SETTINGS, find_chromium, open_frontend
 

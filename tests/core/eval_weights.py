@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from hywu_core.editor.checkpoint import editor_identity, load_editor, save_editor
-from hywu_core.editor.engine import BundledEditor
-from hywu_core.editor.model import Editor, EditorConfig
+from hywu_core.bases.bundled.checkpoint import editor_identity, load_editor, save_editor
+from hywu_core.bases.bundled.engine import BundledEditor
+from hywu_core.bases.bundled.model import Editor, EditorConfig
 from hywu_core.generator.config import GeneratorConfig
 from hywu_core.generator.model import ParameterGenerator
 from hywu_core.generator.saving import save_generator

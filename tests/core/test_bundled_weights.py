@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
-from hywu_core.editor.checkpoint import BUNDLED, VARIABLE, bundled_loras, load_editor
-from hywu_core.editor.engine import BundledEditor
+from hywu_core.bases.bundled.checkpoint import BUNDLED, VARIABLE, bundled_loras, load_editor
+from hywu_core.bases.bundled.engine import BundledEditor
 from hywu_core.files import read_header, read_tensors
 from hywu_core.formats import load_lora
 from hywu_core.injection import inject

@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+from hywu_core.bases.bundled.checkpoint import save_editor
+from hywu_core.bases.bundled.model import Editor, EditorConfig
 from hywu_core.cli import main
-from hywu_core.editor.checkpoint import save_editor
-from hywu_core.editor.model import Editor, EditorConfig
 from hywu_core.files import read_header
 from hywu_core.formats import load_lora
 from hywu_core.generator.checkpoints import load_generator

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hywu_core.editor.checkpoint import load_editor, save_editor
-from hywu_core.editor.model import Editor, EditorConfig
-from hywu_core.editor.patches import overlap_add, patchify, unpatchify
-from hywu_core.editor.sampling import edit, tiled_velocity
-from hywu_core.editor.text import split_words, word_pieces
+from hywu_core.bases.bundled.checkpoint import load_editor, save_editor
+from hywu_core.bases.bundled.model import Editor, EditorConfig
+from hywu_core.bases.bundled.patches import overlap_add, patchify, unpatchify
+from hywu_core.bases.bundled.sampling import edit, tiled_velocity
+from hywu_core.bases.bundled.text import split_words, word_pieces
 from hywu_core.errors import HYWUError
 from hywu_core.files import read_tensors, save_tensors
 from hywu_core.layout import LoRALayout

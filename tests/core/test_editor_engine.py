@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+from hywu_core.bases.bundled.checkpoint import load_editor, save_editor
+from hywu_core.bases.bundled.engine import BundledEditor
+from hywu_core.bases.bundled.model import Editor, EditorConfig
+from hywu_core.bases.bundled.sampling import edit
 from hywu_core.cli import main
-from hywu_core.editor.checkpoint import load_editor, save_editor
-from hywu_core.editor.engine import BundledEditor
-from hywu_core.editor.model import Editor, EditorConfig
-from hywu_core.editor.sampling import edit
 from hywu_core.errors import HYWUError
 from hywu_core.formats import load_lora
 from hywu_core.generator.checkpoints import load_generator

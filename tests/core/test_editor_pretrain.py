@@ -6,9 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
+from hywu_core.bases.bundled.checkpoint import load_editor
+from hywu_core.bases.bundled.model import Editor, EditorConfig
 from hywu_core.cli import main
-from hywu_core.editor.checkpoint import load_editor
-from hywu_core.editor.model import Editor, EditorConfig
 from hywu_core.errors import HYWUError
 from hywu_core.training import pretrain as module
 from hywu_core.training.data import ImagePool

@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+from hywu_core.bases.bundled.checkpoint import VARIABLE
+from hywu_core.bases.bundled.engine import BundledEditor
 from hywu_core.cli import main
-from hywu_core.editor.checkpoint import VARIABLE
-from hywu_core.editor.engine import BundledEditor
 from hywu_core.evaluation.commands.shared import SAMPLES
 from hywu_core.evaluation.generate import read_failures
 

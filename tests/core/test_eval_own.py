@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+from hywu_core.bases.bundled.checkpoint import VARIABLE, editor_identity, load_editor
+from hywu_core.bases.bundled.sampling import edit
 from hywu_core.cli import main
-from hywu_core.editor.checkpoint import VARIABLE, editor_identity, load_editor
-from hywu_core.editor.sampling import edit
 from hywu_core.evaluation import own as evaluation_own
 from hywu_core.files import save_tensors
 from hywu_core.formats import load_lora

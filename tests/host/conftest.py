@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import dev
-from hywu_core.editor.checkpoint import VARIABLE, weights_folder
+from hywu_core.bases.bundled.checkpoint import VARIABLE, weights_folder
 from hywu_core.headless.local import LocalServer
 
 

@@ -21,8 +21,8 @@ import nodes as stock
 started = time.process_time()  # other programs' share of the machine is not the import's
 NODES = load_nodes()
 import_seconds = time.process_time() - started
-from hywu_nodes.hywu_core.editor.checkpoint import load_editor  # noqa: E402
-from hywu_nodes.hywu_core.editor.sampling import edit  # noqa: E402
+from hywu_nodes.hywu_core.bases.bundled.checkpoint import load_editor  # noqa: E402
+from hywu_nodes.hywu_core.bases.bundled.sampling import edit  # noqa: E402
 from hywu_nodes.nodes.host import cache, generators  # noqa: E402
 
 TEXT = "Make it BLURRY, grüße"

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hywu_core.editor.checkpoint import bundled
-from hywu_core.editor.engine import BundledEditor
+from hywu_core.bases.bundled.checkpoint import bundled
+from hywu_core.bases.bundled.engine import BundledEditor
 from hywu_core.headless.client import Client
 
 _spec = importlib.util.spec_from_file_location(

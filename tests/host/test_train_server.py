@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 import dev
-from hywu_core.editor.checkpoint import bundled, load_editor
+from hywu_core.bases.bundled.checkpoint import bundled, load_editor
 from hywu_core.files import read_header
 from hywu_core.headless.client import NodeFailed, run_sync
 from hywu_core.headless.graph import find_node, read_graph

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hywu_core.editor.checkpoint import bundled, editor_identity, load_editor
+from hywu_core.bases.bundled.checkpoint import bundled, editor_identity, load_editor
 from hywu_core.generator.checkpoints import load_generator
 from hywu_core.generator.model import ParameterGenerator
 from hywu_core.generator.saving import save_generator

@@ -15,8 +15,8 @@ import pytest
 from PIL import Image, ImageFilter
 
 import dev
+from hywu_core.bases.bundled.checkpoint import VARIABLE
 from hywu_core.cli import main
-from hywu_core.editor.checkpoint import VARIABLE
 from hywu_core.headless.client import run_sync
 from hywu_core.headless.graph import find_node, read_graph
 from hywu_core.headless.local import get_json

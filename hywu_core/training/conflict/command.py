@@ -9,7 +9,7 @@ examples:
   hywu conflict --out runs/conflict --only 'shared*' 'single*'   # a part, for a second process
   hywu conflict --out runs/ranks --only '*_sweep'                # the sweep over ranks alone
   hywu conflict --out runs/quick --quick
-  hywu conflict --out runs/conflict --editor runs/editor/editor.safetensors --bundle hywu_core/editor/weights
+  hywu conflict --out runs/conflict --editor runs/editor/editor.safetensors --bundle hywu_core/bases/bundled/weights
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         say("\n".join(run.name for run in plan.runs))
         return 0
     if args.bundle:
-        from ...editor.checkpoint import bundled
+        from ...bases.bundled.checkpoint import bundled
         from .bundle import bundle
 
         written = bundle(args.out, args.editor or bundled("editor"), plan, args.bundle)
@@ -119,7 +119,7 @@ def make_experiment(
     folder: Path, plan: ConflictPlan, editor_file: Path | None, device: str | None, commit: str
 ):
     """The experiment on an editor's file; a folder that holds another plan is refused."""
-    from ...editor.checkpoint import bundled, load_editor
+    from ...bases.bundled.checkpoint import bundled, load_editor
     from ..data import PACKAGES, ImagePool, split_files
     from ..editor_base import EditorBase
     from .experiment import Experiment

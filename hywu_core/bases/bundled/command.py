@@ -11,9 +11,9 @@ import argparse
 import time
 from pathlib import Path
 
-from ..console import say, table
-from ..errors import HYWUError
-from ..images import WRITABLE, read_image, write_image
+from ...console import say, table
+from ...errors import HYWUError
+from ...images import WRITABLE, read_image, write_image
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

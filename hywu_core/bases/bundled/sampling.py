@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..errors import HYWUError
+from ...errors import HYWUError
 from .model import Editor
 
 

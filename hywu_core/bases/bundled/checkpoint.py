@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import HYWUError
-from ..files import read_tensors, save_tensors
+from ...errors import HYWUError
+from ...files import read_tensors, save_tensors
 from .model import Editor, EditorConfig
 
 FORMAT = "hywu-editor-1"

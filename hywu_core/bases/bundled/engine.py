@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..conditioning.editor import EditorEncoder
-from ..errors import HYWUError
-from ..generator.checkpoints import load_generator
-from ..injection import inject
-from ..lora import GeneratedLoRA
+from ...conditioning.editor import EditorEncoder
+from ...errors import HYWUError
+from ...generator.checkpoints import load_generator
+from ...injection import inject
+from ...lora import GeneratedLoRA
 from .checkpoint import bundled, editor_identity, load_editor
 from .model import Editor
 from .sampling import edit

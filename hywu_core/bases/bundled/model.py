@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import HYWUError
+from ...errors import HYWUError
 from .config import EditorConfig
 from .layers import MLP, Attention, norm, rope_2d, time_embedding
 from .patches import overlap_add, pad_to, patchify
