@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from random_weights import make_random
 
 import dev
 from hywu_core.bases.bundled.checkpoint import VARIABLE
@@ -33,23 +33,15 @@ if os.environ.get("HYWU_FRONTEND"):
     NOISE += ("[Jobs API]",)  # a newer frontend asks an older server for what it doesn't have
 
 
-def _weights_helper():
-    path = dev.ROOT / "tests" / "host" / "weights.py"
-    spec = importlib.util.spec_from_file_location("weights", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
     """A running ComfyUI with this extension in it, small random weights and folders of its own.
 
     The frontend is the one that ComfyUI comes with, or that of HYWU_FRONTEND (its static folder).
     """
-    helper, changed = _weights_helper(), pytest.MonkeyPatch()
+    changed = pytest.MonkeyPatch()
     if not os.environ.get(VARIABLE):
-        changed.setenv(VARIABLE, str(helper.make_random(tmp_path_factory.mktemp("weights"))))
+        changed.setenv(VARIABLE, str(make_random(tmp_path_factory.mktemp("weights"))))
     frontend = os.environ.get("HYWU_FRONTEND")
     arguments = ["--cpu", *(["--front-end-root", frontend] if frontend else [])]
     base = tmp_path_factory.mktemp("comfyui")

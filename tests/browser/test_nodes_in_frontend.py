@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import re
 from pathlib import Path
 
+import actions as do
 import numpy as np
 import pytest
 from PIL import Image
@@ -15,10 +15,6 @@ from PIL import Image
 import dev
 from hywu_core.evaluation.commands.shared import SAMPLES
 from workflows.build import NEWER
-
-_SPEC = importlib.util.spec_from_file_location("actions", Path(__file__).with_name("actions.py"))
-do = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(do)
 
 MAP = ".hywu-norm-map"
 

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+import toy_base as toy
 
 from hywu_core.errors import HYWUError
 from hywu_core.injection import inject, merge, unmerge
 from hywu_core.training.conflict.controls import MeanChange, changed, derangement
 from hywu_core.training.conflict.gradients import cosine_matrix, task_gradients
 from hywu_core.training.conflict.statistics import bootstrap, paired_bootstrap
-
-_spec = importlib.util.spec_from_file_location("toy_base", Path(__file__).with_name("toy_base.py"))
-toy = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(toy)
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
+import toy_base as toy
 
 from hywu_core.errors import HYWUError
 from hywu_core.training.conflict import runs as module
@@ -17,10 +16,6 @@ from hywu_core.training.conflict.plan import ConflictPlan, GeneratorSize, Run
 from hywu_core.training.conflict.runs import Runs
 from hywu_core.training.data import ImagePool
 from hywu_core.training.trainer import Trainer
-
-_spec = importlib.util.spec_from_file_location("toy_base", Path(__file__).with_name("toy_base.py"))
-toy = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(toy)
 
 PLAN = dataclasses.replace(
     ConflictPlan(), steps=3, batch_size=4, tasks=("darken", "brighten"), ranks=(1, 2), tune_steps=6,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from eval_weights import make_weights
 from PIL import Image
 
 from hywu_core.bases.bundled.checkpoint import VARIABLE
@@ -16,13 +15,6 @@ from hywu_core.bases.bundled.engine import BundledEditor
 from hywu_core.cli import main
 from hywu_core.evaluation.commands.shared import SAMPLES
 from hywu_core.evaluation.generate import read_failures
-
-_spec = importlib.util.spec_from_file_location(
-    "eval_weights", Path(__file__).with_name("eval_weights.py")
-)
-_module = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_module)
-make_weights = _module.make_weights
 
 
 @pytest.fixture

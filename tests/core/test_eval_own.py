@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from functools import partial
 from pathlib import Path
 
+import eval_weights as tiny
 import numpy as np
 import pytest
 import torch
@@ -23,12 +23,6 @@ from hywu_core.training.conflict import evaluate
 from hywu_core.training.conflict.plan import ConflictPlan
 from hywu_core.training.data import photographs
 from hywu_core.training.tasks import CONFLICT
-
-_spec = importlib.util.spec_from_file_location(
-    "eval_weights", Path(__file__).with_name("eval_weights.py")
-)
-tiny = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(tiny)
 
 TASKS = ("blur", "deblur")
 METHODS = ("hywu", "shared", "single", "sft", "base")

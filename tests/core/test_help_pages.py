@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-from pathlib import Path
 
+import node_definitions as nodes
 import pytest
 from PIL import Image
-
-_SPEC = importlib.util.spec_from_file_location(
-    "node_definitions", Path(__file__).with_name("node_definitions.py")
-)
-nodes = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(nodes)
 
 DOCS = nodes.ROOT / "web" / "docs"
 NAMES = sorted(nodes.display_names())

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import re
-from pathlib import Path
 
+import node_definitions as nodes
 import pytest
-
-_SPEC = importlib.util.spec_from_file_location(
-    "node_definitions", Path(__file__).with_name("node_definitions.py")
-)
-nodes = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(nodes)
 
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
 
@@ -65,7 +58,7 @@ def test_no_key_is_missing_and_none_is_stale(language, defined):
 def test_english_is_the_nodes_own_text(defined):
     translated = flat(nodes.read_locale("en", "nodeDefs"))
     stale = [key for key, text in defined.items() if translated.get(key) != text]
-    assert not stale, "write it anew: python tests/core/node_definitions.py"
+    assert not stale, "write it anew: python tests/helpers/node_definitions.py"
 
 
 def test_chinese_is_chinese():

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
-from pathlib import Path
 
 import pytest
 import torch
+import toy_base as toy
 from torch import nn
 
 from hywu_core.errors import HYWUError
@@ -16,10 +15,6 @@ from hywu_core.training import muon
 from hywu_core.training.logs import read_log
 from hywu_core.training.muon import MATRIX_RATE, STEP_RMS, Muon, orthogonalized
 from hywu_core.training.trainer import STATE
-
-_spec = importlib.util.spec_from_file_location("toy_base", Path(__file__).with_name("toy_base.py"))
-toy = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(toy)
 
 LR = 1e-2
 

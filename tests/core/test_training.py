@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 import socket
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import toy_base as toy
 
 from hywu_core.errors import HYWUError
 from hywu_core.files import read_tensors
@@ -25,10 +25,7 @@ from hywu_core.training.state import recorded_precision
 from hywu_core.training.strategies import StaticLoRA, count_parameters, rank_for
 from hywu_core.training.trainer import STATE
 
-TOY = Path(__file__).with_name("toy_base.py")
-_spec = importlib.util.spec_from_file_location("toy_base", TOY)
-toy = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(toy)
+TOY = Path(toy.__file__)
 
 STRATEGIES = ["hywu", "shared", "sft"]
 

@@ -9,15 +9,16 @@ from __future__ import annotations
 import json
 import time
 import traceback
-from pathlib import Path
 
-from inside_comfyui import ARGUMENTS, error, load_as, load_nodes, show
+from inside_comfyui import ARGUMENTS, error, load_nodes, show
 
 # isort: split
 import comfy.lora
 import folder_paths
 import torch
 from safetensors.torch import load_file, save_file
+
+import architectures as a  # isort: skip
 
 import nodes as stock
 
@@ -29,7 +30,6 @@ from hywu_nodes.hywu_core.layout import LoRALayout  # noqa: E402
 from hywu_nodes.hywu_core.lora import GeneratedLoRA  # noqa: E402
 from hywu_nodes.hywu_core.training.base import frozen_digest  # noqa: E402
 
-a = load_as("architectures", str(Path(__file__).with_name("architectures.py")))
 FP8 = "fp8_e4m3fn"
 #: Strength at which most of the LoRA is below half a step of fp8.
 FAINT = 0.05

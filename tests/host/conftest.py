@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -10,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from random_weights import make_random
 
 import dev
 from hywu_core.bases.bundled.checkpoint import VARIABLE, weights_folder
@@ -28,16 +28,9 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     if os.environ.get(VARIABLE):
         yield weights_folder()
         return
-    os.environ[VARIABLE] = str(_helper().make_random(tmp_path_factory.mktemp("weights")))
+    os.environ[VARIABLE] = str(make_random(tmp_path_factory.mktemp("weights")))
     yield weights_folder()
     del os.environ[VARIABLE]
-
-
-def _helper():
-    spec = importlib.util.spec_from_file_location("weights", Path(__file__).with_name("weights.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="session")

@@ -17,16 +17,16 @@ import folder_paths
 import torch
 from safetensors.torch import save_file
 
+import architectures as a  # isort: skip
+import gguf_layers as g  # isort: skip
+
 import nodes as stock
 
-HERE, FOLDER, NODE_PACK = Path(__file__).parent, Path(ARGUMENTS[0]), ARGUMENTS[1:]
+FOLDER, NODE_PACK = Path(ARGUMENTS[0]), ARGUMENTS[1:]
 folder_paths.add_model_folder_path("diffusion_models", str(FOLDER), is_default=True)
 NODES = load_nodes()
 from hywu_nodes.hywu_core.layout import LoRALayout  # noqa: E402
 from hywu_nodes.hywu_core.lora import GeneratedLoRA  # noqa: E402
-
-a = load_as("architectures", str(HERE / "architectures.py"))
-g = load_as("gguf_layers", str(HERE / "gguf_layers.py"))
 
 torch.set_grad_enabled(False)
 # After the folder above is known: the pack takes its list of folders when it is imported.

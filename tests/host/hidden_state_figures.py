@@ -32,7 +32,7 @@ for kind in ("diffusion_models", "loras"):
     folder_paths.add_model_folder_path(kind, str(FOLDER / "models"), is_default=True)
 NODES = inside.load_nodes()
 
-import train_tools as tools  # noqa: E402
+import training_models as tools  # noqa: E402
 from hywu_nodes.hywu_core.generator.config import GeneratorConfig  # noqa: E402
 from hywu_nodes.hywu_core.generator.model import ParameterGenerator  # noqa: E402
 from hywu_nodes.hywu_core.generator.saving import save_generator  # noqa: E402

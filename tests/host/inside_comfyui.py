@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+sys.path.append(f"{sys.argv[2]}/tests/helpers")
 sys.path.append(f"{sys.argv[2]}/bench")  # which takes itself away again
 
 from inside import ARGUMENTS, EXTENSION, PACKAGE, TREE, load_as, load_nodes, show

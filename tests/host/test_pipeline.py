@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
-from pathlib import Path
 
+import edit_graph as g
 import pytest
 import torch
 
 from hywu_core.bases.bundled.checkpoint import bundled
 from hywu_core.bases.bundled.engine import BundledEditor
 from hywu_core.headless.client import Client
-
-_spec = importlib.util.spec_from_file_location(
-    "edit_graph", Path(__file__).with_name("edit_graph.py")
-)
-g = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(g)
 
 
 @pytest.fixture(scope="module")

@@ -2,16 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
+import edit_graph as g
 import pytest
-
-_spec = importlib.util.spec_from_file_location(
-    "edit_graph", Path(__file__).with_name("edit_graph.py")
-)
-g = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(g)
 
 #: Levels of 255 up to which pictures count as equal: rounding to bytes may fall either way.
 EQUAL = 1

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import threading
 import time
 import urllib.request
 from pathlib import Path
 
+import edit_graph as g
 import numpy as np
 import pytest
 from PIL import Image
@@ -22,9 +22,6 @@ from hywu_core.headless.local import get_json
 from hywu_core.training.state import FORMAT
 
 HERE = Path(__file__).parent
-_SPEC = importlib.util.spec_from_file_location("edit_graph", HERE / "edit_graph.py")
-g = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(g)
 
 WIDGETS = {
     "pairs": "colour", "generator_size": "XS", "rank": 2, "batch_size": 4, "accumulation": 2,

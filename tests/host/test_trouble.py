@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import math
 import time
 from pathlib import Path
 
+import edit_graph as g
 import psutil
 import pytest
 import torch
@@ -18,12 +18,6 @@ from hywu_core.generator.checkpoints import load_generator
 from hywu_core.generator.model import ParameterGenerator
 from hywu_core.generator.saving import save_generator
 from hywu_core.headless.client import Client, Interrupted, NodeFailed, Refused
-
-_spec = importlib.util.spec_from_file_location(
-    "edit_graph", Path(__file__).with_name("edit_graph.py")
-)
-g = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(g)
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ folder_paths.models_dir = str(FOLDER / "models")
 folder_paths.add_model_folder_path("diffusion_models", str(FOLDER / "models"), is_default=True)
 NODES = inside.load_nodes()
 
-import train_tools as tools  # noqa: E402
+import training_models as tools  # noqa: E402
 from hywu_nodes.hywu_core.condition import Condition  # noqa: E402
 from hywu_nodes.hywu_core.generator.checkpoints import load_generator  # noqa: E402
 from hywu_nodes.hywu_core.generator.config import GeneratorConfig  # noqa: E402

@@ -1,6 +1,6 @@
 """The nodes' own texts, read without ComfyUI; run as a program it writes locales/en/nodeDefs.json anew.
 
-python tests/core/node_definitions.py
+python tests/helpers/node_definitions.py
 """
 
 from __future__ import annotations
