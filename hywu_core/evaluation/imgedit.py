@@ -3,7 +3,8 @@
 Follows the authors' published description and scripts (PKU-YuanGroup/ImgEdit, Benchmark/Basic): an
 answer's score is the mean of the integers that stand alone after ": " on a line, rounded to two
 decimals; a type's score is the mean over its items, rounded to two decimals; the published total is
-the mean over types.
+the mean over types. Their scripts add with Python's `sum` and were run on Python 3.10, as the compiled
+files in their repository show, so scores are added from left to right here on every Python.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 from ..errors import HYWUError
 from ..files import atomic_path
 from .items import Item, ItemList, check_image, check_instruction, check_name, collect, read_json
+from .statistics import total
 
 EDIT_TYPES = (
     "replace",
@@ -106,12 +108,12 @@ def type_scores(scores: Mapping[str, float], types: Mapping[str, str]) -> dict[s
     for key, score in scores.items():
         if key in types:
             groups.setdefault(types[key], []).append(score)
-    return {name: round(sum(values) / len(values), 2) for name, values in groups.items()}
+    return {name: round(total(values) / len(values), 2) for name, values in groups.items()}
 
 
 def total_score(by_type: Mapping[str, float]) -> float | None:
     """Mean over the types, rounded to 2 decimals; None without any."""
-    return round(sum(by_type.values()) / len(by_type), 2) if by_type else None
+    return round(total(by_type.values()) / len(by_type), 2) if by_type else None
 
 
 def write_json(path: Path, data: Mapping[str, Any], indent: int) -> None:

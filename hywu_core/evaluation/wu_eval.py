@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .statistics import Estimate, bootstrap_mean
+from .statistics import Estimate, bootstrap_mean, total
 
 DIMENSIONS = (
     "instruction_alignment",
@@ -58,7 +58,7 @@ def _is_score(value: object) -> bool:
 
 def overall(scores: Mapping[str, float]) -> float:
     """Mean of the four dimensions."""
-    return sum(scores[name] for name in DIMENSIONS) / len(DIMENSIONS)
+    return total(scores[name] for name in DIMENSIONS) / len(DIMENSIONS)
 
 
 def estimates(

@@ -9,6 +9,7 @@ import logging
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import comfy.model_management as mm
@@ -304,8 +305,8 @@ class _Training:
             "precision": trainer.config.precision,
             "generator_weights": sum(p.numel() for p in generator.patcher.model.parameters()),
             "lora_values": self.layout.num_values,
-            "loss_first_tenth": round(sum(losses[:share]) / share, 6),
-            "loss_last_tenth": round(sum(losses[-share:]) / share, 6),
+            "loss_first_tenth": round(fmean(losses[:share]), 6),
+            "loss_last_tenth": round(fmean(losses[-share:]), 6),
             "memory_estimate_bytes": self.memory,
             "training_seconds": round(trainer.seconds, 1),
             "seconds": round(time.perf_counter() - self.started, 1),

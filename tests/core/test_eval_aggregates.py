@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import random
 import re
 from collections import Counter
@@ -23,6 +24,7 @@ import pytest
 
 from hywu_core.errors import HYWUError
 from hywu_core.evaluation import gedit, imgedit, wu_eval
+from hywu_core.evaluation.gsb import statistics as gsb_statistics
 from hywu_core.evaluation.items import Item, ItemList
 from hywu_core.evaluation.judging import pictures_hash
 from hywu_core.evaluation.questionnaires import load_questionnaire
@@ -329,6 +331,23 @@ def test_imgedit_counts_only_integers_after_the_only_colon():
     answer = "Brief reasoning: a: 4\nPrompt Compliance: 5\nSeamless: 4 of 5\nFidelity: ²\nLast: 2"
     assert imgedit.integers(answer) == [5, 2]
     assert imgedit.item_score("A: 1\nB: 2\nC: 2") == 1.67
+
+
+#: Their mean is 4.335. In doubles added from left to right it is a little more, added exactly (as `sum`
+#: nearly does since Python 3.12) a little less: 4.34 on the authors' Python 3.10, else 4.33.
+BETWEEN = (3.67, 4.33, 5, 4.67, 3.67, 4.67)
+
+
+def test_sums_are_the_same_on_every_python(monkeypatch):
+    for module in (imgedit, wu_eval, gsb_statistics):  # as if `sum` were another Python's
+        monkeypatch.setattr(module, "sum", math.fsum, raising=False)
+    keys = dict(zip("abcdef", BETWEEN, strict=True))
+    assert imgedit.type_scores(keys, dict.fromkeys(keys, "add")) == {"add": 4.34}
+    assert imgedit.total_score(keys) == 4.34
+    answer = dict(zip(wu_eval.DIMENSIONS, (4.824, 4.791, 1.226, 1.339), strict=True))
+    assert wu_eval.overall(answer) == 3.0450000000000004
+    votes = ("bgbgg", "sgbggg", "ggbsbs", "gsb")
+    assert gsb_statistics.krippendorff_alpha(votes) == -0.10322580645161272
 
 
 # -- WU-Eval -------------------------------------------------------------------------------------

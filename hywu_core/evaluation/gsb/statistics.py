@@ -6,6 +6,8 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
+from ..statistics import total
+
 Z95 = 1.959963984540054
 
 
@@ -42,11 +44,11 @@ def by_pair(votes: Iterable[tuple[str, str]]) -> list[list[str]]:
 
 def percent_agreement(units: Sequence[Sequence[str]]) -> float | None:
     """Share of agreeing pairs of voters over all pairs of voters who judged the same unit."""
-    agreeing = total = 0
+    agreeing = pairs = 0
     for unit in units:
-        total += math.comb(len(unit), 2)
+        pairs += math.comb(len(unit), 2)
         agreeing += sum(math.comb(count, 2) for count in Counter(unit).values())
-    return agreeing / total if total else None
+    return agreeing / pairs if pairs else None
 
 
 def krippendorff_alpha(units: Sequence[Sequence[str]]) -> float | None:
@@ -60,7 +62,7 @@ def krippendorff_alpha(units: Sequence[Sequence[str]]) -> float | None:
     expected = n * n - sum(count * count for count in marginal.values())
     if not paired or expected == 0:
         return None
-    observed = sum(
+    observed = total(
         (len(unit) ** 2 - sum(c * c for c in Counter(unit).values())) / (len(unit) - 1)
         for unit in paired
     )

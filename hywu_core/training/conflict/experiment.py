@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ class Experiment:
             save_tensors(path, {"edits": edits.mul(255).round().byte()}, {}, overwrite=True)
         rows = measure(edits, self.data, phrasing)
         write_json(self._path(name, phrasing), rows)
-        mean = sum(row["psnr"] for row in rows) / len(rows)
+        mean = fmean(row["psnr"] for row in rows)
         self.say(f"{name}, {phrasing} phrasings: {mean:.2f} dB over all tasks")
 
     def _done(self, name: str, phrasing: str) -> bool:

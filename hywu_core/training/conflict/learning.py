@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from ..logs import read_log
@@ -32,9 +33,7 @@ def learning_curves(folder: Path, plan: ConflictPlan, labels: Mapping[str, str])
             names = [run.name for run in plan.runs if run.strategy == "single"]
         parts = [_windows(folder / "runs" / n / "log.csv", ends, width) for n in names]
         if all(parts):
-            curves[label] = [
-                round(sum(values) / len(values), 5) for values in zip(*parts, strict=True)
-            ]
+            curves[label] = [round(fmean(values), 5) for values in zip(*parts, strict=True)]
     return {"steps": ends, "loss": curves}
 
 
@@ -43,4 +42,4 @@ def _windows(path: Path, ends: list[int], width: int) -> list[float]:
     losses = {int(row["step"]): row["loss"] for row in read_log(path)}
     if any(step not in losses for step in range(1, ends[-1] + 1)):
         return []
-    return [sum(losses[end - i] for i in range(width)) / width for end in ends]
+    return [fmean(losses[end - i] for i in range(width)) for end in ends]

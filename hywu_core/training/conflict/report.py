@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -115,7 +116,7 @@ def _mean_cosines(gradients: Mapping[str, Any], opposites: Mapping[str, str]) ->
     off = cosines[~torch.eye(len(tasks), dtype=torch.bool)]
     return {
         "mean_of_all_pairs": round(float(off.mean()), 4),
-        "mean_of_opposite_tasks": round(sum(float(cosines[p]) for p in pairs) / len(pairs), 4),
+        "mean_of_opposite_tasks": round(fmean(float(cosines[p]) for p in pairs), 4),
     }
 
 
