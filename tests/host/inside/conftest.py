@@ -1,0 +1,113 @@
+"""Tests of this folder run inside ComfyUI: their process imports its tree, and the extension as it does.
+
+Test files import `comfy` and `hywu_nodes` (the extension's package) like any module. All folders of ComfyUI
+(models, input, output, temp, user) lie in a temporary one that the process removes at its end.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib.util
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import dev
+
+#: Name of the extension's package in here.
+PACKAGE = "hywu_nodes"
+
+
+def _become_comfyui() -> Path:
+    """Import ComfyUI's command line and folders as its main.py does; returns the folder of its folders."""
+    host = dev.prepare_host()
+    if host.python.resolve() != Path(sys.executable).resolve():
+        raise pytest.UsageError(
+            f"{host.tree} is run by {host.python} and these tests by {sys.executable}; start them with "
+            "`python3 dev.py test host`, which takes the former."
+        )
+    base = Path(tempfile.mkdtemp(prefix="hywu_inside_"))
+    atexit.register(shutil.rmtree, base, ignore_errors=True)
+    sys.path.insert(0, str(host.tree))
+    given = sys.argv
+    sys.argv = ["main.py", "--cpu", "--disable-cuda-malloc", "--base-directory", str(base)]
+    try:
+        import comfy.options
+
+        comfy.options.enable_args_parsing()
+        import comfy.cli_args
+    finally:
+        sys.argv = given
+    import folder_paths
+
+    for folder in (folder_paths.get_input_directory(), folder_paths.get_output_directory()):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    return base
+
+
+def _load_extension() -> dict[str, type]:
+    spec = importlib.util.spec_from_file_location(
+        PACKAGE, dev.ROOT / "__init__.py", submodule_search_locations=[str(dev.ROOT)]
+    )
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[PACKAGE] = module
+    spec.loader.exec_module(module)
+    return module.NODE_CLASS_MAPPINGS
+
+
+BASE = _become_comfyui()
+NODES = _load_extension()
+
+
+class Call:
+    """`call.HYWUGenerateLoRA(generator, condition)` runs a node and gives its outputs."""
+
+    def __getattr__(self, name: str) -> Callable[..., tuple]:
+        node = NODES[name]
+
+        def run(*args: object, **kwargs: object) -> tuple:
+            made = getattr(node(), node.FUNCTION)(*args, **kwargs)
+            return made["result"] if isinstance(made, dict) else made
+
+        return run
+
+    @staticmethod
+    def shown(name: str, *args: object, **kwargs: object) -> dict:
+        """What a node gives its `ui`."""
+        node = NODES[name]
+        return getattr(node(), node.FUNCTION)(*args, **kwargs)["ui"]
+
+    @staticmethod
+    def report(name: str, *args: object, **kwargs: object) -> dict:
+        """The JSON that a node shows as its text."""
+        return json.loads(Call.shown(name, *args, **kwargs)["text"][0])
+
+
+@pytest.fixture(scope="session")
+def call() -> Call:
+    return Call()
+
+
+@pytest.fixture(scope="session")
+def nodes() -> dict[str, type]:
+    """The extension's node classes by name."""
+    return NODES
+
+
+@pytest.fixture(scope="session")
+def base() -> Path:
+    """The folder of ComfyUI's folders."""
+    return BASE
+
+
+@pytest.fixture(autouse=True)
+def fresh_lists() -> None:
+    """ComfyUI lists its folders anew."""
+    import folder_paths
+
+    folder_paths.filename_list_cache.clear()
