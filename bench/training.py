@@ -16,10 +16,10 @@ import torch
 
 from hywu_core.bases.bundled.model import Editor
 from hywu_core.console import say, table
+from hywu_core.experiments.conflict.plan import ConflictPlan, Run
+from hywu_core.experiments.conflict.runs import Runs
+from hywu_core.experiments.images import ImagePool, split_files
 from hywu_core.training.base import Batch
-from hywu_core.training.conflict.plan import ConflictPlan, Run
-from hywu_core.training.conflict.runs import Runs
-from hywu_core.training.data import ImagePool, split_files
 from hywu_core.training.editor_base import EditorBase
 from hywu_core.training.schedule import usual_precision
 from hywu_core.training.strategies import Strategy, count_parameters

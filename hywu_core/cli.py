@@ -24,10 +24,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "edit": (".bases.bundled.command", "edit a picture with the bundled editor"),
     "train": (".training.command", "train a generator, or a baseline, through a frozen base"),
     "conflict": (
-        ".training.conflict.command",
+        ".experiments.conflict.command",
         "the experiment on contradictory tasks: train, compare, report",
     ),
-    "pretrain": (".training.pretrain", "train the bundled editor itself"),
+    "pretrain": (".experiments.pretraining", "train the bundled editor itself"),
     "eval": (".evaluation.command", "WU-Eval, GEdit-Bench, ImgEdit-Bench, human GSB"),
     "comfy": (".headless.command", "run a workflow on a ComfyUI server"),
 }

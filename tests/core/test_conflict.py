@@ -8,10 +8,10 @@ import torch
 import toy_base as toy
 
 from hywu_core.errors import HYWUError
+from hywu_core.experiments.conflict.controls import MeanChange, changed, derangement
+from hywu_core.experiments.conflict.gradients import cosine_matrix, task_gradients
+from hywu_core.experiments.conflict.statistics import bootstrap, paired_bootstrap
 from hywu_core.injection import inject, merge, unmerge
-from hywu_core.training.conflict.controls import MeanChange, changed, derangement
-from hywu_core.training.conflict.gradients import cosine_matrix, task_gradients
-from hywu_core.training.conflict.statistics import bootstrap, paired_bootstrap
 
 
 @pytest.fixture(scope="module")

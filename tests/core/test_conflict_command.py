@@ -14,13 +14,13 @@ from PIL import Image
 from hywu_core.bases.bundled.checkpoint import save_editor
 from hywu_core.bases.bundled.model import Editor, EditorConfig
 from hywu_core.cli import main
+from hywu_core.experiments import images as data
+from hywu_core.experiments.conflict import bundle, evaluate, experiment, report
+from hywu_core.experiments.conflict.learning import learning_curves
+from hywu_core.experiments.conflict.plan import ConflictPlan, GeneratorSize
 from hywu_core.files import read_header
 from hywu_core.formats import load_lora
 from hywu_core.generator.checkpoints import load_generator
-from hywu_core.training import data
-from hywu_core.training.conflict import bundle, evaluate, experiment, report
-from hywu_core.training.conflict.learning import learning_curves
-from hywu_core.training.conflict.plan import ConflictPlan, GeneratorSize
 from hywu_core.training.logs import FIELDS, Log
 
 TASKS = ("blur", "deblur")

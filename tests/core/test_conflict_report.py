@@ -6,10 +6,10 @@ import dataclasses
 
 import pytest
 
-from hywu_core.training.conflict.plan import ConflictPlan
-from hywu_core.training.conflict.report import render
-from hywu_core.training.conflict.summary import Summary
-from hywu_core.training.tasks import CONFLICT
+from hywu_core.experiments.conflict.plan import ConflictPlan
+from hywu_core.experiments.conflict.report import render
+from hywu_core.experiments.conflict.summary import Summary
+from hywu_core.experiments.tasks import CONFLICT
 
 TASKS = ("blur", "deblur")
 IMAGES = ("one", "two", "three")

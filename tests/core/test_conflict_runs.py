@@ -11,10 +11,10 @@ import torch
 import toy_base as toy
 
 from hywu_core.errors import HYWUError
-from hywu_core.training.conflict import runs as module
-from hywu_core.training.conflict.plan import ConflictPlan, GeneratorSize, Run
-from hywu_core.training.conflict.runs import Runs
-from hywu_core.training.data import ImagePool
+from hywu_core.experiments.conflict import runs as module
+from hywu_core.experiments.conflict.plan import ConflictPlan, GeneratorSize, Run
+from hywu_core.experiments.conflict.runs import Runs
+from hywu_core.experiments.images import ImagePool
 from hywu_core.training.trainer import Trainer
 
 PLAN = dataclasses.replace(

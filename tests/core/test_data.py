@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 
 from hywu_core.errors import HYWUError
-from hywu_core.training import data
-from hywu_core.training.data import SPLIT, ImagePool, read_image, read_pairs
+from hywu_core.experiments import images as data
+from hywu_core.experiments.images import SPLIT, ImagePool, read_image
+from hywu_core.training.data import number_of_references, read_pairs
 
 
 def test_the_sides_of_the_split_share_nothing():
@@ -78,12 +79,12 @@ def test_references_are_further_pictures_of_any_size(tmp_path):
     assert "is not a list of names of pictures" in bad[0]
     assert "names 3 pictures; 2 are the most" in bad[2]
     assert "gone.png" in bad[3]
-    assert data.number_of_references(pairs) == 2
+    assert number_of_references(pairs) == 2
     one = replace(pairs[0], references=pairs[0].references[:1], source=tmp_path / "one.png")
     with pytest.raises(
         HYWUError, match=r"a.png has 2 references and .*one.png has 1; give every row"
     ):
-        data.number_of_references([*pairs, one])
+        number_of_references([*pairs, one])
 
 
 def test_no_good_row_is_an_error(tmp_path):

@@ -10,8 +10,8 @@ from hywu_core.bases.bundled.checkpoint import load_editor
 from hywu_core.bases.bundled.model import Editor, EditorConfig
 from hywu_core.cli import main
 from hywu_core.errors import HYWUError
-from hywu_core.training import pretrain as module
-from hywu_core.training.data import ImagePool
+from hywu_core.experiments import pretraining as module
+from hywu_core.experiments.images import ImagePool
 from hywu_core.training.logs import read_log
 from hywu_core.training.schedule import TrainConfig
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hywu_core.bases.bundled.vocabulary import unknown_instruction
-from hywu_core.training.tasks import TASKS
+from hywu_core.experiments.tasks import TASKS
 
 KNOWN = [(task.name, text) for task in TASKS.values() for text in task.seen]
 

@@ -15,14 +15,14 @@ from PIL import Image
 from hywu_core.bases.bundled.checkpoint import VARIABLE, editor_identity, load_editor
 from hywu_core.bases.bundled.sampling import edit
 from hywu_core.cli import main
-from hywu_core.evaluation import own as evaluation_own
+from hywu_core.experiments import own as evaluation_own
+from hywu_core.experiments.conflict import evaluate
+from hywu_core.experiments.conflict.plan import ConflictPlan
+from hywu_core.experiments.images import photographs
+from hywu_core.experiments.tasks import CONFLICT
 from hywu_core.files import save_tensors
 from hywu_core.formats import load_lora
 from hywu_core.injection import inject
-from hywu_core.training.conflict import evaluate
-from hywu_core.training.conflict.plan import ConflictPlan
-from hywu_core.training.data import photographs
-from hywu_core.training.tasks import CONFLICT
 
 TASKS = ("blur", "deblur")
 METHODS = ("hywu", "shared", "single", "sft", "base")

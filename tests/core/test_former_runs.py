@@ -17,10 +17,10 @@ import torch
 from PIL import Image
 
 from hywu_core.cli import main
+from hywu_core.experiments import images as data
+from hywu_core.experiments.conflict import evaluate, report
+from hywu_core.experiments.conflict.plan import ConflictPlan, GeneratorSize
 from hywu_core.files import read_header, read_tensors
-from hywu_core.training import data
-from hywu_core.training.conflict import evaluate, report
-from hywu_core.training.conflict.plan import ConflictPlan, GeneratorSize
 from hywu_core.training.logs import read_log
 from hywu_core.training.schedule import TrainConfig
 

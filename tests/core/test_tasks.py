@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from hywu_core.errors import HYWUError
-from hywu_core.training.phrasings import CARRIERS
-from hywu_core.training.tasks import CONFLICT, PRETRAINING, TASKS, get_task, make_batch
+from hywu_core.experiments.phrasings import CARRIERS
+from hywu_core.experiments.tasks import CONFLICT, PRETRAINING, TASKS, get_task, make_batch
 
 
 @pytest.fixture(scope="module")

@@ -38,12 +38,12 @@ NODES = inside.load_nodes()
 
 import training_models as tools  # noqa: E402
 from hywu_nodes.hywu_core.condition import Condition  # noqa: E402
+from hywu_nodes.hywu_core.experiments.conflict.plan import GeneratorSize  # noqa: E402
 from hywu_nodes.hywu_core.generator.checkpoints import load_generator  # noqa: E402
 from hywu_nodes.hywu_core.generator.config import GeneratorConfig  # noqa: E402
 from hywu_nodes.hywu_core.generator.model import ParameterGenerator  # noqa: E402
 from hywu_nodes.hywu_core.layout import LoRALayout  # noqa: E402
 from hywu_nodes.hywu_core.training.base import Batch, frozen_digest  # noqa: E402
-from hywu_nodes.hywu_core.training.conflict.plan import GeneratorSize  # noqa: E402
 from hywu_nodes.hywu_core.training.logs import read_log  # noqa: E402
 from hywu_nodes.hywu_core.training.schedule import TrainConfig  # noqa: E402
 from hywu_nodes.hywu_core.training.strategies import StaticLoRA  # noqa: E402

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from skimage import data
 
-from hywu_core.training.tasks import get_task
+from hywu_core.experiments.tasks import get_task
 
 HERE = Path(__file__).parent
 SIZE = 256

@@ -27,12 +27,12 @@ from pathlib import Path
 from ...console import say
 from ...console import table as show_table
 from ...errors import HYWUError
+from ...experiments.own import LABELS, OwnSet, experiment_plan, own_editors, own_table, write_items
 from ...files import atomic_path
 from ..generate import generate_results
 from ..items import ItemList, read_folder
 from ..judges.reference import ReferenceJudge
 from ..judging import judge_results, store_name
-from ..own import LABELS, OwnSet, experiment_plan, own_editors, own_table, write_items
 from ..questionnaires import Questionnaire, load_questionnaire
 from ..report.markdown import markdown_table
 from ..results import Results, read_manifest, write_json

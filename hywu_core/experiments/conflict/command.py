@@ -21,7 +21,7 @@ from pathlib import Path
 from ...console import say
 from ...errors import HYWUError
 from ...files import read_header
-from ..schedule import OPTIMIZERS, PRECISIONS, chosen_precision
+from ...training.schedule import OPTIMIZERS, PRECISIONS, chosen_precision
 from .plan import ConflictPlan
 
 
@@ -120,8 +120,8 @@ def make_experiment(
 ):
     """The experiment on an editor's file; a folder that holds another plan is refused."""
     from ...bases.bundled.checkpoint import bundled, load_editor
-    from ..data import PACKAGES, ImagePool, split_files
-    from ..editor_base import EditorBase
+    from ...training.editor_base import EditorBase
+    from ..images import PACKAGES, ImagePool, split_files
     from .experiment import Experiment
     from .runs import Runs, write_json
 

@@ -12,7 +12,7 @@ import torch
 
 from ...errors import HYWUError
 from ...files import atomic_path
-from ..data import photographs
+from ..images import photographs
 from ..tasks import CONFLICT
 from .evaluate import EvaluationSet
 from .experiment import Experiment

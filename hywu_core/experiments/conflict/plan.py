@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ...errors import HYWUError
-from ..schedule import TrainConfig
+from ...training.schedule import TrainConfig
 from ..tasks import CONFLICT
 
 #: strategy -> learning rates tried; as many for each. A static LoRA and a generator live on different

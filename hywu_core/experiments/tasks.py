@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import HYWUError
+from ..training.base import Batch
 from . import phrasings
-from .base import Batch
+from .images import ImagePool
 
 #: clean ``[B, 3, H, W]`` in 0..1, random generator -> (source, target), the same shape and range
 Make = Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]]
@@ -334,3 +335,34 @@ def _carried(text: str, generator: torch.Generator) -> str:
     if chance[0] >= phrasings.CARRIED:
         return text
     return phrasings.CARRIERS[int(chance[1] * len(phrasings.CARRIERS))].format(text)
+
+
+class TaskBatches:
+    """Batches that hold each task equally often, ``batch_size / len(tasks)`` times, in random crops.
+
+    only: keep just this task's items of the same batches, so that what is trained on one task sees
+    exactly the examples of it that the others see. written_steps: over so many steps the share of
+    composed phrasings grows from nothing to all. Raises HYWUError when the split isn't even.
+    """
+
+    def __init__(
+        self, pool: ImagePool, tasks: Sequence[str], batch_size: int, size: int, seed: int = 0,
+        only: str = "", written_steps: int = 0,
+    ) -> None:  # fmt: skip
+        if batch_size % len(tasks):
+            raise HYWUError(
+                f"training: a batch of {batch_size} can't hold {len(tasks)} tasks equally often; "
+                f"choose a multiple of {len(tasks)}."
+            )
+        self.pool, self.size, self.seed, self.only = pool, size, seed, only
+        self.written_steps = written_steps
+        self.names = list(tasks) * (batch_size // len(tasks))
+
+    def __call__(self, step: int) -> Batch:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        clean = self.pool.crops(len(self.names), self.size, generator)
+        composed = min(1.0, step / self.written_steps) if self.written_steps else 1.0
+        batch = make_batch(clean, self.names, generator, carriers=True, composed=composed)
+        if not self.only:
+            return batch
+        return batch.select([i for i, task in enumerate(batch.task) if task == self.only])

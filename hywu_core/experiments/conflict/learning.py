@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ..logs import read_log
+from ...training.logs import read_log
 from .plan import ConflictPlan
 
 #: Parts that the main runs' steps are cut into.

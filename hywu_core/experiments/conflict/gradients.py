@@ -10,8 +10,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..base import BaseModel, Batch
-from ..strategies import Strategy
+from ...training.base import BaseModel, Batch
+from ...training.strategies import Strategy
 
 
 def task_gradients(

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ...files import read_tensors, save_tensors
-from ..base import BaseModel
+from ...training.base import BaseModel
+from ...training.trainer import Trainer
 from ..tasks import CONFLICT
-from ..trainer import Trainer
 from .controls import changed
 from .evaluate import (
     Adapted,

@@ -20,12 +20,12 @@ from ..bases.bundled.checkpoint import save_editor
 from ..bases.bundled.model import Editor, EditorConfig
 from ..bases.bundled.sampling import edit
 from ..console import say
-from .base import Batch
-from .data import PACKAGES, ImagePool, split_files
-from .logs import Log, save_grid
+from ..training.base import Batch
+from ..training.logs import Log, save_grid
+from ..training.schedule import Average, TrainConfig, chosen_precision, lr_at
+from ..training.state import load_state, recorded_precision, save_state
+from .images import PACKAGES, ImagePool, split_files
 from .phrasings import nonsense
-from .schedule import Average, TrainConfig, chosen_precision, lr_at
-from .state import load_state, recorded_precision, save_state
 from .tasks import PRETRAINING, make_batch
 
 #: What is not known is left as it is: words without meaning ask for the identity.

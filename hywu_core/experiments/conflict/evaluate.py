@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from ...errors import need
 from ...injection import inject
-from ..base import BaseModel, Batch
-from ..data import ImagePool, held_out_images
-from ..strategies import HyperNetwork, Strategy
+from ...training.base import BaseModel, Batch
+from ...training.strategies import HyperNetwork, Strategy
+from ..images import ImagePool, held_out_images
 from ..tasks import CONFLICT, make_batch
 from .controls import MeanChange, derangement
 from .plan import ConflictPlan

@@ -18,18 +18,18 @@ from tqdm import tqdm
 
 from ..bases.bundled.checkpoint import bundled, editor_identity, load_editor
 from ..errors import HYWUError
+from ..evaluation.bundled_editor import EngineEditor
+from ..evaluation.items import read_json
+from ..evaluation.judges.base import slug
+from ..evaluation.results import write_json
+from ..evaluation.scores import MethodScores
+from ..evaluation.statistics import Estimate, bootstrap_mean
+from ..evaluation.tables import Table, comparison_table, dimension_bars
 from ..files import atomic_path
 from ..images import write_image
-from ..training.conflict.evaluate import EvaluationSet, evaluation_set
-from ..training.conflict.plan import ConflictPlan
-from ..training.data import photographs
-from .bundled_editor import EngineEditor
-from .items import read_json
-from .judges.base import slug
-from .results import write_json
-from .scores import MethodScores
-from .statistics import Estimate, bootstrap_mean
-from .tables import Table, comparison_table, dimension_bars
+from .conflict.evaluate import EvaluationSet, evaluation_set
+from .conflict.plan import ConflictPlan
+from .images import photographs
 
 log = logging.getLogger(__name__)
 

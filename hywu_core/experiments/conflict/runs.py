@@ -13,12 +13,11 @@ import torch
 from ...files import atomic_path
 from ...generator.config import GeneratorConfig
 from ...layout import LoRALayout
-from ..base import BaseModel, BatchSource
-from ..batches import TaskBatches
-from ..data import ImagePool
-from ..strategies import FullFineTuning, HyperNetwork, StaticLoRA, Strategy, rank_for
-from ..tasks import CONFLICT
-from ..trainer import Trainer
+from ...training.base import BaseModel, BatchSource
+from ...training.strategies import FullFineTuning, HyperNetwork, StaticLoRA, Strategy, rank_for
+from ...training.trainer import Trainer
+from ..images import ImagePool
+from ..tasks import CONFLICT, TaskBatches
 from .plan import LEARNING_RATES, ConflictPlan, Run
 
 #: Steps from which validation batches are drawn: crops of the training images that no run trains on.
