@@ -19,10 +19,10 @@ from PIL import Image
 from torch import nn
 
 from hywu_core import Condition, GeneratedLoRA, GeneratorConfig, ParameterGenerator, cli
+from hywu_core.bases.bundled.checkpoint import editor_identity, load_editor, save_editor
+from hywu_core.bases.bundled.model import Editor, EditorConfig
 from hywu_core.conditioning.editor import EditorEncoder
 from hywu_core.conditioning.transformers_encoders import TransformersEncoder
-from hywu_core.editor.checkpoint import editor_identity, load_editor, save_editor
-from hywu_core.editor.model import Editor, EditorConfig
 from hywu_core.evaluation.bundled_editor import _digest as files_digest
 from hywu_core.evaluation.comfy_editor import ComfyEditor
 from hywu_core.evaluation.generate import write_manifest
@@ -32,6 +32,9 @@ from hywu_core.evaluation.judging import pictures_hash
 from hywu_core.evaluation.questionnaires import Question, load_questionnaire
 from hywu_core.evaluation.results import Results
 from hywu_core.evaluation.store import Judgement, JudgementStore, StoreName
+from hywu_core.experiments.conflict.plan import ConflictPlan
+from hywu_core.experiments.conflict.runs import Runs
+from hywu_core.experiments.conflict.runs import write_json as write_run_json
 from hywu_core.files import read_header, save_tensors
 from hywu_core.formats.peft import adapter_config
 from hywu_core.generator.checkpoints import checkpoint_digest
@@ -39,9 +42,6 @@ from hywu_core.generator.saving import save_generator, save_official
 from hywu_core.layout import LoRALayout, Module, Stack
 from hywu_core.tokens import token_grid
 from hywu_core.training.base import frozen_digest
-from hywu_core.training.conflict.plan import ConflictPlan
-from hywu_core.training.conflict.runs import Runs
-from hywu_core.training.conflict.runs import write_json as write_run_json
 from hywu_core.training.data import file_hash
 from hywu_core.training.schedule import TrainConfig
 
