@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hywu_core import Condition, GeneratorConfig, LoRALayout, ParameterGenerator
-from hywu_core.generator.checkpoints import file_tensors
-from hywu_core.generator.fp8 import scaled_mm_works, to_fp8
-from hywu_core.generator.graphs import GraphedGenerator, compile_blocks
-from hywu_core.generator.memory import SLOTS
+from hywu_core.generator.speed.fp8 import scaled_mm_works, to_fp8
+from hywu_core.generator.speed.graphs import GraphedGenerator, compile_blocks
+from hywu_core.generator.speed.memory import SLOTS
+from hywu_core.generator.tensors import file_tensors
 
 from .eager import EagerGenerator
 

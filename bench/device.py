@@ -108,7 +108,7 @@ def rates(device: torch.device, size: int, dtype: torch.dtype) -> dict[str, floa
 
 
 def _fp8_product(a: Tensor, b: Tensor) -> Callable[[], Tensor] | None:
-    from hywu_core.generator.fp8 import quantize_rows, scaled_mm_works
+    from hywu_core.generator.speed.fp8 import quantize_rows, scaled_mm_works
 
     if not scaled_mm_works(a.device):
         return None

@@ -21,7 +21,7 @@ import torch
 
 from hywu_core import GeneratorConfig, LoRALayout, ParameterGenerator
 from hywu_core.console import say, table
-from hywu_core.generator.saving import save_official
+from hywu_core.generator.official import save_official
 from hywu_core.layout import Module, Stack
 
 from .measure import paired, peak_memory, summary, write_json

@@ -33,7 +33,7 @@ from torch.utils._pytree import tree_leaves
 
 from hywu_core import Condition, ParameterGenerator
 from hywu_core.console import say, table
-from hywu_core.generator import fp8
+from hywu_core.generator.speed import fp8
 
 from .cuda_sizes import SIZES, Size
 from .cuda_variants import STREAMED_BYTES, reference
@@ -207,7 +207,7 @@ def pretended_cuda(ledger: Ledger) -> Iterator[None]:
         }.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
         stack.enter_context(mock.patch.object(Tensor, "record_stream", return_value=None))
-        for name in ("model.fused_kernels", "fp8._kernels"):
+        for name in ("model.fused_kernels", "speed.fp8._kernels"):
             stack.enter_context(mock.patch(f"hywu_core.generator.{name}", return_value=fused))
         stack.enter_context(mock.patch.object(fp8, "scaled_mm_works", return_value=True))
         stack.enter_context(FakeTensorMode())

@@ -22,7 +22,7 @@ _WHERE = {
     "load_generator": ".generator.checkpoints",
     "load_lora": ".formats",
     "merge": ".injection",
-    "save_generator": ".generator.saving",
+    "save_generator": ".generator.checkpoints",
     "unmerge": ".injection",
 }
 

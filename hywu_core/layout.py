@@ -7,7 +7,6 @@ two (double and single blocks); a UNet has one per block type and width.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
@@ -169,19 +168,6 @@ class LoRALayout:
     # -- makers ----------------------------------------------------------------------------------
 
     @classmethod
-    def from_official(cls, config: Mapping[str, Any]) -> LoRALayout:
-        """Layout of an official ``config.json`` (`model_type: parameter_generator`).
-
-        The order of ``pg_mapping`` in the file sets the order of tokens, so `config` must come from
-        a reader that keeps file order (``json.load`` does). Raises HYWUError.
-        """
-        with official_values():
-            modules = official_modules(config["pg_mapping"])
-            prefix, layers = str(config["prefix"]), int(config["num_base_model_layers"])
-            stack = Stack(tuple(f"{prefix}{i}" for i in range(layers)), modules)
-            return cls((stack,), int(config["rank"]), float(config["alpha"]))
-
-    @classmethod
     def of(
         cls,
         model: nn.Module,
@@ -239,34 +225,6 @@ class LoRALayout:
                 count = len(stack.layers)
                 rows.append((name, count, module.name, shape, values * count))
         return rows
-
-
-def official_modules(mapping: Mapping[str, Any]) -> tuple[Module, ...]:
-    """The modules of an official ``pg_mapping``, grouped entries expanded, in file order."""
-    modules: list[Module] = []
-    for name, entry in mapping.items():
-        if entry.get("type") == "grouped":
-            experts = int(entry["num_experts"])
-            modules += [
-                Module(f"{name}.{sub}", int(d["lora_A_dim"]), int(d["lora_B_dim"]), experts)
-                for sub, d in entry["sub_weights"].items()
-            ]
-        else:
-            modules.append(Module(name, int(entry["lora_A_dim"]), int(entry["lora_B_dim"])))
-    return tuple(modules)
-
-
-@contextlib.contextmanager
-def official_values() -> Iterator[None]:
-    """Around code that reads a ``config.json``: what it lacks or has in another type is a HYWUError."""
-    try:
-        yield
-    except HYWUError:
-        raise
-    except KeyError as error:
-        raise HYWUError(f"the key {error} is missing.") from error
-    except (TypeError, ValueError, AttributeError) as error:
-        raise HYWUError(f"a value is not of its type ({error}).") from error
 
 
 def _module_to_json(module: Module) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from ..console import say
 from ..errors import HYWUError
 from ..files import read_header
 from ..formats import FORMATS, load_lora, save_lora
-from ..generator.checkpoints import FORMAT, load_generator
-from ..generator.saving import save_generator, save_official
+from ..generator.checkpoints import FORMAT, load_generator, save_generator
+from ..generator.official import save_official
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

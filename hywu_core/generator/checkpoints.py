@@ -1,33 +1,26 @@
-"""Reading generator checkpoints: official folders and our own single files, shard by shard.
+"""Generator checkpoints: our own single files, and opening and loading either form, shard by shard.
 
-Both forms hold the same tensors under the official names (``...W_q``, ``W_k``, ``W_v`` apart); in memory
-q, k and v are one product. Our file's header says everything: config, layout, encoder, base.
+Our file's header says everything: config, layout, encoder, base. official.py has the other form.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import HYWUError
-from ..files import open_tensors, read_header
+from ..files import read_header, save_tensors
 from .config import GeneratorConfig, RoPEPrecision
-from .fp8 import uses_fp8
-from .mapped import MappedBlocks, Slot
 from .model import ParameterGenerator
+from .official import open_folder
+from .tensors import file_tensors, read_into
 
 FORMAT = "hywu-generator-1"
-INDEX = "model.safetensors.index.json"
-
-#: fused projection -> the official ones it holds, in order
-FUSED = {"W_qkv": ("W_q", "W_k", "W_v"), "W_kv": ("W_k", "W_v")}
 
 
 @dataclass(frozen=True)
@@ -69,7 +62,7 @@ def load_generator(
     blocks = device
     if memory_budget is not None:
         blocks = torch.device("meta" if device.type == "cpu" else "cpu")
-    tensors, mapped = _read_into(generator, source, device, blocks, dtype)
+    tensors, mapped = read_into(generator, source.path, source.files, device, blocks, dtype)
     for name, tensor in tensors.items():
         owner, _, leaf = name.rpartition(".")
         setattr(generator.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
@@ -90,7 +83,7 @@ def open_checkpoint(path: str | Path) -> Source:
     """Find a checkpoint's files and read its description, without reading weights. Raises HYWUError."""
     path = Path(path)
     if path.is_dir():
-        return _open_folder(path)
+        return _folder(path)
     if not path.exists():
         raise HYWUError(f"{path}: there is no such file or folder.")
     if path.suffix != ".safetensors":
@@ -101,7 +94,7 @@ def open_checkpoint(path: str | Path) -> Source:
     header = read_header(path)
     if header.get("format") != FORMAT:
         if (path.parent / "config.json").is_file():
-            return _open_folder(path.parent)
+            return _folder(path.parent)
         raise HYWUError(
             f"{path}: not a HY-WU generator file (its header says "
             f"{header.get('format', 'nothing of the kind')}), and no config.json lies beside it."
@@ -113,41 +106,9 @@ def open_checkpoint(path: str | Path) -> Source:
     return _with_identity(Source(path, (path,), config))
 
 
-def _open_folder(folder: Path) -> Source:
-    config_file = folder / "config.json"
-    try:
-        data = json.loads(config_file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise HYWUError(f"{folder}: no config.json; this is not a generator's folder.") from None
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise HYWUError(f"{config_file}: not JSON ({error}); download it again.") from error
-    try:
-        config = GeneratorConfig.from_official(data)
-    except HYWUError as error:
-        raise HYWUError(f"{config_file}: {error}") from error
-    return _with_identity(Source(folder, _folder_files(folder), config))
-
-
-def _folder_files(folder: Path) -> tuple[Path, ...]:
-    index = folder / INDEX
-    if not index.is_file():
-        for pattern in ("model.safetensors", "model-*.safetensors", "*.safetensors"):
-            if files := tuple(sorted(folder.glob(pattern))):
-                return files
-        raise HYWUError(f"{folder}: holds no .safetensors file.")
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        # only names: an index must not lead out of its folder
-        files = tuple(folder / Path(name).name for name in sorted(set(weight_map.values())))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise HYWUError(
-            f"{index}: not an index of shards ({error!r}); download it again, or delete it: shards "
-            "are found without it."
-        ) from error
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise HYWUError(f"{folder}: the index names shards that are missing: {', '.join(missing)}.")
-    return files
+def _folder(folder: Path) -> Source:
+    config, files = open_folder(folder)
+    return _with_identity(Source(folder, files, config))
 
 
 def _with_identity(source: Source) -> Source:
@@ -172,149 +133,14 @@ def checkpoint_digest(files: tuple[Path, ...]) -> str:
     return sha.hexdigest()[:32]
 
 
-# -- tensors of a file <-> parameters --------------------------------------------------------------
-
-
-def slots(generator: ParameterGenerator) -> dict[str, Slot]:
-    """Tensor name in files -> its place among the generator's parameters."""
-    result = {}
-    for name, parameter in generator.named_parameters():
-        shape = tuple(parameter.shape)
-        fused, _, leaf = name.rpartition(".")
-        owner, _, projection = fused.rpartition(".")
-        pieces = FUSED.get(projection)
-        if pieces is None:
-            result[name] = Slot(name, 0, shape)
-            continue
-        rows = shape[0] // len(pieces)
-        for i, piece in enumerate(pieces):
-            result[f"{owner}.{piece}.{leaf}"] = Slot(name, i * rows, (rows, *shape[1:]))
-    return result
-
-
-def file_tensors(generator: ParameterGenerator) -> Iterator[tuple[str, Tensor]]:
-    """(name in files, view of the parameter) for every tensor of a checkpoint.
-
-    Raises HYWUError when layers were rounded to fp8: the checkpoint's own values are gone.
-    """
-    check_saveable(generator)
-    parameters = dict(generator.named_parameters())
-    for name, slot in slots(generator).items():
-        whole = parameters[slot.parameter]
-        if whole.is_meta:
-            yield name, generator.mapped.tensor(name).to(whole.dtype)
-        else:
-            yield name, whole[slot.start : slot.start + slot.shape[0]]
-
-
-def check_saveable(generator: ParameterGenerator) -> None:
-    """Raises HYWUError when the values that a file should hold are gone."""
-    if uses_fp8(generator):
-        raise HYWUError(
-            "this generator's linear layers were rounded to fp8, so it can't be saved; save it before "
-            "to_fp8, or copy the checkpoint that it was loaded from."
-        )
-
-
-def _read_into(
+def save_generator(
     generator: ParameterGenerator,
-    source: Source,
-    device: torch.device,
-    blocks: torch.device,
-    dtype: torch.dtype | None,
-) -> tuple[dict[str, Tensor], MappedBlocks | None]:
-    """The generator's parameters, filled from the checkpoint's files; one file open at a time.
-
-    blocks: where the parameters of the transformer's blocks go; the others go to `device`. On "meta"
-    they are looked at, left in the files, and read by the second result.
-    """
-    wanted = slots(generator)
-    shapes = {name: tuple(p.shape) for name, p in generator.named_parameters()}
-    tensors: dict[str, Tensor] = {}
-    read: dict[str, Path] = {}
-    sums: dict[str, Tensor] = {}
-    for file in source.files:
-        with open_tensors(file) as opened:
-            _check_keys(file, opened, wanted, read)
-            for key in opened.keys():  # noqa: SIM118
-                value, slot = opened.get_tensor(key), wanted[key]
-                _check_dtype(file, key, value.dtype, dtype)
-                name = slot.parameter
-                if name not in tensors:
-                    place = blocks if name.startswith("model.blocks.") else device
-                    tensors[name] = torch.empty(
-                        shapes[name], dtype=dtype or value.dtype, device=place
-                    )
-                part = tensors[name][slot.start : slot.start + slot.shape[0]]
-                part = value.to(part.dtype) if part.is_meta else part.copy_(value)
-                # a sum is finite only if every value is (or it overflows, which is looked at below)
-                sums[key] = part.sum(dtype=torch.float32).to(device)
-                del value
-    missing = sorted(set(wanted) - set(read))
-    if missing:
-        raise HYWUError(
-            f"{source.path}: lacks {len(missing)} tensors, for example {', '.join(missing[:3])}; a "
-            "shard may be missing or the config belongs to another checkpoint."
-        )
-    mapped = MappedBlocks(wanted, read) if blocks.type == "meta" else None
-    _check_finite(source, sums, wanted, tensors, mapped)
-    return tensors, mapped
-
-
-def _check_keys(file: Path, opened: Any, wanted: Mapping[str, Slot], read: dict[str, Path]) -> None:
-    """Every key of one file: known, new, of the right shape. One error for all that are wrong."""
-    extra, wrong = [], []
-    for key in opened.keys():  # noqa: SIM118
-        slot = wanted.get(key)
-        if slot is None or key in read:
-            extra.append(key)
-        elif tuple(opened.get_slice(key).get_shape()) != slot.shape:
-            shape = tuple(opened.get_slice(key).get_shape())
-            wrong.append(f"{key} is {shape}, the config says {slot.shape}")
-        read[key] = file
-    if extra or wrong:
-        parts = [f"{len(extra)} tensors too many ({', '.join(extra[:3])})"] if extra else []
-        parts += [f"{len(wrong)} of another shape ({'; '.join(wrong[:3])})"] if wrong else []
-        raise HYWUError(
-            f"{file}: {' and '.join(parts)}; the weights and the config belong to different "
-            "checkpoints."
-        )
-
-
-def _check_dtype(file: Path, key: str, stored: torch.dtype, wanted: torch.dtype | None) -> None:
-    """Weights must be numbers that can be computed with, or be cast to such."""
-    if not stored.is_floating_point:
-        raise HYWUError(
-            f"{file}: {key} holds {stored} values; a generator's weights are floating-point numbers, "
-            "so use the checkpoint that this one was quantized from."
-        )
-    if wanted is None and stored.itemsize < 2:
-        raise HYWUError(
-            f"{file}: {key} holds {stored} values, in which nothing can be computed; load it in "
-            "another dtype, for example dtype=torch.bfloat16 (--dtype bfloat16)."
-        )
-
-
-def _check_finite(
-    source: Source,
-    sums: dict[str, Tensor],
-    wanted: dict[str, Slot],
-    tensors: dict[str, Tensor],
-    mapped: MappedBlocks | None,
-) -> None:
-    if bool(torch.isfinite(torch.stack(list(sums.values()))).all()):
-        return
-    bad = []
-    for key in sums:
-        slot = wanted[key]
-        part = tensors[slot.parameter][slot.start : slot.start + slot.shape[0]]
-        if part.is_meta:
-            part = mapped.tensor(key).to(part.dtype)
-        if not bool(torch.isfinite(part).all()):
-            bad.append(key)
-    if bad:
-        raise HYWUError(
-            f"{source.path}: values that are not finite in {', '.join(bad[:3])}"
-            f"{f' and {len(bad) - 3} more tensors' if len(bad) > 3 else ''}; the file is damaged, or "
-            "the weights don't fit the dtype (try bfloat16 or float32)."
-        )
+    path: str | Path,
+    overwrite: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write one of our .safetensors files, atomically. dtype: None keeps the parameters'."""
+    tensors = {name: value.detach().to(dtype=dtype) for name, value in file_tensors(generator)}
+    config = generator.config
+    header = {"format": FORMAT, "generator": config.without_identity().to_json()}
+    return save_tensors(path, tensors, header, overwrite)

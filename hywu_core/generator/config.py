@@ -1,4 +1,4 @@
-"""Hyperparameters of a generator: one dataclass, from our header or an official config.json."""
+"""Hyperparameters of a generator: one dataclass, and its JSON as our files hold it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
-from ..condition import OFFICIAL_PART
 from ..errors import HYWUError
-from ..layout import LoRALayout, official_modules, official_values
+from ..layout import LoRALayout
 from ..tokens import TokenGrid, token_grid
 
 RoPEPrecision = Literal["float32", "bfloat16"]
@@ -96,19 +95,6 @@ class GeneratorConfig:
         """Positions of the whole sequence, all stacks and layers together."""
         return sum(g.num_layers * g.num_tokens * self.rows_per_token for g in self.grids)
 
-    @property
-    def official(self) -> bool:
-        """Whether an official folder can hold this generator."""
-        stack = self.layout.stacks[0]
-        return (
-            len(self.layout.stacks) == 1
-            and len(self.condition) == 1
-            and stack.prefix != ""
-            and stack.layers == tuple(f"{stack.prefix}{i}" for i in range(len(stack.layers)))
-            # what reads it back must find these modules in this order
-            and stack.modules == official_modules(_official_mapping(self.layout))
-        )
-
     def check_condition(self, widths: Mapping[str, int]) -> None:
         """Raise HYWUError unless a condition whose parts are this wide (name -> width) fits."""
         if dict(widths) != dict(self.condition):
@@ -178,101 +164,14 @@ class GeneratorConfig:
                 raise
             raise HYWUError(f"the generator's description is damaged ({error!r}).") from error
 
-    @classmethod
-    def from_official(cls, config: Mapping[str, Any]) -> GeneratorConfig:
-        """From an official ``config.json``, read in file order. Keys it lacks raise HYWUError.
-
-        Official checkpoints run with bfloat16 position tables unless the file names
-        ``rope_precision`` itself (ours do).
-        """
-        if not isinstance(config, Mapping):
-            raise HYWUError("not a JSON object.")
-        if config.get("model_type") != "parameter_generator":
-            raise HYWUError(
-                f"model_type is {config.get('model_type')!r}, not 'parameter_generator'."
-            )
-        layout = LoRALayout.from_official(config)
-        recorded = config.get("layout_digest")
-        if recorded not in (None, layout.digest):
-            raise HYWUError(
-                "pg_mapping was reordered after it was written (a tool that sorts keys does that); "
-                "its order sets the meaning of every token, so restore the original config.json."
-            )
-        with official_values():
-            if config["output_dim"] != config["token_dim"]:
-                raise HYWUError(
-                    f"output_dim {config['output_dim']} differs from token_dim "
-                    f"{config['token_dim']}; they must be equal."
-                )
-            return cls(
-                layout=layout,
-                condition={config.get("condition_part", OFFICIAL_PART): int(config["input_dim"])},
-                token_dim=int(config["token_dim"]),
-                dim_accumulation=int(config["dim_accumulation"]),
-                d_model=int(config["d_model"]),
-                head_dim=int(config["head_dim"]),
-                num_blocks=int(config["num_pg_layers"]),
-                rope_precision=config.get("rope_precision", "bfloat16"),
-                encoder=config.get("encoder", {"type": "hunyuan_image_3"}),
-                base=config.get("base", "tencent/HunyuanImage-3.0-Instruct"),
-                provenance=config.get("provenance", {}),
-            )
-
-    def to_official(self) -> dict[str, Any]:
-        """The ``config.json`` of an official folder, with our additions under keys it ignores.
-
-        Raises HYWUError when the architecture goes beyond the official one.
-        """
-        if not self.official:
-            raise HYWUError(
-                f"this generator has {len(self.layout.stacks)} stacks and {len(self.condition)} "
-                "condition parts; the official form holds one of each, with numbered layers, Linear "
-                "modules and each list of experts in one piece. Keep it as one of our .safetensors "
-                "files."
-            )
-        stack, alpha = self.layout.stacks[0], self.layout.alpha
-        ((part, width),) = self.condition.items()
-        return {
-            "model_type": "parameter_generator",
-            "architectures": ["ParameterGenerator"],
-            "token_dim": self.token_dim,
-            "rank": self.layout.rank,
-            "alpha": int(alpha) if alpha == int(alpha) else alpha,
-            "input_dim": width,
-            "dim_accumulation": self.dim_accumulation,
-            "d_model": self.d_model,
-            "head_dim": self.head_dim,
-            "num_base_model_layers": len(stack.layers),
-            "output_dim": self.token_dim,
-            "num_pg_layers": self.num_blocks,
-            "prefix": stack.prefix,
-            "pg_mapping": _official_mapping(self.layout),
-            "layout_digest": self.layout.digest,
-            "condition_part": part,
-            "rope_precision": self.rope_precision,
-            "encoder": dict(self.encoder),
-            "base": self.base,
-            "provenance": dict(self.provenance),
-        }
-
     def with_(self, **changes: Any) -> GeneratorConfig:
         """A copy with some fields changed."""
         return replace(self, **changes)
 
-
-def _official_mapping(layout: LoRALayout) -> dict[str, Any]:
-    mapping: dict[str, Any] = {}
-    for module in layout.stacks[0].modules:
-        dims = {"lora_A_dim": module.in_features, "lora_B_dim": module.out_features}
-        if not module.num_experts:
-            mapping[module.name] = dims
-            continue
-        group, _, sub = module.name.rpartition(".")
-        entry = mapping.setdefault(
-            group, {"type": "grouped", "num_experts": module.num_experts, "sub_weights": {}}
-        )
-        entry.setdefault("sub_weights", {})[sub] = dims
-    return mapping
+    def without_identity(self) -> GeneratorConfig:
+        """As it is written: a checkpoint's own name and hash are read off the file, not stored in it."""
+        provenance = {k: v for k, v in self.provenance.items() if k != "checkpoint"}
+        return self.with_(provenance=provenance)
 
 
 def _widths(parts: Mapping[str, int]) -> str:

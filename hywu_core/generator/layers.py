@@ -70,7 +70,7 @@ def weights(layer: nn.Module, like: Tensor) -> tuple[Tensor, Tensor | None]:
 
     A host that keeps weights elsewhere or in another dtype gives its Linear a method `resolve(like)`;
     it is called once a sublayer, not once a chunk. In place of the weight it may give an object with a
-    method ``linear(x, bias)`` that multiplies in its own way (see fp8.py).
+    method ``linear(x, bias)`` that multiplies in its own way (see speed/fp8.py).
     """
     resolve = getattr(layer, "resolve", None)
     return (layer.weight, layer.bias) if resolve is None else resolve(like)
@@ -340,7 +340,7 @@ def fused_kernels(device: torch.device) -> ModuleType | None:
     if device.type != "cuda":
         return None
     try:
-        from . import kernels
+        from .speed import kernels
 
         x = torch.ones(1, 1, 1, 16, device=device, dtype=torch.bfloat16)
         table = torch.ones(1, 1, 4, 2, device=device)

@@ -22,10 +22,10 @@ from ..errors import HYWUError
 from ..lora import GeneratedLoRA
 from .config import GeneratorConfig
 from .layers import Context, RMSNorm, Transformer, even_step, fused_kernels, linear, weights
-from .mapped import MappedBlocks
-from .memory import STARTING, BlockStreamer, MemoryPlan, Sizes, plan_memory, tensor_bytes
 from .rope import StackTables
-from .sharing import Shared
+from .speed.memory import STARTING, BlockStreamer, MemoryPlan, Sizes, plan_memory, tensor_bytes
+from .speed.prefix import Shared
+from .tensors import MappedBlocks
 
 #: Bytes of one chunk's widest intermediate: large enough for full matrix products on the device,
 #: small enough to stay in the caches of a CPU and far below the weights of a GPU.

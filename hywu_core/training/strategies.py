@@ -112,7 +112,7 @@ class HyperNetwork:
             yield module
 
     def export(self, path: Path, provenance: Mapping[str, Any]) -> Path:
-        from ..generator.saving import save_generator
+        from ..generator.checkpoints import save_generator
 
         config = self.trained.config
         whole = {**config.provenance, **provenance}

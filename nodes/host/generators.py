@@ -16,8 +16,8 @@ from ...hywu_core.errors import HYWUError, out_of_memory
 from ...hywu_core.files import open_tensors
 from ...hywu_core.generator.checkpoints import load_generator, open_checkpoint
 from ...hywu_core.generator.config import GeneratorConfig
-from ...hywu_core.generator.memory import Sizes
 from ...hywu_core.generator.model import CHUNK_BYTES, PREFIX_CACHE_BYTES
+from ...hywu_core.generator.speed.memory import Sizes
 from ...hywu_core.lora import GeneratedLoRA
 from . import operations
 from .cache import CACHE

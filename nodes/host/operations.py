@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...hywu_core.generator.fp8 import quantize_rows
+from ...hywu_core.generator.speed.fp8 import quantize_rows
 
 
 class Linear(torch.nn.Linear, comfy.ops.CastWeightBiasOp):

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 
 from bench.generator import make
 from hywu_core import Condition, GeneratorConfig, LoRALayout
-from hywu_core.generator import kernels
-from hywu_core.generator.fp8 import quantize_rows
 from hywu_core.generator.rope import Axes, axis_table, rotate
+from hywu_core.generator.speed import kernels
+from hywu_core.generator.speed.fp8 import quantize_rows
 from hywu_core.layout import Module, Stack
 
 #: relative to the values; the interpreter and torch round once each

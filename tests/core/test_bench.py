@@ -13,7 +13,7 @@ from bench import generator as bench
 from bench.cuda_sizes import CPU_SIZES, SIZES
 from bench.eager import EagerGenerator
 from hywu_core import Condition, GeneratorConfig, LoRALayout
-from hywu_core.generator.checkpoints import file_tensors
+from hywu_core.generator.tensors import file_tensors
 from hywu_core.layout import Module, Stack
 
 

@@ -19,9 +19,10 @@ from hywu_core import (
     save_generator,
 )
 from hywu_core.files import HEADER, read_header
-from hywu_core.generator import saving
-from hywu_core.generator.checkpoints import INDEX, file_tensors, open_checkpoint
-from hywu_core.generator.saving import save_official
+from hywu_core.generator import official
+from hywu_core.generator.checkpoints import open_checkpoint
+from hywu_core.generator.official import INDEX, save_official
+from hywu_core.generator.tensors import file_tensors
 from hywu_core.layout import Module, Stack
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -106,7 +107,7 @@ def test_rewriting_that_fails_leaves_the_former_whole(folder, tmp_path, monkeypa
     generator, out = load_generator(folder), tmp_path / "out"
     save_official(generator, out, shard_bytes=500_000)
     before = {file.name: file.read_bytes() for file in out.iterdir()}
-    calls, whole = [], saving.save_file
+    calls, whole = [], official.save_file
 
     def fails_at_the_second(*args, **options):
         calls.append(1)
@@ -114,7 +115,7 @@ def test_rewriting_that_fails_leaves_the_former_whole(folder, tmp_path, monkeypa
             raise KeyboardInterrupt
         whole(*args, **options)
 
-    monkeypatch.setattr(saving, "save_file", fails_at_the_second)
+    monkeypatch.setattr(official, "save_file", fails_at_the_second)
     generator.config = generator.config.with_(base="other")
     with pytest.raises(KeyboardInterrupt):
         save_official(generator, out, overwrite=True, shard_bytes=2_000_000)

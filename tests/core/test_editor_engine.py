@@ -16,10 +16,9 @@ from hywu_core.bases.bundled.sampling import edit
 from hywu_core.cli import main
 from hywu_core.errors import HYWUError
 from hywu_core.formats import load_lora
-from hywu_core.generator.checkpoints import load_generator
+from hywu_core.generator.checkpoints import load_generator, save_generator
 from hywu_core.generator.config import GeneratorConfig
 from hywu_core.generator.model import ParameterGenerator
-from hywu_core.generator.saving import save_generator
 from hywu_core.injection import inject
 from hywu_core.layout import LoRALayout
 from hywu_core.training.editor_base import EditorBase

@@ -18,6 +18,7 @@ from hywu_core import (
     inject,
     load_generator,
 )
+from hywu_core.generator.official import read_config
 from hywu_core.generator.rope import axis_table, rotate
 from hywu_core.layout import Module, Stack
 
@@ -334,7 +335,7 @@ def test_rotation_matches_the_matrix():
 
 def test_default_size_counts_as_published():
     experts = {"lora_A_dim": 4096, "lora_B_dim": 3072}
-    config = GeneratorConfig.from_official(
+    config = read_config(
         {
             "model_type": "parameter_generator",
             "token_dim": 1024,

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hywu_core import HYWUError, LoRALayout
+from hywu_core.generator.official import read_layout
 from hywu_core.layout import Module, Stack
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -103,7 +104,7 @@ def test_check_names_every_disagreement_at_once():
 @pytest.mark.parametrize("case", ["dense", "ragged", "moe", "long"])
 def test_official_config_keeps_file_order_and_json_round_trips(case):
     config = json.loads((GOLDEN / case / "config.json").read_text())
-    layout = LoRALayout.from_official(config)
+    layout = read_layout(config)
     names = list(
         dict.fromkeys(m.name.rpartition(".w")[0] or m.name for m in layout.stacks[0].modules)
     )
@@ -154,7 +155,7 @@ def test_damaged_descriptions():
         with pytest.raises(HYWUError, match=words):
             LoRALayout.from_json(data)
     with pytest.raises(HYWUError, match="the key 'prefix' is missing"):
-        LoRALayout.from_official({"pg_mapping": {}})
+        read_layout({"pg_mapping": {}})
 
 
 def test_quantized_layers_are_found_by_their_attributes():

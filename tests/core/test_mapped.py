@@ -15,8 +15,9 @@ import torch
 
 from bench.generator import make
 from hywu_core import Condition, GeneratorConfig, HYWUError, LoRALayout, load_generator
-from hywu_core.generator.memory import SLOTS
-from hywu_core.generator.saving import save_generator, save_official
+from hywu_core.generator.checkpoints import save_generator
+from hywu_core.generator.official import save_official
+from hywu_core.generator.speed.memory import SLOTS
 from hywu_core.layout import Module, Stack
 
 TOKENS = 6

@@ -10,10 +10,11 @@ from bench.cuda_sizes import random_condition, reduced
 from bench.cuda_variants import relative_difference, variant
 from bench.generator import make
 from hywu_core import Condition, GeneratorConfig, HYWUError, LoRALayout, inject
-from hywu_core.generator import fp8, layers
-from hywu_core.generator.fp8 import Fp8Linear, quantize_rows, to_fp8
-from hywu_core.generator.graphs import GRAPHS, GraphedGenerator, compile_blocks
-from hywu_core.generator.saving import save_generator
+from hywu_core.generator import layers
+from hywu_core.generator.checkpoints import save_generator
+from hywu_core.generator.speed import fp8
+from hywu_core.generator.speed.fp8 import Fp8Linear, quantize_rows, to_fp8
+from hywu_core.generator.speed.graphs import GRAPHS, GraphedGenerator, compile_blocks
 from hywu_core.layout import Module, Stack
 
 CPU = torch.device("cpu")

@@ -48,7 +48,7 @@ def test_kernels_build_for_real_devices(name, constants, capability):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from hywu_core.generator import kernels
+    from hywu_core.generator.speed import kernels
 
     kernel = getattr(kernels, name)
     types = {"first": "*fp32", "second": "*fp32", "scales": "*fp32", "eps": "fp32"}

@@ -17,9 +17,9 @@ from hywu_core import (
     ParameterGenerator,
     load_generator,
 )
-from hywu_core.generator.memory import SLOTS, Sizes, blocks_a_buffer, plan_memory
+from hywu_core.generator.checkpoints import save_generator
 from hywu_core.generator.model import CHUNK_BYTES
-from hywu_core.generator.saving import save_generator
+from hywu_core.generator.speed.memory import SLOTS, Sizes, blocks_a_buffer, plan_memory
 from hywu_core.layout import Module, Stack
 
 

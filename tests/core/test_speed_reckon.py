@@ -14,7 +14,7 @@ from bench.cuda_sizes import SIZES
 from bench.generator import make
 from bench.reckon import HostCopy, Ledger, pretended_cuda
 from hywu_core import Condition, GeneratorConfig, LoRALayout, inject
-from hywu_core.generator.fp8 import to_fp8
+from hywu_core.generator.speed.fp8 import to_fp8
 
 
 def few_blocks(size: str, num_blocks: int = 2) -> reckon.Size:

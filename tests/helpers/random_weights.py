@@ -10,9 +10,9 @@ import torch
 
 from hywu_core.bases.bundled.checkpoint import editor_identity, load_editor, save_editor
 from hywu_core.bases.bundled.model import Editor, EditorConfig
+from hywu_core.generator.checkpoints import save_generator
 from hywu_core.generator.config import GeneratorConfig
 from hywu_core.generator.model import ParameterGenerator
-from hywu_core.generator.saving import save_generator
 from hywu_core.layout import LoRALayout
 from hywu_core.lora import GeneratedLoRA
 

@@ -16,9 +16,9 @@ import torch
 
 folder = ARGUMENTS[0]
 NODES = load_nodes()
+from hywu_nodes.hywu_core.generator.checkpoints import save_generator  # noqa: E402
 from hywu_nodes.hywu_core.generator.config import GeneratorConfig  # noqa: E402
 from hywu_nodes.hywu_core.generator.model import ParameterGenerator  # noqa: E402
-from hywu_nodes.hywu_core.generator.saving import save_generator  # noqa: E402
 from hywu_nodes.hywu_core.layout import LoRALayout, Module, Stack  # noqa: E402
 from hywu_nodes.nodes.host.generators import HostGenerator  # noqa: E402
 

@@ -33,9 +33,9 @@ for kind in ("diffusion_models", "loras"):
 NODES = inside.load_nodes()
 
 import training_models as tools  # noqa: E402
+from hywu_nodes.hywu_core.generator.checkpoints import save_generator  # noqa: E402
 from hywu_nodes.hywu_core.generator.config import GeneratorConfig  # noqa: E402
 from hywu_nodes.hywu_core.generator.model import ParameterGenerator  # noqa: E402
-from hywu_nodes.hywu_core.generator.saving import save_generator  # noqa: E402
 from hywu_nodes.hywu_core.layout import LoRALayout  # noqa: E402
 from hywu_nodes.hywu_core.lora import GeneratedLoRA  # noqa: E402
 from hywu_nodes.hywu_core.training.base import frozen_digest  # noqa: E402

@@ -24,11 +24,10 @@ elsewhere.write_text(f"elsewhere:\n  base_path: {FOLDER}\n  hywu: generators\n")
 load_extra_path_config(str(elsewhere))
 NODES = load_nodes()
 from hywu_nodes.hywu_core.condition import Condition  # noqa: E402
-from hywu_nodes.hywu_core.generator.checkpoints import load_generator  # noqa: E402
+from hywu_nodes.hywu_core.generator.checkpoints import load_generator, save_generator  # noqa: E402
 from hywu_nodes.hywu_core.generator.config import GeneratorConfig  # noqa: E402
-from hywu_nodes.hywu_core.generator.fp8 import quantize_rows  # noqa: E402
 from hywu_nodes.hywu_core.generator.model import ParameterGenerator  # noqa: E402
-from hywu_nodes.hywu_core.generator.saving import save_generator  # noqa: E402
+from hywu_nodes.hywu_core.generator.speed.fp8 import quantize_rows  # noqa: E402
 from hywu_nodes.hywu_core.layout import LoRALayout, Module, Stack  # noqa: E402
 from hywu_nodes.nodes.host import generators  # noqa: E402
 from hywu_nodes.nodes.host.cache import CACHE  # noqa: E402

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from hywu_core.condition import Condition
+from hywu_core.generator.checkpoints import save_generator
 from hywu_core.generator.config import GeneratorConfig
 from hywu_core.generator.model import ParameterGenerator
-from hywu_core.generator.saving import save_generator
 from hywu_core.headless.client import Client, NodeFailed, Refused, run_sync
 from hywu_core.headless.local import get_json
 from hywu_core.layout import LoRALayout, Module, Stack

@@ -14,9 +14,8 @@ import torch
 from PIL import Image
 
 from hywu_core.bases.bundled.checkpoint import bundled, editor_identity, load_editor
-from hywu_core.generator.checkpoints import load_generator
+from hywu_core.generator.checkpoints import load_generator, save_generator
 from hywu_core.generator.model import ParameterGenerator
-from hywu_core.generator.saving import save_generator
 from hywu_core.headless.client import Client, Interrupted, NodeFailed, Refused
 
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..errors import HYWUError
-from .config import GeneratorConfig
+from ...errors import HYWUError
+from ..config import GeneratorConfig
 
 #: Slots that streamed blocks take turns in: one computes while the next is copied.
 SLOTS = 2

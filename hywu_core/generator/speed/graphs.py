@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..condition import Condition
-from ..lora import GeneratedLoRA
-from .model import ParameterGenerator
+from ...condition import Condition
+from ...lora import GeneratedLoRA
+from ..model import ParameterGenerator
 
 #: Graphs kept, one a shape of condition; the one not used for longest goes first.
 GRAPHS = 8

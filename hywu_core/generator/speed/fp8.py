@@ -16,9 +16,9 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from ..errors import HYWUError
-from .layers import fused_kernels, rounds_to_e4m3
-from .model import ParameterGenerator
+from ...errors import HYWUError
+from ..layers import fused_kernels, rounds_to_e4m3
+from ..model import ParameterGenerator
 
 log = logging.getLogger(__name__)
 
