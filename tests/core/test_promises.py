@@ -37,8 +37,8 @@ from hywu_core.experiments.conflict.runs import Runs
 from hywu_core.experiments.conflict.runs import write_json as write_run_json
 from hywu_core.files import read_header, save_tensors
 from hywu_core.formats.peft import adapter_config
-from hywu_core.generator.checkpoints import checkpoint_digest
-from hywu_core.generator.saving import save_generator, save_official
+from hywu_core.generator.checkpoints import checkpoint_digest, save_generator
+from hywu_core.generator.official import save_official
 from hywu_core.layout import LoRALayout, Module, Stack
 from hywu_core.tokens import token_grid
 from hywu_core.training.base import frozen_digest
