@@ -26,7 +26,8 @@ import torch
 
 import dev
 from hywu_core.bases.bundled.checkpoint import VARIABLE, save_editor
-from hywu_core.bases.bundled.model import Editor, EditorConfig
+from hywu_core.bases.bundled.transformer import TransformerConfig as EditorConfig
+from hywu_core.bases.bundled.transformer import TransformerEditor as Editor
 from hywu_core.console import say, table
 
 from .measure import write_json

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from hywu_core.bases.bundled.model import Editor
+from hywu_core.bases.bundled.transformer import TransformerEditor as Editor
 from hywu_core.console import say, table
 from hywu_core.experiments.conflict.plan import ConflictPlan, Run
 from hywu_core.experiments.conflict.runs import Runs

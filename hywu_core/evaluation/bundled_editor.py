@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..bases.bundled.checkpoint import bundled, bundled_loras, editor_identity, load_editor
 from ..bases.bundled.engine import BundledEditor
-from ..bases.bundled.model import Editor
 from ..bases.bundled.sampling import edit
 from ..errors import HYWUError
 from ..files import read_tensors
@@ -83,7 +82,7 @@ class EngineEditor:
         }
 
     @property
-    def editor(self) -> Editor:
+    def editor(self) -> nn.Module:
         """The base model, with fine-tuned weights where there are some."""
         return self._editor
 
@@ -115,7 +114,7 @@ class EngineEditor:
         return lora
 
 
-def load_fine_tuned(editor: Editor, path: str | Path) -> None:
+def load_fine_tuned(editor: nn.Module, path: str | Path) -> None:
     """Put a fine-tuned copy's weights into the editor. Raises HYWUError naming what doesn't fit."""
     tensors, header = read_tensors(path)
     if header.get("strategy") != "sft":

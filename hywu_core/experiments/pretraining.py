@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..bases.bundled.checkpoint import save_editor
-from ..bases.bundled.model import Editor, EditorConfig
 from ..bases.bundled.sampling import edit
+from ..bases.bundled.transformer import TransformerConfig as EditorConfig
+from ..bases.bundled.transformer import TransformerEditor as Editor
 from ..console import say
 from ..training.base import Batch
 from ..training.logs import Log, save_grid

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from ..bases.bundled.checkpoint import editor_identity
-from ..bases.bundled.model import Editor
 from ..condition import Condition
 from ..conditioning.editor import EditorEncoder
 from ..errors import HYWUError
@@ -37,7 +36,7 @@ class EditorBase:
 
     name = NAME
 
-    def __init__(self, editor: Editor, sampling_steps: int = 4, error: str = "mse") -> None:
+    def __init__(self, editor: nn.Module, sampling_steps: int = 4, error: str = "mse") -> None:
         if error not in ERRORS:
             raise HYWUError(f"training: error '{error}'; it is one of {', '.join(ERRORS)}.")
         self.module, self.sampling_steps = editor.requires_grad_(False), sampling_steps

@@ -6,7 +6,6 @@ image comes as `concat_latent_image` (InstructPixToPixConditioning) or as a refe
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import comfy.conds
@@ -22,18 +21,17 @@ from torch import Tensor, nn
 from ...hywu_core.bases.bundled.checkpoint import editor_identity, load_editor
 from ...hywu_core.bases.bundled.model import Editor
 from ...hywu_core.bases.bundled.sampling import tiled_velocity
+from ...hywu_core.bases.bundled.transformer import TransformerEditor
 from ...hywu_core.errors import HYWUError
 from ..instructions import lines_of
 from . import operations
 
 #: Divisible by every number of steps up to 12, so that the stock scheduler "simple" has even steps.
 TIMESTEPS = 27720
-#: Tiles that go through the editor at once.
-TILES = 32
 
 
-class HostEditor(Editor):
-    """The editor with the calling convention of ComfyUI's diffusion models.
+class HostEditor(nn.Module):
+    """An editor with the calling convention of ComfyUI's diffusion models, mixed into its class.
 
     identity: which weights these are; generators name the one that they were trained for.
     """
@@ -42,14 +40,14 @@ class HostEditor(Editor):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.image_in.weight.dtype
+        return self.text.position.dtype
 
     def forward(
         self, x: Tensor, timestep: Tensor, text: Tensor, text_mask: Tensor, **_: Any
     ) -> Tensor:
         """x ``[B, 6, H, W]``: x_t and the source image. Returns the velocity ``[B, 3, H, W]``."""
         image, source = x.chunk(2, dim=1)
-        return tiled_velocity(_Tile(self), image, timestep, source, text, text_mask.bool(), TILES)
+        return tiled_velocity(_Tile(self), image, timestep, source, text, text_mask.bool())
 
 
 class _Tile:
@@ -60,7 +58,18 @@ class _Tile:
 
     def __call__(self, *args: Tensor) -> Tensor:
         mm.throw_exception_if_processing_interrupted()
-        return Editor.forward(self.editor, *args)
+        return super(HostEditor, self.editor).forward(*args)
+
+
+class HostUNet(HostEditor, Editor):
+    """The editor of `hywu_core.bases.bundled.model`."""
+
+
+class HostTransformer(HostEditor, TransformerEditor):
+    """The editor of `hywu_core.bases.bundled.transformer`."""
+
+
+KINDS = {"hywu-editor-1": HostTransformer, "hywu-editor-2": HostUNet}
 
 
 class Pixels(comfy.latent_formats.LatentFormat):
@@ -111,11 +120,9 @@ class EditorModel(comfy.model_base.BaseModel):
 
     def memory_required(self, input_shape: Any, cond_shapes: Any = None) -> float:
         """Bytes: activations of the tiles that run at once, and some copies of the image."""
-        config, items = self.diffusion_model.config, input_shape[0]
-        tokens = (config.train_size // config.patch) ** 2 + config.text_words + 1
-        per_tile = tokens * config.width * 24 + config.train_size**2 * config.channels * 8
-        activations = max(TILES, items) * per_tile
-        return 4.0 * (activations + 8 * 6 * items * math.prod(input_shape[2:]))
+        items, (height, width) = input_shape[0], input_shape[2:]
+        activations = self.diffusion_model.config.activations(items, height, width)
+        return 4.0 * (activations + 8 * 6 * items * height * width)
 
 
 def _source(noise: Tensor, kwargs: dict[str, Any]) -> Tensor:
@@ -160,7 +167,7 @@ class WordText(nn.Module):
     )
     encode_text = Editor.encode_text
 
-    def __init__(self, editor: Editor) -> None:
+    def __init__(self, editor: nn.Module) -> None:
         super().__init__()
         self.config, self.text = editor.config, editor.text
 
@@ -216,7 +223,7 @@ def load_patcher(disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatc
 
 def load_host_editor() -> HostEditor:
     """Raises HYWUError when the weights are missing or damaged."""
-    editor = load_editor(operations=operations, kind=HostEditor)
+    editor = load_editor(operations=operations, kinds=KINDS)
     editor.identity = editor_identity(editor)
     return editor
 

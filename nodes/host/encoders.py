@@ -15,7 +15,7 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ...hywu_core.bases.bundled.text import split_words
+from ...hywu_core.bases.bundled.model import split_words
 from ...hywu_core.bases.bundled.vocabulary import unknown_instruction
 from ...hywu_core.condition import Condition
 from ...hywu_core.conditioning import pictures as several

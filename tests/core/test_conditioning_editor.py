@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hywu_core.bases.bundled.model import Editor, EditorConfig
+from hywu_core.bases.bundled.transformer import TransformerConfig as EditorConfig
+from hywu_core.bases.bundled.transformer import TransformerEditor as Editor
 from hywu_core.errors import HYWUError
 from hywu_core.generator.config import GeneratorConfig
 from hywu_core.layout import LoRALayout

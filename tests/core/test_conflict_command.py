@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from hywu_core.bases.bundled.checkpoint import save_editor
-from hywu_core.bases.bundled.model import Editor, EditorConfig
+from hywu_core.bases.bundled.transformer import TransformerConfig as EditorConfig
+from hywu_core.bases.bundled.transformer import TransformerEditor as Editor
 from hywu_core.cli import main
 from hywu_core.experiments import images as data
 from hywu_core.experiments.conflict import bundle, evaluate, experiment, report

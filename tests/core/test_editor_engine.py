@@ -11,8 +11,9 @@ from PIL import Image
 
 from hywu_core.bases.bundled.checkpoint import load_editor, save_editor
 from hywu_core.bases.bundled.engine import BundledEditor
-from hywu_core.bases.bundled.model import Editor, EditorConfig
 from hywu_core.bases.bundled.sampling import edit
+from hywu_core.bases.bundled.transformer import TransformerConfig as EditorConfig
+from hywu_core.bases.bundled.transformer import TransformerEditor as Editor
 from hywu_core.cli import main
 from hywu_core.errors import HYWUError
 from hywu_core.formats import load_lora

@@ -20,7 +20,8 @@ from torch import nn
 
 from hywu_core import Condition, GeneratedLoRA, GeneratorConfig, ParameterGenerator, cli
 from hywu_core.bases.bundled.checkpoint import editor_identity, load_editor, save_editor
-from hywu_core.bases.bundled.model import Editor, EditorConfig
+from hywu_core.bases.bundled.transformer import TransformerConfig as EditorConfig
+from hywu_core.bases.bundled.transformer import TransformerEditor as Editor
 from hywu_core.conditioning.editor import EditorEncoder
 from hywu_core.conditioning.transformers_encoders import TransformersEncoder
 from hywu_core.evaluation.bundled_editor import _digest as files_digest

@@ -9,7 +9,8 @@ import torch
 
 from hywu_core.bases.bundled.checkpoint import editor_identity, load_editor, save_editor
 from hywu_core.bases.bundled.engine import BundledEditor
-from hywu_core.bases.bundled.model import Editor, EditorConfig
+from hywu_core.bases.bundled.transformer import TransformerConfig as EditorConfig
+from hywu_core.bases.bundled.transformer import TransformerEditor as Editor
 from hywu_core.generator.checkpoints import save_generator
 from hywu_core.generator.config import GeneratorConfig
 from hywu_core.generator.model import ParameterGenerator

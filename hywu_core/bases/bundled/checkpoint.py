@@ -14,8 +14,13 @@ from torch import nn
 from ...errors import HYWUError
 from ...files import read_tensors, save_tensors
 from .model import Editor, EditorConfig
+from .transformer import TransformerConfig, TransformerEditor
 
-FORMAT = "hywu-editor-1"
+#: Architecture as files name it -> the network and its hyperparameters.
+ARCHITECTURES: Mapping[str, tuple[type[nn.Module], Any]] = {
+    "hywu-editor-1": (TransformerEditor, TransformerConfig),
+    "hywu-editor-2": (Editor, EditorConfig),
+}
 BUNDLED = Path(__file__).with_name("weights") / "editor.safetensors"
 #: Environment variable for developers: another folder of bundled weights.
 VARIABLE = "HYWU_WEIGHTS"
@@ -46,7 +51,12 @@ def bundled_loras() -> list[str]:
     return ["shared", *found] if (weights_folder() / "shared.safetensors").is_file() else found
 
 
-def editor_identity(editor: Editor) -> str:
+def architecture(editor: nn.Module) -> str:
+    """Which of `ARCHITECTURES` an editor is."""
+    return next(name for name, (kind, _) in ARCHITECTURES.items() if isinstance(editor, kind))
+
+
+def editor_identity(editor: nn.Module) -> str:
     """16 hex digits of all weights in half precision, as they are stored: what a generator was made for."""
     sha = hashlib.sha256()
     for name, value in sorted(editor.state_dict().items()):
@@ -55,9 +65,13 @@ def editor_identity(editor: Editor) -> str:
     return sha.hexdigest()[:16]
 
 
-def save_editor(editor: Editor, path: str | Path, provenance: Mapping[str, Any]) -> Path:
+def save_editor(editor: nn.Module, path: str | Path, provenance: Mapping[str, Any]) -> Path:
     """Write the editor in half precision, atomically."""
-    header = {"format": FORMAT, "editor": editor.config.to_json(), "provenance": dict(provenance)}
+    header = {
+        "format": architecture(editor),
+        "editor": editor.config.to_json(),
+        "provenance": dict(provenance),
+    }
     tensors = {name: value.half() for name, value in editor.state_dict().items()}
     return save_tensors(path, tensors, header, overwrite=True)
 
@@ -67,23 +81,25 @@ def load_editor(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     operations: Any = nn,
-    kind: type[Editor] = Editor,
-) -> Editor:
+    kinds: Mapping[str, type[nn.Module]] | None = None,
+) -> Any:
     """Load an editor, frozen and in eval mode; its `provenance` is the file's.
 
-    path: None is the bundled one. operations, kind: layers and subclass of a host.
+    path: None is the bundled one. operations, kinds: layers of a host, and its subclasses by
+    architecture.
     Raises HYWUError naming the file when it is missing, not an editor's, or its keys, shapes or
     values are not the model's.
     """
     path = bundled("editor") if path is None else path
     tensors, header = read_tensors(path)
-    if header.get("format") != FORMAT:
+    if (name := header.get("format")) not in ARCHITECTURES:
         raise HYWUError(f"{path}: not an editor's file; `hywu pretrain` writes them.")
+    kind, config_kind = ARCHITECTURES[name]
     try:
-        config = EditorConfig.from_json(header["editor"])
+        config = config_kind.from_json(header["editor"])
     except (KeyError, TypeError, ValueError) as error:
         raise HYWUError(f"{path}: {error}") from error
-    editor = kind(config, operations)
+    editor = (kinds or {}).get(name, kind)(config, operations)
     wanted = editor.state_dict()
     wrong = [f"{name} is missing" for name in wanted.keys() - tensors.keys()]
     wrong += [f"{name} is unknown" for name in tensors.keys() - wanted.keys()]

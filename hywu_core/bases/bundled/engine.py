@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...conditioning.editor import EditorEncoder
 from ...errors import HYWUError
@@ -18,7 +18,6 @@ from ...generator.checkpoints import load_generator
 from ...injection import inject
 from ...lora import GeneratedLoRA
 from .checkpoint import bundled, editor_identity, load_editor
-from .model import Editor
 from .sampling import edit
 from .vocabulary import unknown_instruction
 
@@ -36,7 +35,7 @@ class Edit:
 class BundledEditor:
     """Editor and generator, ready to edit. Load with `BundledEditor.load()`."""
 
-    def __init__(self, editor: Editor, generator: Any) -> None:
+    def __init__(self, editor: nn.Module, generator: Any) -> None:
         self.editor, self.generator = editor, generator
         self.encoder = EditorEncoder(editor, editor_identity(editor))
         made_for = generator.config.encoder.get("editor")

@@ -1,13 +1,24 @@
-"""The bundled editor: a small flow-matching transformer in pixel space, one stream of text and image.
+"""The bundled editor: a small U-Net in pixel space, steered by an instruction and by time.
 
 Rectified flow (Liu et al. 2022): ``x_t = (1 - t) x0 + t noise``, velocity ``noise - x0``. The network
-predicts the clean image as *source + correction*; the velocity is derived from it. Modulation is
-shared by all blocks with a learned offset each (PixArt's adaLN-single).
+predicts the clean image as *source + correction*; the velocity is derived from it. Its blocks are those
+of NAFNet (Chen et al. 2022, "Simple baselines for image restoration"), steered by the instruction as in
+InstructIR (Conde et al. 2024), and by FiLM (Perez et al. 2018) instead of its task routing. It is
+convolutional throughout and pools nowhere: what holds of a crop holds of an image of any size, and what
+must be read off the whole image is left to the generator, which sees it.
+
+Pointwise layers are Linear on channels-last tensors, so that they are LoRA targets; all of them lie in
+numbered lists, where `LoRALayout.of` finds them. What turns words and time into the steering vector
+does not: words are encoded before a LoRA is applied.
 """
 
 from __future__ import annotations
 
+import math
+import re
+import zlib
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -15,57 +26,301 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import HYWUError
-from .config import EditorConfig
-from .layers import MLP, Attention, norm, rope_2d, time_embedding
-from .patches import overlap_add, pad_to, patchify
-from .text import TextEncoder, word_ids
 
-__all__ = ["Editor", "EditorConfig"]
+#: Most pieces of one word that are looked at.
+PIECES = 48
+#: Channels of the sines and cosines of time.
+TIME = 64
+#: How far a new block's gate is open, so that gradients flow.
+GATE = 0.3
 
 
-class Block(nn.Module):
+@dataclass(frozen=True)
+class EditorConfig:
+    """Hyperparameters, one entry per scale from full resolution down; each scale halves the sides.
+
+    widths: channels. encode, decode: blocks on the way down and up; the coarsest scale has only the
+    latter. steer: width of the vector that steers the blocks. text_width, text_heads, text_depth: of
+    the text encoder. text_words: longest instruction, in words. buckets: embeddings that the words'
+    pieces are hashed to. pool: the condition has at most ``pool x pool`` image tokens.
+    max_pixels: larger images are edited in tiles.
+    """
+
+    widths: tuple[int, ...] = (32, 64, 128, 256)
+    encode: tuple[int, ...] = (0, 2, 2, 0)
+    decode: tuple[int, ...] = (2, 2, 3, 5)
+    steer: int = 128
+    text_width: int = 128
+    text_heads: int = 4
+    text_depth: int = 2
+    text_words: int = 24
+    buckets: int = 4096
+    pool: int = 4
+    max_pixels: int = 1 << 20
+
+    def __post_init__(self) -> None:
+        lists = {"widths": self.widths, "encode": self.encode, "decode": self.decode}
+        if len({len(value) for value in lists.values()}) != 1 or len(self.widths) < 2:
+            said = ", ".join(f"{name} {value}" for name, value in lists.items())
+            raise HYWUError(
+                f"editor config: {said}; they must be of one length, with 2 scales or more."
+            )
+        if self.encode[-1] or min(*self.encode, *self.decode) < 0 or min(self.widths) < 1:
+            raise HYWUError(
+                f"editor config: widths {self.widths} must be 1 or more, encode {self.encode} and decode "
+                f"{self.decode} 0 or more, and the last of encode 0."
+            )
+        for name, value in asdict(self).items():
+            if name not in lists and value < 1:
+                raise HYWUError(f"editor config: {name} is {value}; it must be 1 or more.")
+        if self.text_width % self.text_heads:
+            raise HYWUError(
+                f"editor config: text_width {self.text_width} must be divisible by text_heads "
+                f"{self.text_heads}."
+            )
+
+    @property
+    def multiple(self) -> int:
+        """What the sides are padded to a multiple of."""
+        return 2 ** (len(self.widths) - 1)
+
+    @property
+    def condition_parts(self) -> dict[str, int]:
+        """Widths of the condition's image tokens and words."""
+        return {"image": self.widths[-1], "words": self.text_width}
+
+    #: Tiles that run at once.
+    tiles_at_once = 1
+
+    def tile(self, height: int, width: int) -> tuple[int, int]:
+        """The sides of the tiles that an image is edited in: its own up to `max_pixels`."""
+        if height * width <= self.max_pixels:
+            return height, width
+        side = math.isqrt(self.max_pixels) // self.multiple * self.multiple
+        return min(side, height), min(side, width)
+
+    def activations(self, items: int, height: int, width: int) -> int:
+        """About how many values live at once while `items` images of this size are edited."""
+        tall, wide = self.tile(height, width)
+        # a block holds its input, twice as much before its gate and after its filter, and the gate
+        at_most = max(width * 7 // 4**i for i, width in enumerate(self.widths))
+        kept = sum(width // 4**i for i, width in enumerate(self.widths))
+        return items * tall * wide * (at_most + kept)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-safe; `from_json` restores an equal config."""
+        return {n: list(v) if isinstance(v, tuple) else v for n, v in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> EditorConfig:
+        """Raises HYWUError on unknown or missing fields."""
+        names = {f.name for f in fields(cls)}
+        if unexpected := names.symmetric_difference(data):
+            listed = ", ".join(sorted(unexpected))
+            raise HYWUError(f"editor config: unknown or missing fields: {listed}.")
+        return cls(
+            **{n: tuple(map(int, v)) if isinstance(v, list) else int(v) for n, v in data.items()}
+        )
+
+
+# -- text -------------------------------------------------------------------------------------------
+
+
+def split_words(text: str) -> list[str]:
+    """Lower-case words and single signs, in order."""
+    return re.findall(r"[^\W_]+|[^\w\s]|_", text.lower())
+
+
+def word_pieces(word: str, buckets: int) -> list[int]:
+    """Hashes in 2..buckets - 1 of a word and its n-grams of 2 to 4 UTF-8 bytes, ends marked."""
+    data = b"<" + word.encode("utf-8", "replace") + b">"
+    grams = {data} | {data[i : i + n] for n in (2, 3, 4) for i in range(len(data) - n + 1)}
+    return sorted({2 + zlib.crc32(gram) % (buckets - 2) for gram in grams})[:PIECES]
+
+
+def word_ids(
+    instructions: Sequence[str], config: Any, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The words' pieces, int64 ``[B, T, G]``, 0 for none, and mask bool ``[B, T]``.
+
+    config: has buckets and text_words.
+    """
+    rows = [
+        [[1], *(word_pieces(word, config.buckets) for word in split_words(text))]
+        for text in instructions
+    ]
+    rows = [row[: config.text_words + 1] for row in rows]
+    longest = max(map(len, rows))
+    most = max(len(pieces) for row in rows for pieces in row)
+    ids = torch.zeros(len(rows), longest, most, dtype=torch.int64)
+    for row, words in zip(ids, rows, strict=True):
+        for place, pieces in zip(row, words, strict=False):
+            place[: len(pieces)] = torch.tensor(pieces)
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = torch.arange(longest) < lengths[:, None]
+    return ids.to(device), mask.to(device)
+
+
+def norm(x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:])
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Scaled dot-product attention ``[B, heads, L, head_dim]``; True in the mask lets a key be seen."""
+    if q.requires_grad and q.device.type == "cpu":
+        # on so few tokens the CPU's fused backward takes three times as long as plain products
+        scores = (q @ k.mT) * q.shape[-1] ** -0.5
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        return scores.softmax(-1).to(v) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int, operations: Any) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = operations.Linear(width, 3 * width)
+        self.proj = operations.Linear(width, width)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """x ``[B, L, C]``; mask bool ``[B, 1, 1, L]`` or None."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int, operations: Any) -> None:
+        super().__init__()
+        self.fc1 = operations.Linear(width, 4 * width)
+        self.fc2 = operations.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class TextBlock(nn.Module):
     def __init__(self, width: int, heads: int, operations: Any) -> None:
         super().__init__()
         self.attn = Attention(width, heads, operations)
         self.mlp = MLP(width, operations)
-        self.modulation = nn.Parameter(torch.zeros(6, width))
 
-    def forward(self, x: Tensor, modulation: Tensor, rope: Tensor, mask: Tensor | None) -> Tensor:
-        """modulation ``[B, 6, C]``, to which the block adds its own offsets."""
-        parts = (modulation + self.modulation.to(modulation)).unsqueeze(2).unbind(1)
-        shift1, scale1, gate1, shift2, scale2, gate2 = parts
-        x = x + gate1 * self.attn(norm(x) * (1 + scale1) + shift1, rope, mask)
-        return x + gate2 * self.mlp(norm(x) * (1 + scale2) + shift2)
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = x + self.attn(norm(x), mask)
+        return x + self.mlp(norm(x))
 
 
-class PixelHead(nn.Module):
-    """Convolutions over the pixels, steered by their patch's token (FiLM, Perez et al. 2018).
+class TextEncoder(nn.Module):
+    """Words of the instruction -> tokens, each the sum of its byte n-grams' embeddings over the root of
+    their number (after fastText, Bojanowski et al. 2017): words never seen share pieces with their
+    relatives ("blurrier", "blur").
 
-    A patch has as many values as a token is wide, so tokens alone can't carry a filter that is finer
-    than a patch; here they only say how much of each of the bank's filters there should be.
+    Position 0 is a start token, so that "" has one token.
     """
 
-    def __init__(self, config: EditorConfig, operations: Any) -> None:
+    def __init__(
+        self, width: int, heads: int, depth: int, words: int, buckets: int, operations: Any
+    ) -> None:
         super().__init__()
-        channels = config.channels
-        self.steer = operations.Linear(config.width, 6 * channels)
-        self.filters = operations.Conv2d(6, channels, 5, padding=2)
-        self.mix = nn.ModuleList(
-            operations.Conv2d(channels, channels, 3, padding=d, dilation=d) for d in (2, 3)
+        self.embed = operations.Embedding(buckets, width)
+        self.position = nn.Parameter(torch.randn(words + 1, width) * 0.02)
+        # no ModuleList: numbered lists are where the layers lie that a LoRA adapts
+        self.layers = nn.ModuleDict(
+            {str(i): TextBlock(width, heads, operations) for i in range(depth)}
         )
-        self.out = operations.Conv2d(channels, 3, 1)
 
-    def forward(self, pixels: Tensor, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """pixels ``[B, 6, h*p, w*p]``, tokens ``[B, h*w, C]`` -> ``[B, 3, h*p, w*p]``."""
-        # between the patches' centres the steering is interpolated: a step would show as a grid
-        film = self.steer(tokens).mT.unflatten(2, grid)
-        film = F.interpolate(film, pixels.shape[2:], mode="bilinear").chunk(6, dim=1)
-        y = self.filters(pixels.to(tokens.dtype))
-        for i, conv in enumerate(self.mix):
-            scale, shift = film[2 * i : 2 * i + 2]
-            y = y + conv(F.silu(y * (1 + scale) + shift))
-        scale, shift = film[4:]
-        return self.out(y * (1 + scale) + shift)
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """ids int64 ``[B, T, G]`` of the words' pieces, 0 for none; mask bool ``[B, T]`` -> ``[B, T, C]``."""
+        x = self.words(ids)
+        x = x + self.position[: ids.shape[1]].to(x)
+        for layer in self.layers.values():
+            x = layer(x, mask[:, None, None])
+        return norm(x)
+
+    def words(self, ids: Tensor) -> Tensor:
+        """Each word by itself, ``[B, T, C]``: what the layers start from, but for the positions."""
+        there = (ids > 0).unsqueeze(-1)
+        pieces = self.embed(ids)
+        # divided by the root of their number: pieces are nearly orthogonal
+        return (pieces * there).sum(2) * there.sum(2).clamp_min(1).to(pieces) ** -0.5
+
+
+# -- image ------------------------------------------------------------------------------------------
+
+
+def time_embedding(t: Tensor, width: int) -> Tensor:
+    """Sines and cosines of t in 0..1, ``[B, width]``, float32."""
+    half = width // 2
+    steps = torch.arange(half, device=t.device, dtype=torch.float32) / half
+    angles = 1000.0 * t.float()[:, None] * torch.exp(-math.log(10000.0) * steps)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def space_to_depth(x: Tensor) -> Tensor:
+    """``[B, 2h, 2w, C]`` -> ``[B, h, w, 4C]``."""
+    x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # b h p w q c
+    return x.transpose(2, 3).flatten(3)
+
+
+def depth_to_space(x: Tensor) -> Tensor:
+    """Inverse of `space_to_depth`."""
+    x = x.unflatten(3, (2, 2, -1)).transpose(2, 3)  # b h p w q c
+    return x.flatten(3, 4).flatten(1, 2)
+
+
+def enlarge(x: Tensor) -> Tensor:
+    """Twice the sides, bilinearly: ``[B, h, w, C]`` -> ``[B, 2h, 2w, C]``."""
+    x = F.interpolate(x.permute(0, 3, 1, 2), scale_factor=2, mode="bilinear")
+    return x.permute(0, 2, 3, 1)
+
+
+class Block(nn.Module):
+    """``x + gate * mix(SimpleGate(filter(expand(norm(x) * (1 + scale) + shift))))``: NAFNet's, steered."""
+
+    def __init__(self, width: int, steer: int, operations: Any) -> None:
+        super().__init__()
+        self.film = operations.Linear(steer, 3 * width)
+        self.expand = operations.Linear(width, 2 * width)
+        self.filter = operations.Conv2d(2 * width, 2 * width, 3, padding=1, groups=2 * width)
+        self.mix = operations.Linear(width, width)
+
+    def forward(self, x: Tensor, steer: Tensor) -> Tensor:
+        """x ``[B, h, w, C]``, steer ``[B, S]``."""
+        scale, shift, gate = self.film(steer)[:, None, None].chunk(3, dim=-1)
+        y = self.expand(torch.addcmul(shift, norm(x), 1 + scale))
+        y = self.filter(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        a, b = y.chunk(2, dim=-1)
+        return torch.addcmul(x, self.mix(a * b), gate)
+
+
+class Scale(nn.Module):
+    """What happens at one resolution. enter: from the finer scale's 2 x 2 pixels, or from the image's
+    own; encode and decode: blocks on the way down and up; leave: to the finer scale, or to colours.
+    """
+
+    def __init__(self, config: EditorConfig, index: int, operations: Any) -> None:
+        super().__init__()
+        width, finer = config.widths[index], config.widths[index - 1]
+        self.sharp = finer if index == 1 else 0
+        entering, leaving = (4 * finer, finer + 4 * self.sharp) if index else (6, 3)
+        self.enter = operations.Linear(entering, width)
+        self.encode, self.decode = (
+            nn.ModuleList(Block(width, config.steer, operations) for _ in range(count))
+            for count in (config.encode[index], config.decode[index])
+        )
+        self.leave = operations.Linear(width, leaving)
+
+    def grow(self, x: Tensor) -> Tensor:
+        """``[B, h, w, C]`` -> ``[B, 2h, 2w, finer C]``.
+
+        Bilinear: a pixel shuffle alone leaves a ripple of two pixels at edges and echoes beside them.
+        Towards full resolution both, since one scale holds detail that bilinear steps can't carry.
+        """
+        x = self.leave(x)
+        if not self.sharp:
+            return enlarge(x)
+        detail, smooth = x.split([4 * self.sharp, x.shape[-1] - 4 * self.sharp], dim=-1)
+        return depth_to_space(detail) + enlarge(smooth)
 
 
 class Editor(nn.Module):
@@ -74,31 +329,31 @@ class Editor(nn.Module):
     operations: namespace with Linear, Conv2d and Embedding (torch.nn, or a host's own).
     """
 
+    #: Parameters that Muon leaves to AdamW: what is steered with, text, and the output's colours.
+    adamw_only = ("text.*", "time?.*", "words.*", "steer.*", "*.film.*", "scales.0.leave.*")
+
     def __init__(self, config: EditorConfig | None = None, operations: Any = nn) -> None:
         super().__init__()
-        self.config = config = config or EditorConfig()
-        width, pixels = config.width, 3 * config.patch**2
-        self.image_in = operations.Linear(2 * pixels, width)
-        self.text = TextEncoder(config, operations)
-        self.time1 = operations.Linear(width, width)
-        self.time2 = operations.Linear(width, width)
-        self.text_pool = operations.Linear(width, width)
-        self.modulate = operations.Linear(width, 6 * width)
-        self.blocks = nn.ModuleList(
-            Block(width, config.heads, operations) for _ in range(config.depth)
+        self.config = c = config or EditorConfig()
+        self.text = TextEncoder(
+            c.text_width, c.text_heads, c.text_depth, c.text_words, c.buckets, operations
         )
-        self.final_modulate = operations.Linear(width, 2 * width)
-        self.image_out = operations.Linear(width, 4 * pixels)  # twice a patch's side: they overlap
-        self.pixels = PixelHead(config, operations)
+        self.words = operations.Linear(c.text_width, c.steer)
+        self.time1 = operations.Linear(TIME, c.steer)
+        self.time2 = operations.Linear(c.steer, c.steer)
+        self.steer = operations.Linear(c.steer, c.steer)
+        self.scales = nn.ModuleList(Scale(c, i, operations) for i in range(len(c.widths)))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Start as the identity: the correction is zero."""
-        for module in (self.image_out, self.pixels.out, self.modulate, self.final_modulate):
-            module.weight.zero_()
-            module.bias.zero_()
-        for block in self.blocks:
-            block.modulation[[2, 5]] = 0.2  # gates: open a little, so that gradients flow
+        """Start as the identity: the correction is zero, and nothing is steered yet."""
+        self.scales[0].leave.weight.zero_()
+        self.scales[0].leave.bias.zero_()
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.film.weight.zero_()
+                module.film.bias.zero_()
+                module.film.bias.chunk(3)[2].fill_(GATE)
 
     def encode_text(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Instructions -> tokens ``[B, T, C]`` and mask bool ``[B, T]``, True where a token counts.
@@ -120,48 +375,58 @@ class Editor(nn.Module):
 
     def predict(self, x: Tensor, t: Tensor, source: Tensor, text: Tensor, mask: Tensor) -> Tensor:
         """The clean image ``[B, 3, H, W]`` as source + correction. Any size of one pixel or more."""
-        pixels = self._stacked(x, source)
-        hidden, time, grid = self._run(pixels, t, text, mask)
-        shift, scale = self.final_modulate(F.silu(time)).unsqueeze(1).chunk(2, dim=-1)
-        tokens = norm(hidden[:, text.shape[1] :]) * (1 + scale) + shift
-        correction = overlap_add(self.image_out(tokens), grid, self.config.patch)
-        correction = correction + self.pixels(pixels, tokens, grid)
-        return source + correction[..., : source.shape[2], : source.shape[3]]
+        steer = self._steer(t, text, mask)
+        y, skips = self._down(self._stacked(x, source), steer)
+        y = self.scales[-1].grow(self._coarsest(y, steer))
+        for scale, skip in zip(reversed(self.scales[:-1]), reversed(skips), strict=True):
+            y = skip + y
+            for block in scale.decode:
+                y = block(y, steer)
+            y = scale.grow(y) if scale is not self.scales[0] else scale.leave(y)
+        correction = y.permute(0, 3, 1, 2)[..., : source.shape[2], : source.shape[3]]
+        return source + correction.to(source)
 
     def hidden_states(self, source: Tensor, text: Tensor, mask: Tensor) -> Tensor:
-        """Image tokens of the last layer, before the final norm, at x_t = source, t = 0.
+        """Image tokens of the coarsest scale at x_t = source, t = 0, averaged over ``pool x pool`` fields.
 
-        ``[B, h*w, C]``, pooled to at most `pool` x `pool`.
+        ``[B, h*w, C]``; fewer where the image is smaller.
         """
-        t = source.new_zeros(source.shape[0])
-        hidden, _, grid = self._run(self._stacked(source, source), t, text, mask)
-        size = tuple(min(side, self.config.pool) for side in grid)
-        image = hidden[:, text.shape[1] :].mT.unflatten(2, grid)
-        return F.adaptive_avg_pool2d(image, size).flatten(2).mT
+        steer = self._steer(source.new_zeros(source.shape[0]), text, mask)
+        y, _ = self._down(self._stacked(source, source), steer)
+        y = self._coarsest(y, steer).permute(0, 3, 1, 2)
+        size = tuple(min(side, self.config.pool) for side in y.shape[2:])
+        return F.adaptive_avg_pool2d(y, size).flatten(2).mT
 
     def _stacked(self, x: Tensor, source: Tensor) -> Tensor:
-        """x over source, ``[B, 6, h*p, w*p]``."""
+        """x over source, ``[B, h, w, 6]``, padded right and below by repetition."""
         if x.shape != source.shape:
             raise HYWUError(
                 f"The editor got an image of {tuple(x.shape)} and a source of {tuple(source.shape)}; "
                 "they must be of one shape."
             )
-        return pad_to(torch.cat([x, source], dim=1), self.config.patch)
+        below, right = (-side % self.config.multiple for side in x.shape[2:])
+        both = torch.cat([x, source], dim=1)
+        if below or right:
+            both = F.pad(both, (0, right, 0, below), mode="replicate")
+        return both.permute(0, 2, 3, 1)
 
-    def _run(
-        self, pixels: Tensor, t: Tensor, text: Tensor, mask: Tensor
-    ) -> tuple[Tensor, Tensor, tuple[int, int]]:
-        """(hidden states of text then image ``[B, T + h*w, C]``, time embedding, grid (h, w))."""
-        patches, grid = patchify(pixels, self.config.patch)
-        image = self.image_in(patches)
-        count = mask.sum(1, keepdim=True).to(text)
-        pooled = (text * mask[..., None]).sum(1) / count
-        time = self.time2(F.silu(self.time1(time_embedding(t, self.config.width).to(text))))
-        time = time + self.text_pool(pooled)
-        modulation = self.modulate(F.silu(time)).unflatten(-1, (6, -1))
-        rope = rope_2d(grid, text.shape[1], self.config.width // self.config.heads, image.device)
-        keep = torch.cat([mask, mask.new_ones(image.shape[:2])], dim=1)[:, None, None]
-        hidden = torch.cat([text.to(image), image], dim=1)
-        for block in self.blocks:
-            hidden = block(hidden, modulation, rope, keep)
-        return hidden, time, grid
+    def _steer(self, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        """The vector that steers all blocks ``[B, S]``, from time and the mean of the words."""
+        mean = (text * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).to(text)
+        time = self.time2(F.silu(self.time1(time_embedding(t, TIME).to(text))))
+        return F.silu(self.steer(F.silu(time + self.words(mean))))
+
+    def _down(self, pixels: Tensor, steer: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """What enters the coarsest scale, and what the finer ones keep for the way up."""
+        y, skips = self.scales[0].enter(pixels.to(steer.dtype)), []
+        for scale, coarser in zip(self.scales[:-1], self.scales[1:], strict=True):
+            for block in scale.encode:
+                y = block(y, steer)
+            skips.append(y)
+            y = coarser.enter(space_to_depth(y))
+        return y, skips
+
+    def _coarsest(self, y: Tensor, steer: Tensor) -> Tensor:
+        for block in self.scales[-1].decode:
+            y = block(y, steer)
+        return y

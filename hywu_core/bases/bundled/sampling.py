@@ -7,26 +7,25 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...errors import HYWUError
-from .model import Editor
 
 
 @torch.no_grad()
 def edit(
-    editor: Editor,
+    editor: nn.Module,
     source: Tensor,
     instructions: Sequence[str],
     *,
     steps: int = 4,
     seed: int = 0,
-    batch: int = 32,
+    batch: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Edits ``[B, 3, H, W]`` in 0..1 of source ``[B, 3, H, W]`` in 0..1; the same for the same seed.
 
-    batch: tiles that run through the editor at once. progress: called with (steps done, steps) after
+    batch: tiles that run through the editor at once, None for its usual number. progress: called with (steps done, steps) after
     each step; what it raises ends the sampling. Raises HYWUError on a misfit of the arguments.
     """
     if source.ndim != 4 or source.shape[1] != 3 or len(instructions) != source.shape[0]:
@@ -49,23 +48,22 @@ def edit(
 
 
 def tiled_velocity(
-    editor: Editor, x: Tensor, t: float | Tensor, source: Tensor, text: Tensor, mask: Tensor,
-    batch: int = 32,
+    editor: nn.Module, x: Tensor, t: float | Tensor, source: Tensor, text: Tensor, mask: Tensor,
+    batch: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """Velocity of images of any size: tiles of the training size, overlapping by a quarter, blended.
+    """Velocity of images of any size; of large ones in tiles that overlap by a quarter, blended.
 
     t: one time for all items, or a tensor ``[B]``.
     Tiles run item by item within each position, so that an injected batch of LoRAs needs a `batch` of at
     least the number of images; smaller ones are raised to it.
     """
-    size, items = editor.config.train_size, source.shape[0]
-    height, width = source.shape[2:]
-    tall, wide = min(size, height), min(size, width)
+    items, (height, width) = source.shape[0], source.shape[2:]
+    tall, wide = editor.config.tile(height, width)
     corners = [(y, x0) for y in _starts(height, tall) for x0 in _starts(width, wide)]
     window = _window(tall, height, source)[:, None] * _window(wide, width, source)
     total, weight = torch.zeros_like(source), source.new_zeros(height, width)
     moments = torch.as_tensor(t).to(source).expand(items)
-    together = max(1, batch // items)
+    together = max(1, (batch or editor.config.tiles_at_once) // items)
     for first in range(0, len(corners), together):
         group = corners[first : first + together]
         n = len(group)
