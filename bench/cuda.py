@@ -30,12 +30,11 @@ from tqdm import tqdm
 from hywu_core import Condition, ParameterGenerator
 from hywu_core.console import say, table
 
-from .cuda_sizes import CPU_SIZES, SIZES, Size, random_condition, reduced
-from .cuda_targets import verdicts
-from .cuda_variants import VARIANTS, Unavailable, reference, relative_difference, variant
 from .device import held_bytes, peak_bytes, profile, rates, timed
-from .generator import make
 from .measure import write_json
+from .sizes import CPU_SIZES, SIZES, Size, make, random_condition, reduced
+from .targets import verdicts
+from .variants import VARIANTS, Unavailable, reference, relative_difference, variant
 
 #: Most calls that one variant is timed with.
 CALLS = 20

@@ -19,59 +19,17 @@ from pathlib import Path
 
 import torch
 
-from hywu_core import GeneratorConfig, LoRALayout, ParameterGenerator
 from hywu_core.console import say, table
 from hywu_core.generator.official import save_official
-from hywu_core.layout import Module, Stack
 
 from .measure import paired, peak_memory, summary, write_json
-
-
-def cpu_config() -> GeneratorConfig:
-    """8 layers x 80 tokens of 16 x 128: four modules whose A and B take ten tokens each."""
-    modules = tuple(Module(name, 1280, 1280) for name in ("qkv", "proj", "up", "down"))
-    layers = tuple(f"layers.{i}" for i in range(8))
-    layout = LoRALayout((Stack(layers, modules),), 16, 16.0)
-    return GeneratorConfig(layout, {"hidden_states": 512}, 128, 4, 512, 64, 10)
-
-
-def official_config() -> GeneratorConfig:
-    """The published default: 8.1 billion parameters, 176,512 positions."""
-    modules = (
-        Module("self_attn.qkv_proj", 4096, 6144),
-        Module("self_attn.o_proj", 4096, 4096),
-        Module("mlp.shared_mlp.gate_and_up_proj", 4096, 6144),
-        Module("mlp.shared_mlp.down_proj", 3072, 4096),
-        Module("mlp.experts.w1", 4096, 3072, 64),
-        Module("mlp.experts.w2", 3072, 4096, 64),
-        Module("mlp.experts.w3", 4096, 3072, 64),
-    )
-    layers = tuple(f"model.layers.{i}" for i in range(32))
-    layout = LoRALayout((Stack(layers, modules),), 16, 64.0)
-    return GeneratorConfig(layout, {"hidden_states": 4096}, 1024, 4, 4096, 128, 24, "bfloat16")
-
-
-def make(config: GeneratorConfig, device: str = "cpu", dtype=torch.float32) -> ParameterGenerator:
-    """A generator with random weights, made on the device."""
-    torch.manual_seed(0)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            generator = ParameterGenerator(config)
-    finally:
-        torch.set_default_dtype(default)
-    generator.reset_parameters()
-    torch.nn.init.normal_(generator.model.proj_out_B.weight, std=0.02)
-    return generator.requires_grad_(False).eval()
+from .sizes import CPU_SIZES, SIZES, cpu_config, make, official_config, random_condition
+from .variants import reference, relative_difference
 
 
 @torch.no_grad()
 def cpu(repeats: int) -> dict:
     """Both sizes that a CPU runs, each against the eager reference, in one table."""
-    from .cuda_sizes import CPU_SIZES, SIZES, random_condition
-    from .cuda_variants import reference, relative_difference
-
     found, rows = {}, []
     for size in CPU_SIZES:
         config = SIZES[size].config()

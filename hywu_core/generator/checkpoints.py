@@ -71,7 +71,7 @@ def load_generator(
         if mapped is not None:
             generator.mapped = mapped
             generator.offload()
-        # reckoned with the shortest condition; each call plans anew, and may stream more
+        # planned with the shortest condition; each call plans anew, and may stream more
         elif generator.memory_plan(1, 1).streamed:
             generator.offload()
         else:

@@ -7,7 +7,7 @@ import sys
 import torch
 import torch.nn.functional as F
 
-from bench.generator import make
+from bench.sizes import make
 from hywu_core import Condition, GeneratorConfig, LoRALayout
 from hywu_core.generator.rope import Axes, axis_table, rotate
 from hywu_core.generator.speed import kernels

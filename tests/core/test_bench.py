@@ -8,11 +8,11 @@ import time
 import pytest
 import torch
 
-from bench import cuda_sizes, measure
 from bench import generator as bench
-from bench.cuda_sizes import CPU_SIZES, SIZES
+from bench import measure
 from bench.eager import EagerGenerator
-from hywu_core import Condition, GeneratorConfig, LoRALayout
+from bench.sizes import CPU_SIZES, SIZES
+from hywu_core import Condition, GeneratorConfig, LoRALayout, ParameterGenerator
 from hywu_core.generator.tensors import file_tensors
 from hywu_core.layout import Module, Stack
 
@@ -56,7 +56,7 @@ def test_the_sizes_are_those_they_claim():
     official = bench.official_config()
     assert official.num_positions == 176_512
     with torch.device("meta"):
-        generator = bench.ParameterGenerator(official)
+        generator = ParameterGenerator(official)
     assert sum(p.numel() for p in generator.parameters()) == 8_096_647_168
 
 
@@ -142,7 +142,7 @@ def test_the_forward_stays_under_half_the_memory_of_the_twin():
 
 def test_both_sizes_stand_in_one_table(monkeypatch, capsys):
     tiny = {name: SIZES[name].tiny() for name in CPU_SIZES}
-    monkeypatch.setattr(cuda_sizes, "SIZES", tiny)
+    monkeypatch.setattr(bench, "SIZES", tiny)
     found = bench.cpu(1)
     assert set(found) == {"bundled", "engine"}
     lines = capsys.readouterr().out.splitlines()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.generator import make
+from bench.sizes import make
 from hywu_core import Condition, GeneratorConfig, HYWUError, LoRALayout, load_generator
 from hywu_core.generator.checkpoints import save_generator
 from hywu_core.generator.official import save_official

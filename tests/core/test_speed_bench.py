@@ -7,11 +7,10 @@ import json
 import pytest
 import torch
 
-from bench import cuda, cuda_sizes, device
-from bench.cuda_sizes import SIZES
-from bench.cuda_targets import verdicts
-from bench.cuda_variants import VARIANTS, reference, relative_difference
-from bench.generator import make
+from bench import cuda, device, sizes
+from bench.sizes import SIZES, make
+from bench.targets import verdicts
+from bench.variants import VARIANTS, reference, relative_difference
 
 CPU = torch.device("cpu")
 
@@ -144,8 +143,8 @@ def test_a_machine_without_cuda_is_told_what_to_do(capsys):
 
 
 def test_the_comparison_sees_a_wrong_layer():
-    config = cuda_sizes.reduced().with_(num_blocks=1)
-    condition = cuda_sizes.random_condition(config, 5, CPU, torch.float32)
+    config = sizes.reduced().with_(num_blocks=1)
+    condition = sizes.random_condition(config, 5, CPU, torch.float32)
     with torch.no_grad():
         grids = reference(make(config), condition)()
         other = [grid.clone() for grid in grids]

@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from bench.cuda_sizes import random_condition, reduced
-from bench.cuda_variants import relative_difference, variant
-from bench.generator import make
+from bench.sizes import make, random_condition, reduced
+from bench.variants import relative_difference, variant
 from hywu_core import Condition, GeneratorConfig, HYWUError, LoRALayout, inject
 from hywu_core.generator import layers
 from hywu_core.generator.checkpoints import save_generator

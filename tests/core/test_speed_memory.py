@@ -7,8 +7,8 @@ import threading
 import pytest
 import torch
 
-from bench.generator import make, official_config
 from bench.measure import peak_memory
+from bench.sizes import make, official_config
 from hywu_core import (
     Condition,
     GeneratorConfig,
@@ -139,7 +139,7 @@ def test_weights_changed_or_moved_between_calls_are_the_ones_used():
         (1, 9, 1 << 16, {"token_dim": 32}),
     ],
 )
-def test_the_reckoned_memory_covers_the_measured_peak(dtype, batch, tokens, chunk, changes):
+def test_the_estimated_memory_covers_the_measured_peak(dtype, batch, tokens, chunk, changes):
     stack = Stack(tuple(f"b.{i}" for i in range(6)), (Module("a", 512, 700), Module("b", 700, 512)))
     layout = LoRALayout((stack,), 8, 8.0)
     generator = make(
@@ -152,11 +152,11 @@ def test_the_reckoned_memory_covers_the_measured_peak(dtype, batch, tokens, chun
     generator.chunk_bytes = chunk
     generator.prefix_cache_bytes = 0
     generator.memory_budget = 1 << 40
-    reckoned = generator.memory_plan(batch, tokens).working_bytes
+    estimated = generator.memory_plan(batch, tokens).working_bytes
     with torch.no_grad():
         generator.generate_grids(given)  # tables are made
         measured = peak_memory(lambda: generator.generate_grids(given))
-    assert measured <= reckoned <= 4 * measured
+    assert measured <= estimated <= 4 * measured
 
 
 def test_tighter_budgets_stream_first_and_then_take_smaller_chunks():
@@ -178,7 +178,7 @@ def test_tighter_budgets_stream_first_and_then_take_smaller_chunks():
         plan_memory(sizes, least - 1)
 
 
-def test_the_official_size_is_reckoned_to_keep_what_is_asked():
+def test_the_official_size_is_estimated_to_keep_what_is_asked():
     """4 GB over the weights, and 12 GB in all with blocks streamed."""
     with torch.device("meta"):
         generator = ParameterGenerator(official_config()).to(torch.bfloat16)

@@ -1,6 +1,6 @@
-"""What one call asks of a GPU, reckoned operation by operation on a machine that has none.
+"""What one call asks of a GPU, estimated operation by operation on a machine that has none.
 
-    python -m bench.reckon [--sizes NAME ...] [--variants NAME ...] [--json FILE]
+    python -m bench.estimate [--sizes NAME ...] [--variants NAME ...] [--json FILE]
 
 The same code as in bench/cuda.py runs on tensors that say they are on a CUDA device and hold nothing
 (torch's FakeTensorMode), at full size, in seconds: what doesn't fit together (devices, dtypes, the layouts
@@ -35,10 +35,9 @@ from hywu_core import Condition, ParameterGenerator
 from hywu_core.console import say, table
 from hywu_core.generator.speed import fp8
 
-from .cuda_sizes import SIZES, Size
-from .cuda_variants import STREAMED_BYTES, reference
-from .generator import make
 from .measure import write_json
+from .sizes import SIZES, Size, make
+from .variants import STREAMED_BYTES, reference
 
 CUDA = torch.device("cuda", 0)
 
@@ -238,7 +237,7 @@ def _prepared(
     return lambda: generator.generate_grids(condition)
 
 
-def reckon(size: Size, name: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
+def estimate(size: Size, name: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
     """The figures of one size and variant: a call after the first, whose tables and prefix are kept."""
     ledger = Ledger()
     with pretended_cuda(ledger):
@@ -323,7 +322,7 @@ def main() -> None:
         for name in args.variants:
             if name == "streamed" and size_name != "official":
                 continue
-            one = figures[name] = reckon(size, name)
+            one = figures[name] = estimate(size, name)
             products, rest = one["seconds_at_rates"] = seconds(one, rates)
             over = one["peak_over_weights_bytes"]
             rows.append(

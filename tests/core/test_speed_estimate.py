@@ -9,15 +9,14 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
-from bench import reckon
-from bench.cuda_sizes import SIZES
-from bench.generator import make
-from bench.reckon import HostCopy, Ledger, pretended_cuda
+from bench import estimate
+from bench.estimate import HostCopy, Ledger, pretended_cuda
+from bench.sizes import SIZES, make
 from hywu_core import Condition, GeneratorConfig, LoRALayout, inject
 from hywu_core.generator.speed.fp8 import to_fp8
 
 
-def few_blocks(size: str, num_blocks: int = 2) -> reckon.Size:
+def few_blocks(size: str, num_blocks: int = 2) -> estimate.Size:
     """A size with fewer blocks: what a call holds beside the weights is the same."""
     config = SIZES[size].config
     return replace(SIZES[size], config=lambda: config().with_(num_blocks=num_blocks))
@@ -25,15 +24,15 @@ def few_blocks(size: str, num_blocks: int = 2) -> reckon.Size:
 
 @pytest.mark.parametrize("variant", ["ours", "fp8"])
 def test_the_official_size_holds_less_than_4_gb_over_the_weights(variant):
-    figures = reckon.reckon(few_blocks("official"), variant)
+    figures = estimate.estimate(few_blocks("official"), variant)
     assert figures["peak_over_weights_bytes"] <= 4e9
     products = "float8_e4m3fn" if variant == "fp8" else "bfloat16"
     assert max(figures["flops"], key=figures["flops"].get) == products
 
 
 def test_the_reference_holds_what_the_issue_says():
-    eager = reckon.reckon(few_blocks("official"), "eager")
-    ours = reckon.reckon(few_blocks("official"), "ours")
+    eager = estimate.estimate(few_blocks("official"), "eager")
+    ours = estimate.estimate(few_blocks("official"), "ours")
     assert 14e9 < eager["peak_over_weights_bytes"] < 20e9
     assert eager["other_bytes"] > 2 * ours["other_bytes"]
     config = few_blocks("official").config()
@@ -66,7 +65,7 @@ def test_nothing_between_condition_and_applied_lora_waits_or_copies_to_the_host(
             lora = generator(condition)
             with inject(base, lora.to(dtype=torch.float32), index=[1, 0]):
                 y = base["b"][1]["fc"](base["b"][0]["fc"](x))
-        assert y.device == reckon.CUDA
+        assert y.device == estimate.CUDA
         assert generator.streaming == (how == "streamed")
 
 
