@@ -6,8 +6,19 @@ import importlib
 from types import ModuleType
 
 
+def printable(text: str) -> str:
+    """The text with ``\\udXXX`` for lone surrogates (half an emoji, an undecodable file name).
+
+    No log, file or client can take those: what a user gave is passed through here before it is shown.
+    """
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 class HYWUError(ValueError):
     """Something the user can put right: the text names the file or key, what disagrees, the way out."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(printable(a) if isinstance(a, str) else a for a in args))
 
 
 #: What torch's errors say where a device or the host has no memory left; they have no class in common.

@@ -1,31 +1,44 @@
-"""Safetensors files with a JSON header of ours: read with clear errors, written atomically."""
+"""Files: safetensors with a JSON header of ours, JSON, text; names. Each has one reader and one writer.
+
+What is written appears whole or not at all, see `atomic`.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
-import shutil
-import tempfile
+import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .atomic import atomic_folder, atomic_path, folder_lock, reason
 from .errors import HYWUError
+
+__all__ = [
+    "HEADER", "atomic_folder", "atomic_path", "check_name", "folder_lock", "is_file", "open_tensors",
+    "parse_header", "parse_json", "read_header", "read_json", "read_json_lines", "read_tensors",
+    "save_tensors", "slug", "with_suffix", "write_json", "write_text",
+]  # fmt: skip
 
 #: Key of the safetensors metadata under which our JSON header lies.
 HEADER = "hywu"
+#: Characters that a name can't hold where it becomes part of a file's name.
+FORBIDDEN = frozenset('/\\:*?"<>|\0\n\r\t')
+
+# -- safetensors -------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def open_tensors(path: str | Path, device: torch.device | str = "cpu") -> Iterator[Any]:
     """`safetensors.safe_open` whose errors are HYWUErrors that name the file."""
-    if not Path(path).is_file():
+    if not is_file(path):
         raise HYWUError(f"{path}: there is no such file.")
     try:
         with safe_open(str(path), framework="pt", device=str(device)) as file:
@@ -45,15 +58,7 @@ def read_header(path: str | Path) -> dict[str, Any]:
 def parse_header(path: str | Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:
     """Our JSON header in a safetensors file's metadata; empty when there is none."""
     text = (metadata or {}).get(HEADER)
-    if text is None:
-        return {}
-    try:
-        header = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise HYWUError(f"{path}: the '{HEADER}' header is not JSON ({error}).") from error
-    if not isinstance(header, dict):
-        raise HYWUError(f"{path}: the '{HEADER}' header is not a JSON object.")
-    return header
+    return {} if text is None else parse_json(text, f"{path}: the '{HEADER}' header", dict)
 
 
 def read_tensors(
@@ -78,110 +83,137 @@ def save_tensors(
     header: Mapping[str, Any],
     overwrite: bool = False,
     metadata: Mapping[str, str] | None = None,
+    durable: bool = True,
 ) -> Path:
     """Write a safetensors file through a temporary one beside it, so that none is ever half there.
 
-    header: JSON-safe, stored under the key ``hywu``; metadata: further string entries.
+    header: JSON-safe, stored under the key ``hywu``; metadata: further string entries. durable: see
+    `atomic_path`.
     Raises HYWUError when the file exists and `overwrite` is False, or the folder can't be written.
     """
     path = with_suffix(path)
     text = {**(metadata or {}), HEADER: json.dumps(header)}
     data = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    with atomic_path(path, overwrite) as part:
+    with atomic_path(path, overwrite, durable) as part:
         save_file(_unshared(data), str(part), metadata=text)
     return path
 
 
-@contextlib.contextmanager
-def atomic_path(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary path beside `path`, moved onto it when the block ends well, else removed."""
-    path = Path(path)
-    if path.exists() and not overwrite:
-        raise HYWUError(f"{path}: exists already; choose another name or allow overwriting.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-        os.close(handle)
-    except OSError as error:
-        raise HYWUError(f"{path.parent}: can't be written ({error.strerror or error}).") from error
-    part = Path(name)
-    try:
-        yield part
-        os.chmod(part, 0o666 & ~_umask())
-        os.replace(part, path)
-    except SafetensorError as error:  # what a full disk is to safetensors
-        raise HYWUError(f"{path}: can't be written ({error}).") from error
-    except OSError as error:
-        raise HYWUError(f"{path}: can't be written ({error.strerror or error}).") from error
-    finally:
-        part.unlink(missing_ok=True)
+# -- JSON and text -----------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder beside `path`, moved onto it when the block ends well, else removed.
+def read_json(path: str | Path, kind: type | None = None, way_out: str = "", finite: bool = True):
+    """A JSON file's content, with or without a byte order mark.
 
-    Where `path` is a folder already and may be overwritten, the files in it that the new one lacks
-    are kept. The old folder steps aside for the new one and comes back if that can't take its
-    place; it is removed last. Raises HYWUError when `path` exists and `overwrite` is False, when it
-    is a file, or when it can't be written.
+    kind: dict or list, where only that will do. way_out: what the user can do about a damaged file.
+    finite: NaN and Infinity are errors. Raises HYWUError naming the file.
     """
-    path = Path(path)
-    if path.is_symlink():
-        path = path.resolve()  # the folder it leads to is replaced, the link stays
-    if path.exists() and not overwrite:
-        raise HYWUError(f"{path}: exists already; choose another name or allow overwriting.")
-    if path.exists() and not path.is_dir():
-        raise HYWUError(f"{path}: is a file and a folder goes there; choose another name.")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
-    except OSError as error:
-        raise HYWUError(f"{path.parent}: can't be written ({error.strerror or error}).") from error
-    new = work / "new"
+        data = Path(path).read_bytes()
+    except (OSError, ValueError) as error:
+        raise HYWUError(f"{path}: can't be read ({reason(error)}).") from error
+    return parse_json(data, str(path), kind, way_out, finite)
+
+
+def parse_json(
+    text: str | bytes, name: str, kind: type | None = None, way_out: str = "", finite: bool = True
+):
+    """JSON text -> Python values; see `read_json`. name: whose text it is, for the error."""
+    way_out = f"; {way_out}" if way_out else ""
     try:
-        new.mkdir()
-        yield new
-        if path.exists():
-            _keep_others(path, new)
-        _swap(path, new, work / "old")
-    except OSError as error:
-        raise HYWUError(f"{path}: can't be written ({error.strerror or error}).") from error
-    finally:
-        if not (work / "old").exists() or path.exists():
-            shutil.rmtree(work, ignore_errors=True)
+        text = text.decode("utf-8-sig") if isinstance(text, bytes) else text.removeprefix("\ufeff")
+        options = {"parse_constant": _not_finite, "parse_float": _finite} if finite else {}
+        data = json.loads(text, **options)
+    except RecursionError as error:
+        raise HYWUError(f"{name}: not JSON (nested too deeply){way_out}.") from error
+    except UnicodeDecodeError as error:
+        raise HYWUError(f"{name}: not UTF-8 text ({error}){way_out}.") from error
+    except ValueError as error:  # numbers of thousands of digits too
+        raise HYWUError(f"{name}: not JSON ({error}){way_out}.") from error
+    if kind is not None and not isinstance(data, kind):
+        wanted = {dict: "an object", list: "a list"}.get(kind, kind.__name__)
+        raise HYWUError(f"{name}: holds {_kind(data)}, {wanted} is needed{way_out}.")
+    return data
 
 
-def _keep_others(old: Path, new: Path) -> None:
-    """Copy what only the old folder has into the new one."""
-    for item in old.iterdir():
-        if not (new / item.name).exists():
-            if item.is_dir() and not item.is_symlink():
-                shutil.copytree(item, new / item.name, symlinks=True)
-            else:
-                shutil.copy2(item, new / item.name, follow_symlinks=False)
+def read_json_lines(path: str | Path) -> list[tuple[int, Any]]:
+    """(line number, value) of each line of a JSONL file that isn't blank; a bad line's value is a HYWUError.
 
-
-def _swap(path: Path, new: Path, aside: Path) -> None:
-    """Put `new` in the place of `path`, whose folder, where there is one, goes `aside`."""
-    # No system call exchanges two folders everywhere: between the two renames `path` is missing.
-    if not path.exists():
-        os.replace(new, path)
-        return
+    Lines end with a line feed alone: an instruction may hold U+2028 and others, which JSON doesn't
+    escape. Raises HYWUError when the file can't be read.
+    """
     try:
-        os.replace(path, aside)
-        os.replace(new, path)
-    except BaseException:
-        if aside.exists() and not path.exists():
-            os.replace(aside, path)
-        raise
+        lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except (OSError, ValueError) as error:
+        raise HYWUError(f"{path}: can't be read ({reason(error)}).") from error
+    rows: list[tuple[int, Any]] = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                rows.append((number, parse_json(line, f"{path}, line {number}")))
+            except HYWUError as error:
+                rows.append((number, error))
+    return rows
 
 
-def _umask() -> int:
-    # mkstemp makes files private; what a user saves gets his usual permissions
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def write_json(
+    path: str | Path, data: Any, indent: int | None = 2, ascii: bool = False, end: str = "\n"
+) -> Path:
+    """Write JSON through a temporary file, replacing one. ascii: other characters are escaped."""
+    return write_text(path, json.dumps(data, indent=indent, ensure_ascii=ascii) + end)
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Write UTF-8 text through a temporary file, replacing one; lone surrogates are escaped."""
+    with atomic_path(path, overwrite=True) as part:
+        # in JSON the escape of a surrogate is the surrogate
+        part.write_bytes(text.encode("utf-8", "backslashreplace"))
+    return Path(path)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text[:40]} is too large")
+    return value
+
+
+def _not_finite(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no number of JSON")
+
+
+def _kind(data: Any) -> str:
+    kinds = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}
+    return "nothing" if data is None else kinds.get(type(data), "a number")
+
+
+# -- names -------------------------------------------------------------------------------------------
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether a file lies there; names that no file can have are no error."""
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):  # too long, a NUL
+        return False
+
+
+def check_name(value: object, what: str) -> str:
+    """A text or number that is safe as part of a file's name, as text. Raises HYWUError naming `what`."""
+    text = str(value) if isinstance(value, (str, int)) and not isinstance(value, bool) else ""
+    try:
+        size = len(text.encode("utf-8"))
+    except UnicodeEncodeError:
+        size = 0
+    unusable = FORBIDDEN & set(text) or not size
+    if not text or text.strip(" .") != text or unusable or len(text) > 120 or size > 240:
+        raise HYWUError(f"its {what} is {value!r}, which can't be a file name")
+    return text
+
+
+def slug(text: str) -> str:
+    """A name as part of a file name: letters, digits, dots, dashes and underscores."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.") or "unnamed"
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

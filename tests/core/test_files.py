@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from hywu_core import HYWUError
-from hywu_core.files import atomic_folder, atomic_path, read_tensors, save_tensors
+from hywu_core import HYWUError, atomic
+from hywu_core.files import (
+    atomic_folder,
+    atomic_path,
+    check_name,
+    folder_lock,
+    parse_json,
+    read_header,
+    read_json,
+    read_json_lines,
+    read_tensors,
+    save_tensors,
+    write_json,
+)
 
 
 def tree(folder):
@@ -136,3 +152,136 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_came_meanwhile_is_not_overwritten(tmp_path):
+    path = tmp_path / "x.txt"
+    with pytest.raises(HYWUError, match="exists already"), atomic_path(path) as part:
+        part.write_text("mine")
+        path.write_text("theirs")
+    with pytest.raises(HYWUError, match="exists already"), atomic_folder(tmp_path / "f") as part:
+        (part / "a").write_text("mine")
+        (tmp_path / "f").mkdir()
+        (tmp_path / "f" / "a").write_text("theirs")
+    assert tree(tmp_path) == {"x.txt": "theirs", "f/a": "theirs"}
+
+
+KILLED = """
+import os, sys, signal
+from pathlib import Path
+from hywu_core import atomic
+folder = Path(sys.argv[1])
+if sys.argv[2] == "swap":
+    replace = os.replace
+    def killed(source, target):
+        replace(source, target)
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.replace = killed
+    with atomic.atomic_folder(folder / "f", overwrite=True) as part:
+        (part / "a").write_text("new")
+with atomic.atomic_path(folder / "x", overwrite=True) as part:
+    part.write_text("half")
+    with atomic.atomic_folder(folder / "f", overwrite=True) as part:
+        (part / "a").write_text("half")
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills a process, where locks tell who is alive")
+@pytest.mark.parametrize("where", ["write", "swap"])
+def test_leftovers_of_killed_saves_are_swept_and_only_those(tmp_path, where):
+    folder = old_folder(tmp_path).rename(tmp_path / "f")
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), where], check=False)
+    assert list(tmp_path.glob(".*.part"))
+    assert folder.exists() is (where == "write")
+    with atomic_path(tmp_path / "living") as part:
+        atomic.sweep(tmp_path)
+        save_file({"a": torch.ones(3)}, str(part))  # which makes the file anew
+        atomic.sweep(tmp_path)
+        assert list(tmp_path.glob(".*.part")) == [part.parent]
+    (tmp_path / "living").unlink(missing_ok=True)
+    assert tree(tmp_path) == {"f/a.txt": "old a", "f/sub/mine.txt": "mine"}
+    assert not list(tmp_path.glob(".*.part"))
+
+
+def test_names_as_long_as_names_can_be(tmp_path):
+    path = tmp_path / ("图" * 84)
+    write_json(path, {})
+    assert read_json(path) == {}
+    with pytest.raises(HYWUError, match="can't be written"):
+        write_json(tmp_path / ("x" * 300), {})
+    with pytest.raises(HYWUError, match="can't be written"):
+        write_json(tmp_path / "a\0b", {})
+    with pytest.raises(HYWUError, match="can't be read"):
+        read_json(tmp_path / "a\0b")
+    with pytest.raises(HYWUError, match="no such file"):
+        read_header(tmp_path / ("x" * 300))
+
+
+def test_one_run_at_a_time(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / ".a.1.part").write_text("of a killed run of the former version")
+    (tmp_path / ".b.2.part" / "new").mkdir(parents=True)
+    with (
+        folder_lock(tmp_path),
+        pytest.raises(HYWUError, match="another run"),
+        folder_lock(tmp_path),
+    ):
+        raise AssertionError("the block must not be entered")
+    with folder_lock(tmp_path):
+        assert sorted(p.name for p in tmp_path.rglob("*")) == [".hywu.lock", "sub"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "not JSON"),
+        (b'{"a": Infinity}', "Infinity is no number"),
+        (b'{"a": NaN}', "NaN is no number"),
+        (b'{"a": 1e999}', "too large"),
+        (b'{"a": "\xff"}', "not UTF-8"),
+        ('{"a": 1}'.encode("utf-16"), "not UTF-8"),
+        (b"[1]", "holds a list, an object is needed; write it again"),
+        (b"", "not JSON"),
+    ],
+)
+def test_json_that_is_none_is_one_sentence(tmp_path, text, words):
+    path = tmp_path / "x.json"
+    path.write_bytes(text)
+    with pytest.raises(HYWUError, match=words) as caught:
+        read_json(path, dict, "write it again")
+    assert str(caught.value).startswith(str(path))
+
+
+def test_json_keeps_half_an_emoji_and_takes_a_byte_order_mark(tmp_path):
+    data = {"text": "half \ud83d, whole 😀, é", "n": [1, 2.5, None]}
+    assert read_json(write_json(tmp_path / "x.json", data)) == data
+    (tmp_path / "bom.json").write_bytes(b"\xef\xbb\xbf{}")
+    assert read_json(tmp_path / "bom.json") == {}
+    assert parse_json("\ufeff[1]", "x") == [1]
+    assert parse_json("[Infinity]", "x", finite=False) == [float("inf")]
+
+
+def test_rows_end_with_a_line_feed_alone(tmp_path):
+    path = tmp_path / "x.jsonl"
+    texts = ["a\u2028b", "c\u2029d", "e\u0085f", "g\x0bh"]
+    lines = [json.dumps({"t": t}, ensure_ascii=False).encode() for t in texts]
+    path.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join([*lines, b"", b"{", b'{"t": "\xff"}']))
+    rows = read_json_lines(path)
+    assert [value["t"] for _, value in rows[:3]] == texts[:3]
+    assert [number for number, _ in rows] == [1, 2, 3, 4, 6, 7]
+    assert all(isinstance(value, HYWUError) for _, value in rows[4:])
+    assert "line 7: not UTF-8" in str(rows[5][1])
+
+
+def test_errors_can_be_written_anywhere():
+    text = str(HYWUError("there is no \ud83d here"))
+    assert text == "there is no \\ud83d here"
+    assert text.encode("utf-8")
+
+
+@pytest.mark.parametrize("name", ["", "a/b", " a", "a.", "nul\0", "\ud83d", "x" * 121, "图" * 90])
+def test_names_that_no_file_can_have(name):
+    with pytest.raises(HYWUError, match="can't be a file name"):
+        check_name(name, "key")

@@ -1,0 +1,211 @@
+"""Images as cameras, scanners and other programs write them: all read rightly, or refused."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageCms
+
+from hywu_core import HYWUError
+from hywu_core.images import (
+    encode_image,
+    image_size,
+    load_image,
+    read_image,
+    to_pillow,
+    to_tensor,
+    write_image,
+)
+
+Y, X = np.mgrid[0:24, 0:32]
+RGB = np.stack([40 + 6 * X, 30 + 8 * Y, 90 + 60 * np.sin(X / 4) * np.cos(Y / 3)], -1)
+RGB = RGB.clip(0, 255).astype(np.uint8)
+GRAY = RGB.mean(-1).round().astype(np.uint8)
+SHOWN_GRAY = np.repeat(GRAY[..., None], 3, -1)
+HALF = np.where(X[..., None] < 16, 255, RGB).astype(np.uint8)
+
+
+def png(samples: np.ndarray, depth: int, colour: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG written by hand: of depths that Pillow doesn't write."""
+    height, width = samples.shape[:2]
+
+    def row(values):
+        if depth == 16:
+            return values.astype(">u2").tobytes()
+        bits = (values[:, None] >> np.arange(depth)[::-1]) & 1
+        return np.packbits(bits.astype(np.uint8).ravel()).tobytes()
+
+    def chunk(kind, data):
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    head = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    data = zlib.compress(b"".join(b"\0" + row(samples[i]) for i in range(height)))
+    parts = [(b"IHDR", head), *chunks, (b"IDAT", data), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+def saved(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def lab() -> Image.Image:
+    profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+    return ImageCms.applyTransform(
+        Image.fromarray(RGB), ImageCms.buildTransform(*profiles, "RGB", "LAB")
+    )
+
+
+def big_endian(values: np.ndarray) -> bytes:
+    """A gray TIFF of 16 bits, most significant byte first."""
+    data = values.astype(">u2").tobytes()
+    tags = [(256, 32), (257, 24), (258, 16), (259, 1), (262, 1), (273, 8), (277, 1), (278, 24)]
+    tags += [(279, len(data))]
+    entries = b"".join(struct.pack(">HHII", tag, 4, 1, value) for tag, value in tags)
+    head = struct.pack(">2sHI", b"MM", 42, 8 + len(data))
+    return head + data + struct.pack(">H", len(tags)) + entries + bytes(4)
+
+
+def exif(orientation: int) -> Image.Exif:
+    made = Image.Exif()
+    made[0x0112] = orientation
+    return made
+
+
+WIDE = GRAY.astype(np.uint16) * 257
+BASE = Image.fromarray(RGB)
+LEFT = np.where(X < 16, 9, WIDE).astype(np.uint16)
+TWO_BITS = (GRAY // 64).astype(np.uint8)
+SHOWN_TWO = np.where(TWO_BITS[..., None] == 1, 255, np.repeat(TWO_BITS[..., None] * 85, 3, -1))
+
+FILES = {
+    "gray of 16 bits": (saved(Image.fromarray(WIDE), "PNG"), SHOWN_GRAY, 0),
+    "gray TIFF of 16 bits": (saved(Image.fromarray(WIDE), "TIFF"), SHOWN_GRAY, 0),
+    "gray TIFF of 16 bits, big-endian": (big_endian(WIDE), SHOWN_GRAY, 0),
+    "32-bit integers": (saved(Image.fromarray(WIDE.astype(np.int32)), "TIFF"), SHOWN_GRAY, 0),
+    "floats": (saved(Image.fromarray((GRAY / 255).astype(np.float32)), "TIFF"), SHOWN_GRAY, 0),
+    "rgb of 16 bits": (png(RGB.astype(np.uint16) * 257, 16, 2), RGB, 0),
+    "gray of 16 bits, one transparent": (
+        png(LEFT[..., None], 16, 0, (b"tRNS", struct.pack(">H", 9))),
+        np.where(X[..., None] < 16, 255, SHOWN_GRAY),
+        0,
+    ),
+    "gray of 2 bits, one transparent": (
+        png(TWO_BITS, 2, 0, (b"tRNS", struct.pack(">H", 1))),
+        SHOWN_TWO,
+        0,
+    ),
+    "rgb of 16 bits, one transparent": (
+        png(
+            np.where(X[..., None] < 16, 771, RGB.astype(np.uint16) * 257),
+            16,
+            2,
+            (b"tRNS", struct.pack(">HHH", 771, 771, 771)),
+        ),
+        HALF,
+        0,
+    ),
+    "alpha": (
+        saved(Image.fromarray(np.dstack([RGB, np.where(X < 16, 0, 255).astype(np.uint8)])), "PNG"),
+        HALF,
+        0,
+    ),
+    "turned": (saved(BASE.transpose(Image.Transpose.ROTATE_90), "PNG", exif=exif(6)), RGB, 0),
+    "cmyk": (saved(BASE.convert("CMYK"), "JPEG", quality=99, subsampling=0), RGB, 3),
+    "lab": (saved(lab(), "TIFF"), RGB, 24),
+    "two frames": (
+        saved(BASE, "PNG", save_all=True, append_images=[Image.new("RGB", BASE.size)]),
+        RGB,
+        0,
+    ),
+    "palette": (
+        saved(BASE.quantize(200), "PNG"),
+        np.asarray(BASE.quantize(200).convert("RGB")),
+        0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_show_what_a_viewer_shows(name):
+    data, wanted, tolerance = FILES[name]
+    found = np.asarray(load_image(io.BytesIO(data))).astype(int)
+    assert found.shape == wanted.shape
+    assert abs(found - wanted).max() <= tolerance
+    assert abs(found - wanted).mean() < 1
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (Image.fromarray(GRAY.astype(np.int32)), "go from 53 to 187, and 0 to 65535"),
+        (Image.fromarray(WIDE.astype(np.int32) * 30000), "go from"),
+        (Image.fromarray(GRAY.astype(np.int32) - 200), "go from -"),
+        (Image.fromarray(GRAY.astype(np.float32)), "floating-point values go from"),
+        (Image.fromarray(np.full((4, 4), np.nan, np.float32)), "go from nan to nan"),
+    ],
+)
+def test_values_that_could_mean_anything_are_refused(tmp_path, image, words):
+    path = tmp_path / "scan.tif"
+    image.save(path)
+    with pytest.raises(HYWUError, match=words) as caught:
+        load_image(path)
+    assert str(caught.value).startswith(str(path))
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"<html>", saved(BASE, "PNG")[:200], saved(BASE, "GIF")[:50]]
+)
+def test_damaged_files_are_one_sentence(tmp_path, data):
+    path = tmp_path / "x.png"
+    path.write_bytes(data)
+    with pytest.raises(HYWUError, match="can't be read as an image") as caught:
+        read_image(path)
+    assert str(caught.value).startswith(str(path))
+
+
+@pytest.mark.parametrize("name", ["", "missing.png", "x" * 300, "a\0b.png", "half\ud83d.png"])
+def test_paths_without_a_file(tmp_path, name):
+    with pytest.raises(HYWUError, match="can't be read") as caught:
+        load_image(tmp_path / name)
+    assert str(caught.value).encode()
+
+
+def test_sizes(tmp_path):
+    path = tmp_path / "x.png"
+    path.write_bytes(FILES["turned"][0])
+    assert image_size(path) == (32, 24)
+    assert read_image(path, max_side=16).shape == (3, 12, 16)
+    assert read_image(path).shape == (3, 24, 32)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
+def test_written_and_read_back(tmp_path, suffix):
+    path = tmp_path / f"x{suffix}"
+    for image in (to_tensor(BASE).float() / 255, BASE):
+        write_image(image, path)
+        difference = abs(np.asarray(load_image(path)).astype(int) - RGB)
+        assert difference.mean() < (0.01 if suffix == ".png" else 4)
+    with pytest.raises(HYWUError, match="must end in"):
+        write_image(BASE, tmp_path / "x.gif")
+
+
+def test_tensors_and_images():
+    pixels = to_tensor(BASE)
+    assert pixels.dtype == torch.uint8
+    assert torch.equal(to_tensor(to_pillow(pixels)), pixels)
+    assert torch.equal(to_tensor(to_pillow(pixels.double() / 255)), pixels)
+    assert np.array_equal(load_image(io.BytesIO(encode_image(BASE))), RGB)
+    with pytest.raises(HYWUError, match="not finite"):
+        to_pillow(torch.full((3, 2, 2), float("nan")))
+    for shape in ((1, 3, 2, 2), (4, 2, 2), (3, 0, 2), (2, 2)):
+        with pytest.raises(HYWUError, match=r"must be \[3, height, width\]"):
+            to_pillow(torch.zeros(shape))
