@@ -8,30 +8,31 @@ from __future__ import annotations
 
 import argparse
 import platform
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
 from ..bases.bundled.checkpoint import save_editor
 from ..bases.bundled.sampling import edit
 from ..bases.bundled.transformer import TransformerConfig as EditorConfig
 from ..bases.bundled.transformer import TransformerEditor as Editor
 from ..console import say
-from ..training.base import Batch
-from ..training.logs import Log, save_grid
-from ..training.schedule import Average, TrainConfig, chosen_precision, lr_at
-from ..training.state import load_state, recorded_precision, save_state
+from ..training.base import Batch, Draws
+from ..training.schedule import OPTIMIZERS, TrainConfig, chosen_precision
+from ..training.state import recorded_precision
+from ..training.strategies import FullFineTuning
+from ..training.trainer import STATE, Trainer
 from .images import PACKAGES, ImagePool, split_files
 from .phrasings import nonsense
 from .tasks import PRETRAINING, make_batch
 
 #: What is not known is left as it is: words without meaning ask for the identity.
 UNKNOWN = "unknown"
-STATE, WEIGHTS = "state.safetensors", "editor.safetensors"
+WEIGHTS = "editor.safetensors"
+#: AdamW's.
+BETAS = (0.9, 0.95)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -42,8 +43,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of weights, crops, tasks and noise")
     parser.add_argument(
         "--precision", choices=("auto", "no", "bf16"), default="auto",
-        help="auto: bf16 where the CPU has it in hardware, else no (float32)",
+        help="auto: bf16 where the device has it in hardware, else no (float32)",
     )  # fmt: skip
+    parser.add_argument(
+        "--optimizer", choices=OPTIMIZERS, default="adamw", help="default: %(default)s"
+    )
+    parser.add_argument("--device", help="such as cpu or cuda (default: the accelerator there is)")
     parser.add_argument("--save-every", type=int, default=200, help="steps between states")
     parser.add_argument("--commit", default="", help="commit of the code, kept in the provenance")
 
@@ -51,14 +56,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     recorded = recorded_precision(args.out / STATE)
     config = TrainConfig(
-        args.steps, args.batch_size, args.lr, warmup=100, weight_decay=0.01, ema=0.998,
-        precision=chosen_precision(args.precision, recorded, "cpu"), seed=args.seed,
+        args.steps, args.batch_size, args.lr, warmup=100, weight_decay=0.01, ema=0.998, betas=BETAS,
+        precision=chosen_precision(args.precision, recorded, args.device), seed=args.seed,
+        optimizer=args.optimizer,
     )  # fmt: skip
     torch.manual_seed(args.seed)
     editor = Editor(EditorConfig())
     editor.reset_parameters()
     pool, samples = ImagePool(split_files("train")), ImagePool(split_files("held_out"))
-    done = pretrain(editor, pool, config, args.out, samples, args.save_every, args.commit)
+    done = pretrain(
+        editor, pool, config, args.out, samples, args.save_every, args.commit, args.device
+    )
     if done < config.steps:
         say(f"interrupted after {done} steps; the same command goes on from there")
         return 130
@@ -74,99 +82,84 @@ def pretrain(
     samples: ImagePool | None = None,
     save_every: int = 200,
     commit: str = "",
+    device: str | None = None,
 ) -> int:
-    """Train `editor` in place; returns the steps done, fewer than asked when interrupted (Ctrl-C).
+    """Train `editor` in place through the one `Trainer`; returns the steps done, fewer than asked when it
+    was interrupted (Ctrl-C). With every state the averaged weights are left as an editor's file.
 
-    Everything random is a function of (seed, step), so that a resumed run sees what an uninterrupted one
-    would. Raises HYWUError when `folder` holds a run with other settings.
+    Raises HYWUError when `folder` holds a run with other settings.
     """
-    parameters = dict(editor.named_parameters())
-    average = Average(parameters, config.ema)
-    optimizer = torch.optim.AdamW(
-        parameters.values(), config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay
-    )
-    step = 0
-    if (folder / STATE).exists():
-        header = load_state(folder / STATE, parameters, average, optimizer)
-        config.check_same(header["config"], folder / STATE)
-        step = int(header["step"])
-    log, started = Log(folder, step), time.perf_counter()
+    base = Pretraining(editor)
+    batches = PretrainingBatches(pool, config.batch_size, editor.config.train_size, config.seed)
 
-    def save() -> None:
-        save_state(
-            folder / STATE, step, parameters, average, optimizer, {"config": config.to_json()}
-        )
-        with average.swapped():
+    def write(step: int) -> None:
+        with trainer.average.swapped():
             save_editor(editor, folder / WEIGHTS, provenance(config, step, commit))
-            if samples is not None:
-                _save_samples(editor, samples, folder / "samples.png")
 
-    bar = tqdm(total=config.steps, initial=step, desc="pretrain", unit="step")
-    try:
-        while step < config.steps:
-            rate = lr_at(config, step)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            examples = make_step(pool, config, step, editor.config.train_size)
-            loss = editor_loss(editor, *examples, config.precision)
-            loss.backward()
-            size = nn.utils.clip_grad_norm_(parameters.values(), config.clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            average.update(step)
-            step += 1
-            bar.update()
-            if step % 10 == 0 or step == config.steps:
-                values = (step, loss.item(), rate, size.item(), time.perf_counter() - started)
-                log.add(
-                    dict(zip(("step", "loss", "lr", "grad_norm", "seconds"), values, strict=True))
-                )
-                bar.set_postfix(loss=f"{values[1]:.4f}")
-            if step % save_every == 0 and step < config.steps:
-                save()
-    except KeyboardInterrupt:
-        # an interruption inside the optimizer's step could leave weights of two steps mixed: the last
-        # state on disk is whole, and what came after it is repeated
-        return _saved_step(folder, parameters, average, optimizer)
-    finally:
-        bar.close()
-        log.close()
-    save()
-    return step
+    trainer = Trainer(
+        base, FullFineTuning(base, of_itself=True), batches, config, folder, on_save=write,
+        samples=None if samples is None else sample_batch(samples, editor.config.train_size),
+        save_every=save_every, sample_every=save_every, device=device,
+        identity={"tasks": [*PRETRAINING, UNKNOWN]},
+    )  # fmt: skip
+    trainer.run()
+    return trainer.step
 
 
-def make_step(
-    pool: ImagePool, config: TrainConfig, step: int, size: int
-) -> tuple[Batch, Tensor, Tensor]:
-    """The examples, noise and times of a step: a function of (seed, step) alone."""
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-    names = [*PRETRAINING, UNKNOWN]
-    clean = pool.crops(config.batch_size, size, generator)
-    picks = torch.randint(len(names), (config.batch_size,), generator=generator).tolist()
-    chosen = [names[pick] for pick in picks]
-    known = ["identity" if name == UNKNOWN else name for name in chosen]
-    batch = make_batch(clean, known, generator, carriers=True)
-    texts = [
-        nonsense(generator) if name == UNKNOWN else text
-        for name, text in zip(chosen, batch.instruction, strict=True)
-    ]
-    batch = replace(batch, instruction=tuple(texts))
-    noise = torch.randn(clean.shape, generator=generator)
-    # sampling starts at t = 1, where the error counts whole: half of the draws lie above 0.7
-    times = torch.rand(config.batch_size, generator=generator).sqrt().clamp_min(1e-3)
-    return batch, noise, times
+class PretrainingBatches:
+    """step -> examples of all pretraining tasks and of words without meaning, which ask for the identity."""
+
+    def __init__(self, pool: ImagePool, batch_size: int, size: int, seed: int = 0) -> None:
+        self.pool, self.batch_size, self.size, self.seed = pool, batch_size, size, seed
+
+    def __call__(self, step: int) -> Batch:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        names = [*PRETRAINING, UNKNOWN]
+        clean = self.pool.crops(self.batch_size, self.size, generator)
+        picks = torch.randint(len(names), (self.batch_size,), generator=generator).tolist()
+        chosen = [names[pick] for pick in picks]
+        known = ["identity" if name == UNKNOWN else name for name in chosen]
+        batch = make_batch(clean, known, generator, carriers=True)
+        texts = [
+            nonsense(generator) if name == UNKNOWN else text
+            for name, text in zip(chosen, batch.instruction, strict=True)
+        ]
+        return replace(batch, instruction=tuple(texts))
 
 
-def editor_loss(
-    editor: Editor, batch: Batch, noise: Tensor, times: Tensor, precision: str = "no"
-) -> Tensor:
-    """Mean squared error of the predicted clean image, in units of -1..1."""
-    source, target = batch.source * 2 - 1, batch.target * 2 - 1
-    t = times[:, None, None, None]
-    with torch.autocast(source.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        text, mask = editor.encode_text(batch.instruction)
-        clean = editor.predict((1 - t) * target + t * noise, times, source, text, mask)
-    return (clean.float() - target).square().mean()
+class Pretraining:
+    """The editor as the loop trains all of it: flow matching, the error of the predicted clean image."""
+
+    name = "hywu-bundled-editor"
+
+    def __init__(self, editor: Editor) -> None:
+        self.module = editor
+
+    def draw(self, batch: Batch, seed: int) -> Draws:
+        """noise ``[B, 3, H, W]``; t ``[B]`` in (0, 1]."""
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(batch.source.shape, generator=generator)
+        # sampling starts at t = 1, where the error counts whole: half of the draws lie above 0.7
+        times = torch.rand(len(batch), generator=generator).sqrt().clamp_min(1e-3)
+        return {"noise": noise, "t": times}
+
+    def loss(self, module: Editor, batch: Batch, draws: Draws) -> Tensor:
+        """Squared error of each item ``[B]``, in units of -1..1."""
+        source, target, t = batch.source * 2 - 1, batch.target * 2 - 1, draws["t"]
+        at = t[:, None, None, None]
+        text, mask = module.encode_text(batch.instruction)
+        clean = module.predict((1 - at) * target + at * draws["noise"], t, source, text, mask)
+        return (clean.float() - target).square().mean(dim=(1, 2, 3))
+
+    def edit(self, module: Editor, batch: Batch, seed: int) -> Tensor:
+        return edit(module, batch.source, batch.instruction, steps=4, seed=seed)
+
+
+def sample_batch(pool: ImagePool, size: int) -> Batch:
+    """A held-out crop for each task."""
+    generator = torch.Generator().manual_seed(1)
+    names = list(PRETRAINING)
+    return make_batch(pool.crops(len(names), size, generator), names, generator)
 
 
 def provenance(config: TrainConfig, step: int, commit: str) -> dict[str, object]:
@@ -179,20 +172,3 @@ def provenance(config: TrainConfig, step: int, commit: str) -> dict[str, object]
         "data": dict(PACKAGES.values()),
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
     }
-
-
-def _saved_step(folder: Path, parameters, average: Average, optimizer) -> int:
-    if not (folder / STATE).exists():
-        return 0
-    return int(load_state(folder / STATE, parameters, average, optimizer)["step"])
-
-
-def _save_samples(editor: Editor, pool: ImagePool, path: Path) -> None:
-    """Held-out crops: source, target, edit, one row a task."""
-    generator = torch.Generator().manual_seed(1)
-    names = list(PRETRAINING)
-    batch = make_batch(
-        pool.crops(len(names), editor.config.train_size, generator), names, generator
-    )
-    edited = edit(editor, batch.source, batch.instruction, steps=4)
-    save_grid([batch.source, batch.target, edited], path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -41,8 +42,12 @@ class Batch:
             tuple(self.references[i] for i in index) if self.references else (),
         )
 
-    def to(self, device: torch.device | str) -> Batch:
-        return replace(self, source=self.source.to(device), target=self.target.to(device))
+    def to(self, device: torch.device | str, memory_format: Any = torch.preserve_format) -> Batch:
+        """Source and target on a device; references stay where they are."""
+        source, target = (
+            images.to(device, memory_format=memory_format) for images in (self.source, self.target)
+        )
+        return replace(self, source=source, target=target)
 
     @property
     def asked(self) -> tuple[Any, ...]:
@@ -91,6 +96,12 @@ class BaseModel(Protocol):
 
     def edit(self, module: nn.Module, batch: Batch, seed: int) -> Tensor:
         """Sampled edits ``[B, 3, H, W]`` in 0..1; the batch's target is not looked at."""
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's weights are; the CPU for one without any."""
+    first = next(itertools.chain(module.parameters(), module.buffers()), None)
+    return torch.device("cpu") if first is None else first.device
 
 
 def frozen_digest(module: nn.Module) -> str:

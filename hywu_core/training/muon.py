@@ -42,11 +42,15 @@ def orthogonalized(matrices: Tensor) -> Tensor:
 
 
 def adamw(
-    parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0
+    parameters: Iterable[nn.Parameter],
+    lr: float,
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.99),
+    fused: bool = False,
 ) -> torch.optim.AdamW:
-    """AdamW as all trainings here use it: alone, or beside Muon."""
+    """AdamW as all trainings here use it: alone, or beside Muon. fused: one kernel, for CUDA."""
     return torch.optim.AdamW(
-        parameters, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, foreach=True
+        parameters, lr=lr, betas=betas, weight_decay=weight_decay, foreach=not fused, fused=fused
     )
 
 
@@ -57,12 +61,15 @@ class Muon(torch.optim.Optimizer):
     States are called as AdamW's: exp_avg, and exp_avg_sq where AdamW steps.
     """
 
-    def __init__(self, module: nn.Module, lr: float, weight_decay: float = 0.0) -> None:
+    def __init__(
+        self, module: nn.Module, lr: float, weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.99), fused: bool = False,
+    ) -> None:  # fmt: skip
         self.parts = _matrices(module)
         rest = [p for p in module.parameters() if p.requires_grad and p not in self.parts]
-        self._adamw = adamw(rest, lr, weight_decay) if rest else None
+        self._adamw = adamw(rest, lr, weight_decay, betas, fused) if rest else None
         groups = [{"params": parameters} for parameters in (list(self.parts), rest) if parameters]
-        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "fused": fused})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:

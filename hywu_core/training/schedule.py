@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,9 @@ from ..errors import HYWUError
 
 PRECISIONS = ("no", "bf16", "fp16")
 OPTIMIZERS = ("adamw", "muon")
+SCHEDULES = ("cosine", "constant")
+#: Settings that came later; a state says them only where they differ, and older states mean these.
+LATER: Mapping[str, Any] = MappingProxyType({"betas": [0.9, 0.99], "schedule": "cosine"})
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,8 @@ class TrainConfig:
     a cosine down to `final_lr` times the peak. ema: decay of the moving average, 0 for none; early
     on it averages over what there is. clip: largest norm of the gradient. precision: "bf16" runs
     under autocast with float32 weights. optimizer: "muon" orthogonalizes the steps of matrices (see
-    `muon`); lr is that of all other weights then.
+    `muon`); lr is that of all other weights then. betas: AdamW's. schedule: "constant" stays at the
+    peak after the warm-up.
     """
 
     steps: int
@@ -41,6 +46,8 @@ class TrainConfig:
     precision: Literal["no", "bf16", "fp16"] = "no"
     seed: int = 0
     optimizer: Literal["adamw", "muon"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.99)
+    schedule: Literal["cosine", "constant"] = "cosine"
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation"):
@@ -54,24 +61,42 @@ class TrainConfig:
             raise HYWUError(f"training: precision '{self.precision}'; it is no, bf16 or fp16.")
         if self.optimizer not in OPTIMIZERS:
             raise HYWUError(f"training: optimizer '{self.optimizer}'; it is adamw or muon.")
+        if self.schedule not in SCHEDULES:
+            raise HYWUError(f"training: schedule '{self.schedule}'; it is cosine or constant.")
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """JSON-safe; settings of `LATER` only where they differ from it."""
+        whole = asdict(self) | {"betas": list(self.betas)}
+        return {key: value for key, value in whole.items() if LATER.get(key) != value}
 
     def check_same(self, recorded: Mapping[str, Any], where: object) -> None:
-        """Raise HYWUError naming every setting in which an interrupted run was started otherwise."""
-        mine = self.to_json()
-        recorded = {"optimizer": "adamw", **recorded}  # older states don't say it
-        odd = [
-            f"{key} {recorded.get(key)} -> {value}"
-            for key, value in mine.items()
-            if recorded.get(key) != value
-        ]
-        if odd:
-            raise HYWUError(
-                f"{where}: was started with other settings ({', '.join(odd)}); use the same ones to "
-                "go on, or another output folder."
-            )
+        """Raise HYWUError naming every setting in which an interrupted run was started otherwise.
+
+        More steps are not another setting: a run may be gone on with beyond its end.
+        """
+        mine, theirs = ({**LATER, "optimizer": "adamw", **x} for x in (self.to_json(), recorded))
+        if int(mine["steps"]) > int(theirs.get("steps", 0)):
+            theirs["steps"] = mine["steps"]
+        refuse_differences(theirs, mine, where)
+
+
+def refuse_differences(recorded: Mapping[str, Any], mine: Mapping[str, Any], where: object) -> None:
+    """Raise HYWUError naming each key of `mine` that was recorded otherwise, with both values."""
+    different = [
+        f"{key} {_short(recorded.get(key))} -> {_short(value)}"
+        for key, value in mine.items()
+        if recorded.get(key) != value
+    ]
+    if different:
+        raise HYWUError(
+            f"{where}: was started with other settings ({', '.join(different)}); use the same ones to "
+            "go on, or another output folder."
+        )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def usual_precision(device: str | None = None) -> str:
@@ -92,10 +117,12 @@ def chosen_precision(asked: str, recorded: str | None, device: str | None = None
 
 
 def lr_at(config: TrainConfig, step: int) -> float:
-    """Learning rate of a step, counted from 0: linear warm-up, then a cosine."""
+    """Learning rate of a step, counted from 0: linear warm-up, then a cosine or the peak."""
     warmup = min(config.warmup, config.steps - 1)
     if step < warmup:
         return config.lr * (step + 1) / (warmup + 1)
+    if config.schedule == "constant":
+        return config.lr
     progress = (step - warmup) / max(1, config.steps - warmup)
     floor = config.lr * config.final_lr
     return floor + (config.lr - floor) * 0.5 * (1 + math.cos(math.pi * progress))

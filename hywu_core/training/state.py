@@ -30,10 +30,14 @@ def save_state(
     for name, parameter in parameters.items():
         tensors[f"parameters.{name}"] = parameter
         tensors[f"average.{name}"] = average.values[name]
-        for moment in _MOMENTS:
-            if moment in optimizer.state.get(parameter, {}):
-                tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
-    save_tensors(path, tensors, {**header, "format": FORMAT, "step": step}, overwrite=True)
+    moments = {
+        f"{moment}.{name}": optimizer.state[parameter][moment]
+        for name, parameter in parameters.items()
+        for moment in _MOMENTS
+        if moment in optimizer.state.get(parameter, {})
+    }
+    whole = {**header, "format": FORMAT, "step": step, "moments": len(moments)}
+    save_tensors(path, {**tensors, **moments}, whole, overwrite=True)
 
 
 def recorded_precision(path: Path) -> str | None:
@@ -64,19 +68,44 @@ def load_state(
                     f"{path}: {name} {what}, the model has {tuple(parameter.shape)}; go on with the "
                     "model that the run was started with, or use another output folder."
                 )
+        moments = _check_moments(path, header, names, parameters)
         # one tensor after another: the whole file is as large as all that is trained
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(file.get_tensor(f"parameters.{name}"))
                 average.values[name].copy_(file.get_tensor(f"average.{name}"))
-                if f"exp_avg.{name}" not in names:
+                found = [m for m in _MOMENTS if f"{m}.{name}" in moments]
+                if not found:
                     continue
                 optimizer.state[parameter] = {
-                    "step": torch.tensor(float(header["step"]), dtype=torch.float32),
+                    "step": _steps(header["step"], parameter, optimizer),
                     **{
                         m: torch.empty_like(parameter).copy_(file.get_tensor(f"{m}.{name}"))
-                        for m in _MOMENTS
-                        if f"{m}.{name}" in names
+                        for m in found
                     },
                 }
     return header
+
+
+def _check_moments(
+    path: Path, header: Mapping[str, Any], names: set[str], parameters: Mapping[str, nn.Parameter]
+) -> set[str]:
+    """Names of the optimizer's moments in a state; HYWUError where one that was written is missing."""
+    moments = {key for key in names if key.startswith(tuple(f"{m}." for m in _MOMENTS))}
+    alone = [
+        n for n in parameters if f"exp_avg_sq.{n}" in moments and f"exp_avg.{n}" not in moments
+    ]
+    written = header.get("moments", len(moments))
+    if alone or written != len(moments):
+        what = f"exp_avg.{alone[0]}" if alone else f"{written - len(moments)} of {written} moments"
+        raise HYWUError(
+            f"{path}: the optimizer's state lacks {what}; use a whole copy of the file, or another output "
+            "folder."
+        )
+    return moments
+
+
+def _steps(step: int, parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> Tensor:
+    """AdamW's count of steps, where it keeps it: fused on the device, else on the CPU."""
+    device = parameter.device if optimizer.defaults.get("fused") else "cpu"
+    return torch.tensor(float(step), dtype=torch.float32, device=device)

@@ -1,4 +1,4 @@
-"""The ways to adapt a frozen base model: a generator, one static LoRA, all of its weights.
+"""The ways to train through a base model: a generator, one static LoRA, all weights of a copy or of itself.
 
 Each strategy holds the parameters that are trained and says how the base runs with them; the loop,
 the loss, the data and the schedule are the same for all.
@@ -23,21 +23,23 @@ from ..generator.model import ParameterGenerator
 from ..injection import inject
 from ..layout import LoRALayout
 from ..lora import GeneratedLoRA
-from .base import BaseModel, BatchSource
+from .base import BaseModel, Batch, BatchSource
 
 #: Batches over which the conditions' means and deviations are taken.
 STATISTICS = 4
 
 
 class Strategy(Protocol):
-    """name; the module whose trainable parameters are optimized; whether it reads conditions."""
+    """name; the module whose trainable parameters are optimized."""
 
     name: str
     trained: nn.Module
-    needs_condition: bool
 
-    def adapted(self, condition: Condition | None) -> contextlib.AbstractContextManager[nn.Module]:
-        """The base model as adapted for the items of `condition`, inside a with block."""
+    def adapted(self, batch: Batch) -> contextlib.AbstractContextManager[nn.Module]:
+        """The base model as adapted for the items of `batch`, inside a with block.
+
+        A strategy that reads conditions encodes the batch itself.
+        """
 
     def export(self, path: Path, provenance: Mapping[str, Any]) -> Path:
         """Write the weights for use: a generator, a LoRA, or the base's own weights."""
@@ -47,7 +49,6 @@ class HyperNetwork:
     """HY-WU: a generator writes a LoRA for every item; the base itself is never changed."""
 
     name = "hywu"
-    needs_condition = True
 
     def __init__(self, base: BaseModel, config: GeneratorConfig, checkpointing: bool = False):
         self.base = base
@@ -104,11 +105,13 @@ class HyperNetwork:
             state[f"{prefix}.weight"] = weight.half()
         return state
 
+    def loras(self, batch: Batch) -> GeneratedLoRA:
+        """The LoRAs of a batch's items, from what the base's encoder makes of their images and texts."""
+        return self.generate(self.base.encode(*batch.asked))
+
     @contextlib.contextmanager
-    def adapted(self, condition: Condition | None) -> Iterator[nn.Module]:
-        if condition is None:
-            raise HYWUError("HY-WU generates from a condition; none was given.")
-        with inject(self.base.module, self.generate(condition)) as module:
+    def adapted(self, batch: Batch) -> Iterator[nn.Module]:
+        with inject(self.base.module, self.loras(batch)) as module:
             yield module
 
     def export(self, path: Path, provenance: Mapping[str, Any]) -> Path:
@@ -124,8 +127,6 @@ class HyperNetwork:
 
 class StaticLoRA:
     """One LoRA for everything it is trained on, through PEFT on a copy of the base."""
-
-    needs_condition = False
 
     def __init__(self, base: BaseModel, layout: LoRALayout, name: str = "shared") -> None:
         peft = need("peft", "to train a static LoRA")
@@ -149,7 +150,7 @@ class StaticLoRA:
             )
 
     @contextlib.contextmanager
-    def adapted(self, condition: Condition | None) -> Iterator[nn.Module]:
+    def adapted(self, batch: Batch) -> Iterator[nn.Module]:
         yield self.trained
 
     def lora(self, provenance: Mapping[str, Any] | None = None) -> GeneratedLoRA:
@@ -175,16 +176,18 @@ class StaticLoRA:
 
 
 class FullFineTuning:
-    """SFT: every weight of a copy of the base is trained."""
+    """Every weight is trained: of a copy of the base (SFT), or of the base itself (pretraining).
 
-    name = "sft"
-    needs_condition = False
+    of_itself: the base is what is trained; nothing of it stays frozen.
+    """
 
-    def __init__(self, base: BaseModel) -> None:
-        self.trained = copy.deepcopy(base.module).requires_grad_(True)
+    def __init__(self, base: BaseModel, of_itself: bool = False) -> None:
+        self.name = "pretraining" if of_itself else "sft"
+        module = base.module if of_itself else copy.deepcopy(base.module)
+        self.trained = module.requires_grad_(True)
 
     @contextlib.contextmanager
-    def adapted(self, condition: Condition | None) -> Iterator[nn.Module]:
+    def adapted(self, batch: Batch) -> Iterator[nn.Module]:
         yield self.trained
 
     def export(self, path: Path, provenance: Mapping[str, Any]) -> Path:

@@ -6,11 +6,13 @@ random generators, and a run of two processes sees what a run of one sees.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +20,21 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..errors import HYWUError, need
+from ..errors import HYWUError
+from ..files import read_header
 from .base import BaseModel, Batch, BatchSource, Draws, frozen_digest
+from .devices import make_accelerator, steady_attention
 from .logs import Log, plot_loss, save_grid
 from .muon import Muon, adamw
-from .schedule import Average, TrainConfig, lr_at
+from .schedule import Average, TrainConfig, lr_at, refuse_differences
 from .state import load_state, save_state
 from .strategies import Strategy
 
 logger = logging.getLogger(__name__)
 
 STATE = "state.safetensors"
+#: Steps between looks at the loss where looking means waiting for a device.
+READ_EVERY = 10
 
 
 class Objective(nn.Module):
@@ -43,19 +49,20 @@ class Objective(nn.Module):
     def forward(self, batch: Batch, draws: Draws) -> Tensor:
         """Mean loss of the batch's items."""
         base, strategy = self._hidden
-        condition = None
-        if strategy.needs_condition:
-            condition = base.encode(*batch.asked)
-        with strategy.adapted(condition) as module:
+        with strategy.adapted(batch) as module:
             return base.loss(module, batch, draws).mean()
 
 
 class Trainer:
     """Trains a strategy on a base model; `folder` holds the state, logs, plot and samples.
 
-    batches: step -> whole batch. samples: examples whose edits are drawn now and then. extra: JSON-safe
-    facts kept in the state's header. on_step: called after each step with (steps done, loss); True
-    keeps a state and stops. Call `run`; call it again, or in a new process, to go on.
+    batches: step -> whole batch. samples: examples whose edits are drawn now and then. device: a name that
+    torch knows; None is the machine's accelerator, else the CPU. channels_last: memory format of all
+    images and convolutions. identity: JSON-safe; what a run can't go on without (data, tasks, rank): a state
+    of another one is refused by name. extra: JSON-safe, kept in the state's header. on_step: called
+    after each step with (steps done, loss); True keeps a state and stops. on_save: called with the steps done
+    after a state was written, on the main process. Call `run`; call it again, or in
+    a new process, to go on. Raises HYWUError on a device that isn't there and a batch that can't be split.
     """
 
     def __init__(
@@ -71,46 +78,48 @@ class Trainer:
         sample_every: int = 0,
         tensorboard: bool = False,
         device: str | None = None,
-        extra: dict[str, Any] | None = None,
+        channels_last: bool = False,
+        identity: Mapping[str, Any] | None = None,
+        extra: Mapping[str, Any] | None = None,
         on_step: Callable[[int, float], bool] | None = None,
+        on_save: Callable[[int], None] | None = None,
     ) -> None:
-        self.base, self.strategy, self.batches, self.on_step = base, strategy, batches, on_step
+        self.base, self.strategy, self.batches = base, strategy, batches
+        self.on_step, self.on_save = on_step, on_save
         self.config, self.folder, self.samples = config, Path(folder), samples
         self.save_every, self.sample_every = save_every, sample_every
         self.tensorboard, self.extra = tensorboard, dict(extra or {})
+        self.identity = {"strategy": strategy.name, "base": base.name, **(identity or {})}
+        self.memory_format = torch.channels_last if channels_last else torch.preserve_format
         self.seconds, self.step, self.interrupted = 0.0, 0, False
         self._prepare(device)
 
     def _prepare(self, device: str | None) -> None:
-        accelerate = need("accelerate", "to train")
-        # a second trainer in one process may have another precision, which the shared state forbids
-        accelerate.state.AcceleratorState._reset_state()
-        self.accelerator = accelerate.Accelerator(
-            mixed_precision=self.config.precision, cpu=device == "cpu"
-        )
-        config, processes = self.config, self.accelerator.num_processes
+        config = self.config
+        self.accelerator = make_accelerator(device, config.precision)
+        self.device, processes = self.accelerator.device, self.accelerator.num_processes
         if config.batch_size % (processes * config.accumulation):
             raise HYWUError(
                 f"training: a batch of {config.batch_size} can't be split evenly over {processes} "
                 f"processes with {config.accumulation} parts each; choose a multiple of "
                 f"{processes * config.accumulation}."
             )
-        named = self.strategy.trained.named_parameters()
-        self.parameters = {name: p for name, p in named if p.requires_grad}
-        self.base.module.requires_grad_(False).to(self.accelerator.device)
+        trained, base = self.strategy.trained, self.base.module
+        self.parameters = {n: p for n, p in trained.named_parameters() if p.requires_grad}
+        base.requires_grad_(False).to(self.device, memory_format=self.memory_format)
+        trained.to(memory_format=self.memory_format)
         # the strategy may share modules with the base, or train a copy of it: only its own train
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
-        optimizer = self._make_optimizer()
+        fused = self.device.type == "cuda"
+        settings = (config.lr, config.weight_decay, config.betas, fused)
+        if config.optimizer == "muon":
+            optimizer: torch.optim.Optimizer = Muon(trained, *settings)
+        else:
+            optimizer = adamw(self.parameters.values(), *settings)
         objective = Objective(self.base, self.strategy)
         self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
         self.average = Average(self.parameters, config.ema)
-
-    def _make_optimizer(self) -> torch.optim.Optimizer:
-        config = self.config
-        if config.optimizer == "muon":
-            return Muon(self.strategy.trained, config.lr, config.weight_decay)
-        return adamw(self.parameters.values(), config.lr, config.weight_decay)
 
     # -- running ---------------------------------------------------------------------------------
 
@@ -122,17 +131,18 @@ class Trainer:
         RuntimeError when the frozen base has changed.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        digest = frozen_digest(self.base.module)
+        frozen = self.strategy.trained is not self.base.module
+        digest = frozen_digest(self.base.module) if frozen else ""
         self._resume()
         log = Log(self.folder, self.step, self.tensorboard) if self._main else None
         stop = min(self.config.steps, until or self.config.steps)
         try:
-            with _Interrupt() as interrupt:
+            with _Interrupt() as interrupt, steady_attention(self.device):
                 self._loop(stop, log, interrupt)
         finally:
             if log is not None:
                 log.close()
-        if frozen_digest(self.base.module) != digest:
+        if frozen and frozen_digest(self.base.module) != digest:
             raise RuntimeError("The base model's weights changed during the training.")
         return self.step >= self.config.steps
 
@@ -149,45 +159,36 @@ class Trainer:
             disable=not self._main,
             mininterval=1.0,
         )
-        smooth = None
-        while self.step < stop:
-            started = time.perf_counter()
-            loss, norm = self._train_step(self.step)
-            if not torch.isfinite(torch.tensor([loss, norm])).all():
-                bar.close()
-                raise HYWUError(
-                    f"{self.folder}: the loss is {loss} (gradient norm {norm}) at step {self.step}; "
-                    "train again with a lower learning rate."
-                )
-            self.step += 1
-            self.seconds += time.perf_counter() - started
-            smooth = loss if smooth is None else smooth + 0.05 * (loss - smooth)
-            bar.update()
-            bar.set_postfix(loss=f"{smooth:.5f}", refresh=False)
-            if log is not None:
-                lr = lr_at(self.config, self.step - 1)
-                row = {"step": self.step, "loss": loss, "lr": lr, "grad_norm": norm}
-                log.add({**row, "seconds": round(self.seconds, 3)})
-            asked = self.on_step is not None and self.on_step(self.step, loss)
-            self.interrupted = self._any(asked or interrupt.asked)
-            if self.interrupted or self.step == stop or self.step % self.save_every == 0:
-                self.save(log)
-            if self.sample_every and self.step % self.sample_every == 0:
-                self.draw_samples()
-            if self.interrupted:
-                break
-        bar.close()
+        progress = _Progress(self, log, bar)
+        with contextlib.closing(bar):
+            while self.step < stop:
+                started = time.perf_counter()
+                losses = self._train_step(self.step)
+                self.step += 1
+                self.seconds += time.perf_counter() - started
+                loss = progress.add(losses)
+                asked = self.on_step is not None and self.on_step(self.step, loss)
+                self.interrupted = self._any(asked or interrupt.asked)
+                if self.interrupted or self.step == stop or self.step % self.save_every == 0:
+                    progress.read()
+                    self.save(log)
+                if self.sample_every and self.step % self.sample_every == 0:
+                    self.draw_samples()
+                if self.interrupted:
+                    break
 
-    def _train_step(self, step: int) -> tuple[float, float]:
-        """One optimizer step; mean loss over all processes and the gradient's norm before clipping."""
+    def _train_step(self, step: int) -> Tensor:
+        """One optimizer step; float32 ``[2]`` on the device: the mean loss over all processes, and the norm of
+        the gradient before clipping.
+        """
         config, accelerator = self.config, self.accelerator
         for group in self.optimizer.param_groups:
             group["lr"] = lr_at(config, step)
         parts = self._shares(step)
-        total = torch.zeros((), device=accelerator.device)
+        total = torch.zeros((), device=self.device)
         for i, (batch, draws) in enumerate(parts):
             last = i == len(parts) - 1
-            with _maybe(accelerator.no_sync(self.objective), not last):
+            with contextlib.nullcontext() if last else accelerator.no_sync(self.objective):
                 loss = self.objective(batch, draws) / len(parts)
                 accelerator.backward(loss)
             total += loss.detach().float()
@@ -196,9 +197,9 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.average.update(step)
         mean = accelerator.reduce(total, reduction="mean")
-        return float(mean), float(norm)
+        return torch.stack([mean, norm.detach().float()])
 
-    def _shares(self, step: int) -> list[tuple[Batch, dict[str, Tensor]]]:
+    def _shares(self, step: int) -> list[tuple[Batch, Draws]]:
         """This process's part of a step's batch, cut for accumulation."""
         whole = self.batches(step)
         if len(whole) != self.config.batch_size:
@@ -208,20 +209,23 @@ class Trainer:
             )
         draws = self.base.draw(whole, _mix(self.config.seed, step))
         size = len(whole) // self.accelerator.num_processes
-        start = self.accelerator.process_index * size
-        device, part = self.accelerator.device, size // self.config.accumulation
+        start, part = self.accelerator.process_index * size, size // self.config.accumulation
         shares = []
         for at in range(start, start + size, part):
             items = list(range(at, at + part))
-            share = {key: value[items].to(device) for key, value in draws.items()}
-            shares.append((whole.select(items).to(device), share))
+            share = {key: value[items] for key, value in draws.items()}
+            shares.append(self._on_device(whole.select(items), share))
         return shares
+
+    def _on_device(self, batch: Batch, draws: Draws) -> tuple[Batch, Draws]:
+        moved = {key: value.to(self.device) for key, value in draws.items()}
+        return batch.to(self.device, self.memory_format), moved
 
     def _any(self, asked: bool) -> bool:
         """Whether any process was asked to stop: all must leave the loop after the same step."""
         if self.accelerator.num_processes == 1:
             return asked
-        flag = torch.tensor(float(asked), device=self.accelerator.device)
+        flag = torch.tensor(float(asked), device=self.device)
         return float(self.accelerator.reduce(flag, reduction="sum")) > 0
 
     # -- keeping ---------------------------------------------------------------------------------
@@ -234,56 +238,70 @@ class Trainer:
             "config": self.config.to_json(),
             "strategy": self.strategy.name,
             "base": self.base.name,
+            "identity": self.identity,
             "seconds": self.seconds,
+            "processes": self.accelerator.num_processes,
             **self.extra,
         }
         path = self.folder / STATE
-        inner = getattr(self.optimizer, "optimizer", self.optimizer)
-        save_state(path, self.step, self.parameters, self.average, inner, header)
+        save_state(path, self.step, self.parameters, self.average, self._inner, header)
+        if self.on_save is not None:
+            self.on_save(self.step)
         if log is not None:
             plot_loss(log.rows, self.folder / "loss.png")
+
+    @property
+    def _inner(self) -> torch.optim.Optimizer:
+        return getattr(self.optimizer, "optimizer", self.optimizer)
 
     def _resume(self) -> None:
         path = self.folder / STATE
         if not path.exists():
             return
-        inner = getattr(self.optimizer, "optimizer", self.optimizer)
-        from ..files import read_header
-
         header = read_header(path)
+        recorded = {**header, **header.get("identity", {})}
+        # states from before `identity` say only strategy and base
+        refuse_differences(
+            recorded, {k: v for k, v in self.identity.items() if k in recorded}, path
+        )
         self.config.check_same(header.get("config", {}), path)
-        mine = {"strategy": self.strategy.name, "base": self.base.name}
-        for key, value in mine.items():
-            if header.get(key) != value:
-                raise HYWUError(
-                    f"{path}: is of the {key} '{header.get(key)}', this run's is '{value}'; use "
-                    "another output folder."
-                )
-        header = load_state(path, self.parameters, self.average, inner)
-        self.step, self.seconds = int(header["step"]), float(header["seconds"])
+        header = load_state(path, self.parameters, self.average, self._inner)
+        self.step, self.seconds = int(header["step"]), float(header.get("seconds", 0))
+        former = int(header["config"]["steps"])
+        if self.config.steps > former and self._main:
+            logger.warning(
+                "%s: goes on from step %d to %d, where it was to end at %d; the learning rate is %.2g again",
+                self.folder, self.step, self.config.steps, former, lr_at(self.config, self.step),
+            )  # fmt: skip
 
     def draw_samples(self) -> None:
         """A grid of source, target and the edit with averaged weights, as a PNG."""
         if self.samples is None or not self._main:
             return
-        samples = self.samples.to(self.accelerator.device)
-        edits = self.edit(samples)
+        edits = self.edit(self.samples.to(self.device, self.memory_format))
         path = self.folder / "samples" / f"step_{self.step:06d}.png"
-        save_grid([samples.source, samples.target, edits], path)
+        save_grid([self.samples.source, self.samples.target, edits], path)
 
     @torch.no_grad()
     def edit(self, batch: Batch, seed: int = 0) -> Tensor:
-        """Edits of a batch with the averaged weights."""
-        with self.average.swapped():
-            condition = None
-            if self.strategy.needs_condition:
-                condition = self.base.encode(*batch.asked)
-            with self.strategy.adapted(condition) as module:
-                return self.base.edit(module, batch, seed)
+        """Edits of a batch on the training's device, with the averaged weights."""
+        with self.average.swapped(), self.strategy.adapted(batch) as module:
+            return self.base.edit(module, batch, seed)
 
-    def export(self, path: Path, provenance: dict[str, Any]) -> Path:
+    @torch.no_grad()
+    def mean_loss(self, examples: Iterable[tuple[Batch, int]]) -> float:
+        """Mean loss of batches, each with the seed of its draws, with the averaged weights in float32."""
+        losses = []
+        with self.average.swapped(), steady_attention(self.device):
+            for whole, seed in examples:
+                batch, draws = self._on_device(whole, self.base.draw(whole, seed))
+                with self.strategy.adapted(batch) as module:
+                    losses.append(float(self.base.loss(module, batch, draws).mean()))
+        return math.fsum(losses) / len(losses)
+
+    def export(self, path: Path, provenance: Mapping[str, Any]) -> Path:
         """Write the averaged weights for use, with how they came about."""
-        facts = {
+        about = {
             "strategy": self.strategy.name,
             "base": self.base.name,
             "steps": self.step,
@@ -292,7 +310,46 @@ class Trainer:
             **provenance,
         }
         with self.average.swapped():
-            return self.strategy.export(path, facts)
+            return self.strategy.export(path, about)
+
+
+class _Progress:
+    """Losses on their way to the log and the bar; on a CUDA device they are read only now and then."""
+
+    def __init__(self, trainer: Trainer, log: Log | None, bar: tqdm) -> None:
+        self.trainer, self.log, self.bar = trainer, log, bar
+        watched = trainer.on_step is not None or trainer.device.type == "cpu"
+        self.every = 1 if watched else READ_EVERY
+        self.waiting: list[tuple[int, float, Tensor]] = []
+        self.smooth: float | None = None
+        self.last = float("nan")
+
+    def add(self, losses: Tensor) -> float:
+        """Take in a step's (loss, gradient norm); the last loss that was read."""
+        self.waiting.append((self.trainer.step, self.trainer.seconds, losses))
+        if len(self.waiting) >= self.every:
+            self.read()
+        return self.last
+
+    def read(self) -> None:
+        """Log what has come in. Raises HYWUError at the first loss or norm that isn't finite."""
+        if not self.waiting:
+            return
+        values = torch.stack([losses for _, _, losses in self.waiting]).tolist()
+        for (step, seconds, _), (loss, norm) in zip(self.waiting, values, strict=True):
+            if not torch.isfinite(torch.tensor([loss, norm])).all():
+                raise HYWUError(
+                    f"{self.trainer.folder}: the loss is {loss} (gradient norm {norm}) at step {step - 1}; "
+                    "train again with a lower learning rate."
+                )
+            self.smooth = loss if self.smooth is None else self.smooth + 0.05 * (loss - self.smooth)
+            if self.log is not None:
+                row = {"step": step, "loss": loss, "lr": lr_at(self.trainer.config, step - 1)}
+                self.log.add({**row, "grad_norm": norm, "seconds": round(seconds, 3)})
+        self.last = values[-1][0]
+        self.bar.update(len(self.waiting))
+        self.bar.set_postfix(loss=f"{self.smooth:.5f}", refresh=False)
+        self.waiting.clear()
 
 
 class _Interrupt:
@@ -318,12 +375,6 @@ class _Interrupt:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-
-
-def _maybe(context: Any, wanted: bool) -> Any:
-    import contextlib
-
-    return context if wanted else contextlib.nullcontext()
 
 
 def _mix(seed: int, step: int) -> int:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ...hywu_core.condition import Condition
 from ...hywu_core.discovery import submodule
 from ...hywu_core.errors import HYWUError
 from ...hywu_core.generator.config import GeneratorConfig
@@ -42,11 +41,9 @@ class HeldNetwork(HyperNetwork):
         self._held = contextlib.ExitStack()
 
     @contextlib.contextmanager
-    def adapted(self, condition: Condition | None) -> Iterator[nn.Module]:
+    def adapted(self, batch: Batch) -> Iterator[nn.Module]:
         self.release()
-        if condition is None:
-            raise HYWUError("HY-WU generates from a condition; none was given.")
-        lora = self.generate(condition)
+        lora = self.loras(batch)
         # an index, so that inputs with several rows an item (windows, tiles) repeat it
         index = range(lora.batch_size)
         self._held.enter_context(inject(self.base.module, lora, index=list(index)))
@@ -145,10 +142,9 @@ def _kept_bytes(strategy: HyperNetwork, one: Batch) -> int:
         return tensor.detach()
 
     draws = {k: v.to(one.source.device) for k, v in strategy.base.draw(one, 0).items()}
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        condition = strategy.base.encode(*one.asked)
-        with strategy.adapted(condition) as module:
-            loss = strategy.base.loss(module, one, draws).mean()
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with hooks, strategy.adapted(one) as module:
+        loss = strategy.base.loss(module, one, draws).mean()
     strategy.release()
     # kept alive until here: a freed tensor's address may be another one's next
     del loss

@@ -1,6 +1,6 @@
 """A base model of a few thousand weights for the tests of the training loop; also run by processes.
 
-Called as a script it trains a few steps: ``toy_base.py FOLDER STRATEGY STEPS [ACCUMULATION]``.
+Called as a script it trains a few steps: ``toy_base.py FOLDER STRATEGY STEPS [ACCUMULATION [OPTIMIZER [UNTIL]]]``.
 """
 
 from __future__ import annotations
@@ -101,13 +101,19 @@ def make_strategy(base: ToyBase, name: str, rank: int = 2):
     return HyperNetwork(base, config, checkpointing=True)
 
 
+#: Arguments of `Trainer`; all others of `make_trainer` are settings.
+OPTIONS = ("device", "identity", "on_step", "on_save", "channels_last", "save_every")
+
+
 def make_trainer(folder: Path, name: str = "hywu", **settings) -> Trainer:
     torch.manual_seed(1)
     base = ToyBase()
+    given = {key: settings.pop(key) for key in OPTIONS if key in settings}
+    more = {"device": "cpu", "save_every": 4, **given}
     options = {"steps": 8, "batch_size": 8, "lr": 5e-3, "warmup": 2} | settings
     return Trainer(
-        base, make_strategy(base, name), batches, TrainConfig(**options), folder, device="cpu",
-        samples=batches(999), save_every=4, sample_every=4,
+        base, make_strategy(base, name), batches, TrainConfig(**options), folder,
+        samples=batches(999), sample_every=4, **more,
     )  # fmt: skip
 
 
@@ -115,4 +121,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     path, strategy, steps, *rest = sys.argv[1:]
     accumulation = int(rest[0]) if rest else 1
-    make_trainer(Path(path), strategy, steps=int(steps), accumulation=accumulation).run()
+    optimizer = rest[1] if len(rest) > 1 else "adamw"
+    trainer = make_trainer(
+        Path(path), strategy, steps=int(steps), accumulation=accumulation, optimizer=optimizer
+    )
+    trainer.run(until=int(rest[2]) if len(rest) > 2 else None)

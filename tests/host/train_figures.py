@@ -313,8 +313,7 @@ def recomputed_gap(model: Any, vae: Any, clip: Any) -> dict[str, float]:
 
 
 def backward(strategy: HeldNetwork, batch: Batch, draws: dict) -> None:
-    condition = strategy.base.encode(batch.source, batch.instruction)
-    with strategy.adapted(condition) as module:
+    with strategy.adapted(batch) as module:
         loss = strategy.base.loss(module, batch, draws).mean()
     loss.backward()
     strategy.release()
@@ -535,10 +534,7 @@ def validation_loss(trainer: Trainer, batches: Balanced) -> float:
             draws = base.draw(whole, step)
             kept = [i for i, task in enumerate(whole.task) if batches.task in ("", task)]
             batch, draws = whole.select(kept), {k: v[kept] for k, v in draws.items()}
-            condition = None
-            if trainer.strategy.needs_condition:
-                condition = base.encode(batch.source, batch.instruction)
-            with trainer.strategy.adapted(condition) as module:
+            with trainer.strategy.adapted(batch) as module:
                 losses.append(float(base.loss(module, batch, draws).mean()))
     return sum(losses) / len(losses)
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ...errors import need
 from ...injection import inject
-from ...training.base import BaseModel, Batch
-from ...training.strategies import HyperNetwork, Strategy
+from ...training.base import BaseModel, Batch, device_of
+from ...training.strategies import HyperNetwork
 from ..images import ImagePool, held_out_images
 from ..tasks import CONFLICT, make_batch
 from .controls import MeanChange, derangement
@@ -67,16 +67,6 @@ def evaluation_set(plan: ConflictPlan, size: int) -> EvaluationSet:
 # -- ways to adapt the base for a batch ---------------------------------------------------------------
 
 
-def by_strategy(base: BaseModel, strategy: Strategy) -> Adapted:
-    def adapt(batch: Batch):
-        condition = None
-        if strategy.needs_condition:
-            condition = base.encode(batch.source, batch.instruction)
-        return strategy.adapted(condition)
-
-    return adapt
-
-
 def unadapted(base: BaseModel) -> Adapted:
     return lambda batch: contextlib.nullcontext(base.module)
 
@@ -86,7 +76,7 @@ def shuffled(base: BaseModel, strategy: HyperNetwork, seed: int = 0) -> Adapted:
 
     @contextlib.contextmanager
     def adapt(batch: Batch) -> Iterator[nn.Module]:
-        lora = strategy.generate(base.encode(batch.source, batch.instruction))
+        lora = strategy.loras(batch)
         with inject(base.module, lora.select(derangement(len(batch), seed))) as module:
             yield module
 
@@ -94,13 +84,11 @@ def shuffled(base: BaseModel, strategy: HyperNetwork, seed: int = 0) -> Adapted:
 
 
 @torch.no_grad()
-def mean_changes(
-    base: BaseModel, strategy: HyperNetwork, batches: list[Batch]
-) -> dict[str, dict[str, Tensor]]:
+def mean_changes(strategy: HyperNetwork, batches: list[Batch]) -> dict[str, dict[str, Tensor]]:
     """Task -> mean change of the weights over that task's items, and "" -> over all of them."""
     means: dict[str, MeanChange] = {}
     for batch in batches:
-        lora = strategy.generate(base.encode(batch.source, batch.instruction))
+        lora = strategy.loras(batch.to(device_of(strategy.base.module)))
         for name in ("", *dict.fromkeys(batch.task)):
             items = [i for i, task in enumerate(batch.task) if name in ("", task)]
             means.setdefault(name, MeanChange()).add(lora.select(items))
@@ -114,7 +102,8 @@ def mean_changes(
 def evaluate(
     base: BaseModel, adapt: Adapted, items: Batch, batch_size: int, by_task: bool = False
 ) -> Tensor:
-    """Edits ``[N, 3, H, W]`` of all items, in their order. by_task: batches of one task each."""
+    """Edits ``[N, 3, H, W]`` of all items, in their order, on the CPU. by_task: batches of one task each."""
+    device = device_of(base.module)
     edits = torch.empty_like(items.source)
     order = list(range(len(items)))
     groups = [order]
@@ -123,9 +112,9 @@ def evaluate(
     for group in groups:
         for start in range(0, len(group), batch_size):
             part = group[start : start + batch_size]
-            batch = items.select(part)
+            batch = items.select(part).to(device)
             with adapt(batch) as module:
-                edits[part] = base.edit(module, batch, 0)
+                edits[part] = base.edit(module, batch, 0).to(edits)
     return edits
 
 

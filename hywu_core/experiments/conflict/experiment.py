@@ -20,7 +20,6 @@ from .controls import changed
 from .evaluate import (
     Adapted,
     EvaluationSet,
-    by_strategy,
     evaluate,
     evaluation_set,
     mean_changes,
@@ -55,7 +54,7 @@ class Experiment:
     # -- evaluation --------------------------------------------------------------------------------
 
     def _evaluate(self, run: Run, trainer: Trainer) -> None:
-        adapt = by_strategy(self.base, trainer.strategy)
+        adapt = trainer.strategy.adapted
         self._rows(run.name, adapt, "seen", keep=not run.sweep)
         if run.sweep:
             return
@@ -74,9 +73,7 @@ class Experiment:
         if self._done("hywu_mean", "seen") and self._done("hywu_task_mean", "seen"):
             return
         batches = self.runs.batches(Run("hywu", self.plan.main_rank))
-        means = mean_changes(
-            self.base, strategy, [batches(VALIDATION + i) for i in range(MEAN_BATCHES)]
-        )
+        means = mean_changes(strategy, [batches(VALIDATION + i) for i in range(MEAN_BATCHES)])
         module = self.base.module
         self._rows("hywu_mean", lambda batch: changed(module, means[""]), "seen")
         by_task: Adapted = lambda batch: changed(module, means[batch.task[0]])  # noqa: E731

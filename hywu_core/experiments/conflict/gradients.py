@@ -22,19 +22,18 @@ def task_gradients(
     All tasks get the draws of the same seed. The parameters' own ``.grad`` stays as it is.
     """
     parameters = [p for p in strategy.trained.parameters() if p.requires_grad]
+    device = parameters[0].device
     gradients = {}
     for task, batch in batches.items():
-        condition = None
-        if strategy.needs_condition:
-            condition = base.encode(batch.source, batch.instruction)
-        draws = {k: v.to(batch.source.device) for k, v in base.draw(batch, seed).items()}
-        with torch.enable_grad(), strategy.adapted(condition) as module:
-            loss = base.loss(module, batch, draws).mean()
+        draws = {k: v.to(device) for k, v in base.draw(batch, seed).items()}
+        moved = batch.to(device)
+        with torch.enable_grad(), strategy.adapted(moved) as module:
+            loss = base.loss(module, moved, draws).mean()
             found = torch.autograd.grad(loss, parameters, allow_unused=True)
         pieces = [
             torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)
         ]
-        gradients[task] = torch.cat([piece.detach().float().flatten() for piece in pieces])
+        gradients[task] = torch.cat([piece.detach().float().flatten() for piece in pieces]).cpu()
     return gradients
 
 

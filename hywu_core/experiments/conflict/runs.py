@@ -117,20 +117,10 @@ class Runs:
         write_json(path, {**wanted, "loss": loss})
         return loss
 
-    @torch.no_grad()
     def validation_loss(self, trainer: Trainer, run: Run, count: int = 16) -> float:
         """Mean loss with the averaged weights over a few batches that are not trained on."""
-        batches, total = self.batches(run), 0.0
-        with trainer.average.swapped():
-            for i in range(count):
-                batch = batches(VALIDATION + i)
-                draws = self.base.draw(batch, VALIDATION + i)
-                condition = None
-                if trainer.strategy.needs_condition:
-                    condition = self.base.encode(batch.source, batch.instruction)
-                with trainer.strategy.adapted(condition) as module:
-                    total += float(self.base.loss(module, batch, draws).mean())
-        return total / count
+        batches = self.batches(run)
+        return trainer.mean_loss((batches(s), s) for s in range(VALIDATION, VALIDATION + count))
 
     # -- training ----------------------------------------------------------------------------------
 

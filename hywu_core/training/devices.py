@@ -1,0 +1,126 @@
+"""The device and the processes of a training: as they were asked for, or an error."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ..errors import HYWUError, need
+
+#: Variables by which launchers say how many processes they have started (torchrun, MPI's).
+COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def chosen_device(name: str | None) -> torch.device:
+    """The device of that name, or without a name the machine's accelerator, else the CPU.
+
+    Raises HYWUError on a name that torch doesn't know or a device that isn't there.
+    """
+    if name is None:
+        return torch.device(_accelerator() or "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise HYWUError(
+            f"device '{name}': torch knows no such device; name cpu, cuda, cuda:1, mps or xpu."
+        ) from error
+    if device.type == "cpu":
+        return device
+    module = getattr(torch, device.type, None)
+    count = module.device_count() if hasattr(module, "device_count") else 0
+    if not count or not getattr(module, "is_available", lambda: False)():
+        raise HYWUError(
+            f"device '{name}': torch {torch.__version__} finds no {device.type} device on this machine; "
+            f"name {_accelerator() or 'cpu'}, or install a torch made for it."
+        )
+    if (device.index or 0) >= count:
+        raise HYWUError(
+            f"device '{name}': this machine has {count} {device.type} device(s), 0 to {count - 1}."
+        )
+    return device
+
+
+def _accelerator() -> str:
+    """The kind of accelerator that torch finds, or ""."""
+    for kind in ("cuda", "xpu", "mps"):
+        module = getattr(torch, kind, None)
+        if module is not None and module.is_available():
+            return kind
+    return ""
+
+
+def started_processes() -> int:
+    """How many processes a launcher says it has started; 1 without a launcher.
+
+    Raises HYWUError under `accelerate launch --num_processes N` where that starts one process all the same
+    (without --multi_gpu it does).
+    """
+    counts = [int(os.environ[name]) for name in COUNTS if os.environ.get(name, "").isdigit()]
+    count = max(counts, default=1)
+    asked_for_more = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys()
+    if count == 1 and asked_for_more and "LOCAL_RANK" not in os.environ:
+        raise HYWUError(
+            "training: `accelerate launch` was asked for several processes and has started one; start them "
+            "with `torchrun --nproc_per_node N -m hywu_core.cli …`, or on GPUs with `accelerate launch "
+            "--multi_gpu`. (For one process take MASTER_ADDR out of the environment.)"
+        )
+    return count
+
+
+def make_accelerator(device: str | None, precision: str) -> Any:
+    """accelerate's `Accelerator` on the device named (see `chosen_device`), in a group of all started processes.
+
+    precision: "no", "bf16" or "fp16". Raises HYWUError where device or processes are not as asked.
+    """
+    accelerate = need("accelerate", "to train")
+    chosen, count = chosen_device(device), started_processes()
+    if count > 1 and chosen.index is not None:
+        raise HYWUError(
+            f"training: {count} processes can't share the device '{device}'; name {chosen.type} alone, and "
+            "each takes its own."
+        )
+    if count > 1 and chosen.type != "cpu":
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", count))
+        there = getattr(torch, chosen.type).device_count()
+        if local > there:
+            raise HYWUError(
+                f"training: {local} processes on this machine and {there} {chosen.type} device(s); start as "
+                "many as there are, or name --device cpu."
+            )
+    if chosen.type == "cuda" and chosen.index is not None:
+        torch.cuda.set_device(chosen)
+    # a second trainer in one process may have another precision or device, which the shared state forbids
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=count == 1)
+    made = accelerate.Accelerator(mixed_precision=precision, cpu=chosen.type == "cpu")
+    if made.num_processes != count:
+        raise HYWUError(
+            f"training: {count} processes were started and {made.num_processes} found each other; they would "
+            "all write the same folder. Start them with `torchrun --nproc_per_node N -m hywu_core.cli …`."
+        )
+    if made.device.type != chosen.type:
+        raise HYWUError(
+            f"training: asked for the device {chosen} and accelerate took {made.device}; look at its "
+            "environment variables (ACCELERATE_USE_CPU, CUDA_VISIBLE_DEVICES)."
+        )
+    return made
+
+
+@contextlib.contextmanager
+def steady_attention(device: torch.device) -> Iterator[None]:
+    """Inside the block cuDNN's attention is off: its backward pass with a mask gives NaN at some lengths.
+
+    (Keys of 64 beyond a multiple of 128 on Hopper, from torch 2.11 on; and it builds a plan for each length.)
+    """
+    if device.type != "cuda" or not hasattr(torch.backends.cuda, "enable_cudnn_sdp"):
+        yield
+        return
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
