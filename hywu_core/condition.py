@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import fingerprint
 from .batch import Items, batch_index
 from .errors import HYWUError
 
@@ -126,14 +126,11 @@ class Condition:
 
     def digest(self) -> str:
         """Hash of the values themselves; waits for the device."""
-        sha = hashlib.sha256()
+        pieces: list[str | Tensor] = []
         for name, tokens in self.parts.items():
-            sha.update(f"{name}{tuple(tokens.shape)}{tokens.dtype}".encode())
-            for value in (tokens, self.masks.get(name)):
-                if value is not None:
-                    raw = value.detach().cpu().contiguous().flatten().view(torch.uint8)
-                    sha.update(raw.numpy().tobytes())
-        return sha.hexdigest()[:32]
+            pieces += [f"{name}{tuple(tokens.shape)}{tokens.dtype}", tokens]
+            pieces += [self.masks[name]] if name in self.masks else []
+        return fingerprint.digest(pieces)
 
     # -- files -----------------------------------------------------------------------------------
 

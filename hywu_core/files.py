@@ -127,7 +127,7 @@ def parse_json(
     except RecursionError as error:
         raise HYWUError(f"{name}: not JSON (nested too deeply){way_out}.") from error
     except UnicodeDecodeError as error:
-        raise HYWUError(f"{name}: not UTF-8 text ({error}){way_out}.") from error
+        raise HYWUError(f"{name}: not JSON (not UTF-8 text: {error}){way_out}.") from error
     except ValueError as error:  # numbers of thousands of digits too
         raise HYWUError(f"{name}: not JSON ({error}){way_out}.") from error
     if kind is not None and not isinstance(data, kind):

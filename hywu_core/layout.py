@@ -7,14 +7,13 @@ two (double and single blocks); a UNet has one per block type and width.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .errors import HYWUError
+from .fingerprint import of_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -162,8 +161,7 @@ class LoRALayout:
     @property
     def digest(self) -> str:
         """Hash of everything that gives a token its meaning: the order of modules included."""
-        text = json.dumps(self.to_json(), separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return of_json(self.to_json(), 16, separators=(",", ":"))
 
     # -- makers ----------------------------------------------------------------------------------
 

@@ -20,10 +20,9 @@ from torch import Tensor
 from ..hywu_core.errors import HYWUError
 from ..hywu_core.evaluation.commands.shared import USUAL
 from ..hywu_core.evaluation.generate import editor_source, save_result, write_manifest
-from ..hywu_core.evaluation.items import Item, ItemList, check_name, read_items
+from ..hywu_core.evaluation.items import Item, ItemList, read_items
 from ..hywu_core.evaluation.judges.base import Judge
 from ..hywu_core.evaluation.judging import judge_results, store_name
-from ..hywu_core.evaluation.locking import exclusive
 from ..hywu_core.evaluation.questionnaires import NAMES, load_questionnaire
 from ..hywu_core.evaluation.report.build import outcome_line
 from ..hywu_core.evaluation.report.chart_image import chart_image
@@ -33,6 +32,7 @@ from ..hywu_core.evaluation.score_files import write_scores
 from ..hywu_core.evaluation.scores import MethodScores, same_judge, scale, score_results
 from ..hywu_core.evaluation.store import FAILED, StoreName
 from ..hywu_core.evaluation.tables import bars, comparison_table, summary_table
+from ..hywu_core.files import check_name, folder_lock
 from .host import benchmarks
 from .reports import text_output
 
@@ -354,7 +354,7 @@ def _keep(image: Tensor, item: BenchmarkItem, folder: Path, method: str) -> Resu
     edited = _picture(image)
     results = Results(folder / method, item.items.benchmark)
     made_by = {"kind": "comfyui-graph"}
-    with exclusive(results.root):
+    with folder_lock(results.root):
         write_manifest(results, item.items, made_by, item.data, None, item.selection)
         save_result(results, item.item, edited)
     return results

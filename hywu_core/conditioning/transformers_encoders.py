@@ -8,7 +8,6 @@ picture is cropped to a square of the side that the model was made for, and a CL
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import fingerprint
 from ..condition import Condition
 from ..errors import HYWUError, need
 from ..generator.checkpoints import checkpoint_digest
@@ -139,11 +139,9 @@ class TransformersEncoder:
 
     def _fingerprint(self, items: Sequence[Sequence[Tensor]], texts: Sequence[str]) -> str:
         facts = [list(self.parts), self.identity, self.text_padding, list(texts)]
-        sha = hashlib.sha256(repr(facts).encode())
-        for image in itertools.chain.from_iterable(items):
-            sha.update(repr(tuple(image.shape)).encode())
-            sha.update(image.contiguous().numpy().tobytes())
-        return sha.hexdigest()[:32]
+        images = itertools.chain.from_iterable(items)
+        pieces = ((repr(tuple(image.shape)), image) for image in images)
+        return fingerprint.digest([repr(facts), *itertools.chain.from_iterable(pieces)])
 
 
 class _Vision:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 import re
 import threading
 from collections.abc import Iterable, Mapping
@@ -19,6 +19,7 @@ from ..bases.bundled.engine import BundledEditor
 from ..bases.bundled.sampling import edit
 from ..errors import HYWUError
 from ..files import read_tensors
+from ..fingerprint import of_files
 from ..formats import load_lora
 from ..injection import inject
 from ..lora import GeneratedLoRA
@@ -151,8 +152,5 @@ def _lora_files(name: str) -> Mapping[str, Path]:
 
 
 def _digest(paths: Iterable[Path]) -> str:
-    sha = hashlib.sha256()
-    for path in paths:
-        for file in sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]:
-            sha.update(file.read_bytes())
-    return sha.hexdigest()[:16]
+    files = (sorted(p.rglob("*.safetensors")) if p.is_dir() else [p] for p in paths)
+    return of_files(itertools.chain.from_iterable(files), 16)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import hashlib
 import io
-import json
 import tempfile
 import uuid
 from pathlib import Path
@@ -15,11 +13,12 @@ from typing import Any
 from PIL import Image
 
 from ..errors import HYWUError
+from ..fingerprint import of_json
 from ..headless.client import Client, ServerError, outputs
 from ..headless.graph import find_node, read_graph
+from ..images import load_image, write_image
 from .editors import EditFailed
 from .items import Item
-from .results import load_image, save_png
 
 
 class ComfyEditor:
@@ -59,10 +58,9 @@ class ComfyEditor:
 
     def describe(self) -> dict[str, Any]:
         """The workflow's hash and what is put where; the server's address changes nothing."""
-        text = json.dumps(self._graph, sort_keys=True)
         return {
             "kind": "comfy",
-            "workflow": hashlib.sha256(text.encode()).hexdigest()[:16],
+            "workflow": of_json(self._graph, 16, sort_keys=True),
             "inputs": {role: ".".join(place) for role, place in self._inputs.items()},
             "output": self._output,
         }
@@ -78,7 +76,7 @@ class ComfyEditor:
         with tempfile.TemporaryDirectory(prefix="hywu_edit_") as folder:
             # A name of its own, since edits run at once and the server keeps one input folder
             path = Path(folder) / f"hywu_eval_{uuid.uuid4().hex}.png"
-            save_png(source, path)
+            write_image(source, path)
             async with Client(self.server, timeout=self.timeout) as client:
                 values = {"image": await client.upload(path), "instruction": item.instruction}
                 record = await client.run(self._filled({**values, "seed": seed}))

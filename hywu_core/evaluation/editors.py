@@ -18,8 +18,8 @@ from typing import Any, Protocol
 from PIL import Image
 
 from ..errors import HYWUError
+from ..images import load_image, write_image
 from .items import Item
-from .results import load_image, save_png
 
 
 class EditFailed(Exception):
@@ -86,7 +86,7 @@ class CommandEditor:
     def edit(self, source: Image.Image, item: Item, seed: int) -> Image.Image:
         with tempfile.TemporaryDirectory(prefix="hywu_edit_") as folder:
             given, out = Path(folder) / "source.png", Path(folder) / "out.png"
-            save_png(source, given)
+            write_image(source, given)
             values = {"source": given, "out": out, "instruction": item.instruction, "seed": seed}
             self._run([self._fill(word, values) for word in self._words])
             if not out.is_file():

@@ -20,13 +20,12 @@ from typing import Any
 import numpy as np
 
 from ..errors import HYWUError
-from ..files import atomic_path
+from ..files import atomic_path, check_name
 from .items import (
     Item,
     ItemList,
     check_image,
     check_instruction,
-    check_name,
     collect,
     first_file,
     read_rows,

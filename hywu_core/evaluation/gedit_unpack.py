@@ -12,8 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from ..errors import HYWUError, need
-from ..files import atomic_path
-from .items import check_name
+from ..files import atomic_path, check_name, read_json, write_json
 
 FIELDS = ("task_type", "key", "instruction", "instruction_language", "Intersection_exist")
 PICTURES = ("input_image", "input_image_raw")
@@ -36,7 +35,7 @@ def unpack(files: Sequence[Path], out: Path) -> Path:
     index = out / "gedit.jsonl"
     stamp = [[str(file), file.stat().st_size] for file in files]
     done = out / "unpacked.json"
-    if done.is_file() and index.is_file() and json.loads(done.read_text()) == stamp:
+    if done.is_file() and index.is_file() and read_json(done) == stamp:
         return out
     lines = []
     for number, row in enumerate(tqdm(_rows(files), desc="unpacking", unit="item")):
@@ -50,8 +49,7 @@ def unpack(files: Sequence[Path], out: Path) -> Path:
         lines.append(json.dumps(entry, ensure_ascii=False))
     with atomic_path(index, overwrite=True) as part:
         part.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    with atomic_path(done, overwrite=True) as part:
-        part.write_text(json.dumps(stamp), encoding="utf-8")
+    write_json(done, stamp, indent=None, ascii=True, end="")
     return out
 
 

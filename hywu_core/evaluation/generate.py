@@ -16,12 +16,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..errors import HYWUError
-from ..files import atomic_path
+from ..files import atomic_path, folder_lock, write_json
+from ..images import load_image, write_image
 from . import gedit
 from .editors import EditFailed, Editor
 from .items import Item, ItemList
-from .locking import exclusive
-from .results import FAILURES, MANIFEST, Results, load_image, read_manifest, save_png, write_json
+from .results import FAILURES, MANIFEST, Results, read_manifest
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def generate_results(
     """
     selection = {name: value for name, value in (selection or {}).items() if value is not None}
     chosen = items.select(**selection)
-    with exclusive(results.root):
+    with folder_lock(results.root):
         write_manifest(results, items, editor.describe(), data, seed, selection)
         missing = results.missing(chosen)
         count = GenerationCount(kept=len(chosen.items) - len(missing))
@@ -165,8 +165,8 @@ def _make(item: Item, results: Results, editor: Editor, seed: int, tries: int) -
 def save_result(results: Results, item: Item, edited: Image.Image) -> None:
     """Write one result where its benchmark wants it, over an earlier one."""
     if results.benchmark == "gedit":
-        save_png(load_image(item.judged_source), gedit.source_path(results.root, item))
-    save_png(edited.convert("RGB"), results.picture(item))
+        write_image(load_image(item.judged_source), gedit.source_path(results.root, item))
+    write_image(edited.convert("RGB"), results.picture(item))
 
 
 def editor_source(results: Results, item: Item) -> Image.Image:

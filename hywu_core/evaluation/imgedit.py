@@ -9,14 +9,14 @@ files in their repository show, so scores are added from left to right here on e
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .. import files
 from ..errors import HYWUError
-from ..files import atomic_path
-from .items import Item, ItemList, check_image, check_instruction, check_name, collect, read_json
+from ..files import check_name, read_json
+from .items import Item, ItemList, check_image, check_instruction, collect
 from .statistics import total
 
 EDIT_TYPES = (
@@ -118,5 +118,4 @@ def total_score(by_type: Mapping[str, float]) -> float | None:
 
 def write_json(path: Path, data: Mapping[str, Any], indent: int) -> None:
     """One of the authors' files: result.json (indent 4), average_score.json, typescore.json (2)."""
-    with atomic_path(path, overwrite=True) as part:
-        part.write_text(json.dumps(data, indent=indent), encoding="utf-8")
+    files.write_json(path, data, indent, ascii=True, end="")

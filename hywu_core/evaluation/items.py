@@ -7,17 +7,14 @@ returned by name beside them, never dropped in silence.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import HYWUError
-
-#: Characters a key, a task or a language can't hold, since all three become file names.
-FORBIDDEN = frozenset('/\\:*?"<>|\0\n\r\t')
+from ..files import check_name, is_file, read_json, read_json_lines
+from ..fingerprint import of_json
 
 
 @dataclass(frozen=True)
@@ -105,16 +102,7 @@ class ItemList:
     def fingerprint(self) -> str:
         """Hash of what is asked (not of the pixels), so that results of other items are recognized."""
         rows = [[i.id, i.instruction, i.intersection] for i in self.items]
-        return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()[:16]
-
-
-def check_name(value: object, what: str) -> str:
-    """A key, task or language that is safe as a file name. Raises HYWUError saying what is wrong."""
-    text = str(value) if isinstance(value, (str, int)) and not isinstance(value, bool) else ""
-    unusable = FORBIDDEN & set(text) or not _encodable(text)
-    if not text or text.strip(" .") != text or unusable or len(text) > 120:
-        raise HYWUError(f"its {what} is {value!r}, which can't be a file name")
-    return text
+        return of_json(rows, 16, ensure_ascii=False)
 
 
 def check_image(value: object, root: Path, what: str) -> Path:
@@ -124,7 +112,7 @@ def check_image(value: object, root: Path, what: str) -> Path:
     path = (root / value).resolve()
     if not path.is_relative_to(root.resolve()):
         raise HYWUError(f"its {what} '{value}' lies outside {root}")
-    if not path.is_file():
+    if not is_file(path):
         raise HYWUError(f"its {what} '{value}' does not exist")
     return path
 
@@ -170,37 +158,19 @@ def collect(
     return ItemList(benchmark, tuple(items.values()), tuple(bad))
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file's content. Raises HYWUError naming the file."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise HYWUError(f"{path}: can't be read as UTF-8 text ({error}).") from error
-    except json.JSONDecodeError as error:
-        raise HYWUError(f"{path}: not JSON ({error}); export it again.") from error
-
-
 def read_rows(path: Path) -> list[tuple[str, Mapping[str, Any] | str]]:
     """Named rows of a JSON list or a JSONL file; a line that is not JSON comes as its complaint."""
     if path.suffix.lower() == ".jsonl":
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise HYWUError(f"{path}: can't be read as UTF-8 text ({error}).") from error
-        # Not splitlines: an instruction may hold U+2028, which JSON doesn't escape
-        lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-        return [(f"{path.name} line {n}", _json_line(line)) for n, line in lines]
-    data = read_json(path)
-    if not isinstance(data, list):
-        raise HYWUError(f"{path}: holds a {type(data).__name__}; a list of rows is needed.")
-    return [(f"{path.name} row {n}", row) for n, row in enumerate(data, 1)]
+        start = len(f"{path}, line ")
+        return [
+            (f"{path.name} line {n}", _complaint(row, start + len(f"{n}: ")))
+            for n, row in read_json_lines(path)
+        ]
+    return [(f"{path.name} row {n}", row) for n, row in enumerate(read_json(path, list), 1)]
 
 
-def _json_line(line: str) -> Mapping[str, Any] | str:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        return f"is not JSON ({error})"
+def _complaint(row: Any, start: int) -> Any:
+    return f"is {str(row)[start:]}" if isinstance(row, HYWUError) else row
 
 
 # -- a folder of the user's own ------------------------------------------------------------------

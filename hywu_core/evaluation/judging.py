@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -13,11 +12,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..errors import HYWUError
+from ..files import folder_lock
+from ..fingerprint import digest
+from ..images import load_image
 from .items import Item, ItemList
 from .judges.base import Failure, Judge, JudgeRequest, Refusal, check_answerable
-from .locking import exclusive
 from .questionnaires import Question, Questionnaire
-from .results import JUDGEMENTS, Results, load_image
+from .results import JUDGEMENTS, Results
 from .store import ANSWERED, FAILED, REFUSED, Judgement, JudgementStore, StoreName
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ def judge_results(
     check_answerable(judge)
     count = JudgingCount()
     with (
-        exclusive(results.root),
+        folder_lock(results.root),
         JudgementStore(
             results.root / JUDGEMENTS, store_name(judge, questionnaire), writable=True
         ) as store,
@@ -171,10 +172,8 @@ def build_request(results: Results, item: Item, question: Question) -> JudgeRequ
 
 def pictures_hash(results: Results, item: Item) -> str:
     """Hash of the files of the pictures judged; a file that is gone counts as empty."""
-    sha = hashlib.sha256()
-    for path in (results.judged_source(item), results.picture(item), item.target):
-        sha.update(hashlib.sha256(_bytes(path)).digest())
-    return sha.hexdigest()[:24]
+    paths = (results.judged_source(item), results.picture(item), item.target)
+    return digest((bytes.fromhex(digest([_bytes(path)], 64)) for path in paths), 24)
 
 
 def _bytes(path: Path | None) -> bytes:

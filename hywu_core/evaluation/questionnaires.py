@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import HYWUError
+from ..files import read_json
+from ..fingerprint import digest, of_json
 from . import gedit, imgedit, wu_eval
-from .items import Item, read_json
+from .items import Item
 
 PROMPTS = Path(__file__).with_name("prompts")
 
@@ -30,7 +30,7 @@ class Question:
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256(self.prompt.encode()).hexdigest()[:16]
+        return digest([self.prompt], 16)
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,10 @@ def load_questionnaire(name: str, path: str | Path | None = None) -> Questionnai
         raise HYWUError(
             f"{path}: the prompt for {', '.join(without)} has no <instruction> or <edit_prompt>."
         )
-    text = json.dumps({key: data[key] for key in keys}, sort_keys=True, ensure_ascii=False)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-    return Questionnaire(name, f"file-{digest}", {key: data[key] for key in keys})
+    prompts = {key: data[key] for key in keys}
+    return Questionnaire(
+        name, f"file-{of_json(prompts, 8, sort_keys=True, ensure_ascii=False)}", prompts
+    )
 
 
 def _own_prompts(name: str) -> dict[str, str]:

@@ -7,16 +7,12 @@ missing, and why) and ``judgements/`` (raw answers of judges).
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
-
-from PIL import Image, ImageOps
+from typing import Any
 
 from ..errors import HYWUError
-from ..files import atomic_path
+from ..files import read_json
 from . import gedit, imgedit
 from .items import Item, ItemList, read_items
 
@@ -58,45 +54,12 @@ class Results:
         return [item for item in items.items if not self.picture(item).is_file()]
 
 
-def load_image(path: Path | BinaryIO) -> Image.Image:
-    """The picture as RGB, upright; transparency on white. Raises HYWUError naming the file."""
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if "A" in image.getbands() or "transparency" in image.info:
-                image = image.convert("RGBA")
-                return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert(
-                    "RGB"
-                )
-            return image.convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError, SyntaxError) as error:
-        raise HYWUError(f"{path}: not a whole picture ({error}).") from error
-
-
-def save_png(image: Image.Image, path: Path) -> None:
-    """Write a PNG through a temporary file, so that none is ever half there."""
-    with atomic_path(path, overwrite=True) as part:
-        image.save(part, "PNG")
-
-
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write JSON for people (indented) through a temporary file."""
-    with atomic_path(path, overwrite=True) as part:
-        part.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def read_manifest(root: Path) -> dict[str, Any]:
     """What made these results; empty when another program did. Raises HYWUError naming the file."""
     path = root / MANIFEST
     if not path.is_file():
         return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise HYWUError(f"{path}: not JSON ({error}); remove it to start anew.") from error
-    if not isinstance(data, dict):
-        raise HYWUError(f"{path}: not a JSON object; remove it to start anew.")
-    return data
+    return read_json(path, dict, "remove it to start anew")
 
 
 def open_results(

@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import HYWUError
-from ..files import atomic_path
+from ..files import atomic_path, slug, write_json
 from . import gedit, imgedit
 from .items import ItemList, read_json
-from .judges.base import slug
-from .results import write_json
 from .scores import SCORED, UNPARSABLE, MethodScores, dimensions, gedit_rows, imgedit_scores
 from .tables import Table, gedit_rows_table, imgedit_scores_table, summary_table
 

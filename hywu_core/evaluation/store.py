@@ -7,7 +7,6 @@ twice. A line cut short by a crash is dropped when the file is opened next.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import threading
@@ -17,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import HYWUError
-from .judges.base import slug
+from ..files import slug
+from ..fingerprint import of_json
 
 FORMAT = "hywu-judgements-1"
 
@@ -57,7 +57,7 @@ class StoreName:
     def file_name(self) -> str:
         # The hash keeps apart what the readable part maps onto each other
         readable = [slug(part) for part in (self.questionnaire, self.judge, self.judge_version)]
-        digest = hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:8]
+        digest = of_json(asdict(self), 8)
         return "__".join(readable)[:100] + f"__{digest}.jsonl"
 
     def __str__(self) -> str:

@@ -7,7 +7,6 @@ hashes. Nothing is copied into this project; the files are read from the install
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,13 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from ..errors import HYWUError, need
-from ..files import atomic_path
-from ..images import MAX_SIDE, read_image
-from ..training.data import file_hash
+from ..files import read_json, write_json
+from ..fingerprint import of_file
+from ..images import MAX_SIDE, load_image, read_image
 
 logger = logging.getLogger(__name__)
 
@@ -67,23 +65,21 @@ def make_split(path: Path = SPLIT) -> Path:
     """
     unique: dict[str, str] = {}
     for name, file in template_files().items():
-        unique.setdefault(file_hash(file), name)
+        unique.setdefault(of_file(file), name)
     ordered = sorted(unique.items())
     sides = {"held_out": ordered[:HELD_OUT_FILES], "train": ordered[HELD_OUT_FILES:]}
     data: dict[str, Any] = {"packages": dict(PACKAGES.values())}
     for side, rows in sides.items():
         data[side] = dict(sorted((name, digest) for digest, name in rows))
-    with atomic_path(path, overwrite=True) as part:
-        part.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    return path
+    return write_json(path, data, indent=1, ascii=True)
 
 
 def split_files(side: str) -> list[Path]:
     """Files of "train" or "held_out" of the committed split, each checked by its hash."""
     if side not in ("train", "held_out"):
         raise HYWUError(f"The split has the sides train and held_out, not '{side}'.")
-    files, wanted = template_files(), json.loads(SPLIT.read_text(encoding="utf-8"))[side]
-    odd = [n for n, digest in wanted.items() if n not in files or file_hash(files[n]) != digest]
+    files, wanted = template_files(), read_json(SPLIT)[side]
+    odd = [n for n, digest in wanted.items() if n not in files or of_file(files[n]) != digest]
     if odd:
         pins = ", ".join(f"{name}=={version}" for name, version in PACKAGES.values())
         raise HYWUError(
@@ -101,8 +97,7 @@ def photographs() -> dict[str, Tensor]:
     # read where it lies: stereo_motorcycle() would download what a package leaves out
     motorcycle = Path(data.__file__).with_name("motorcycle_left.png")
     if motorcycle.is_file():
-        with Image.open(motorcycle) as file:
-            arrays["motorcycle"] = np.asarray(file.convert("RGB"))
+        arrays["motorcycle"] = np.asarray(load_image(motorcycle))
     else:
         logger.warning("motorcycle is left out of the photographs: %s is not there", motorcycle)
     arrays |= {n: sklearn.load_sample_image(f"{n}.jpg") for n in ("china", "flower")}

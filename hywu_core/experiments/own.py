@@ -19,13 +19,10 @@ from tqdm import tqdm
 from ..bases.bundled.checkpoint import bundled, editor_identity, load_editor
 from ..errors import HYWUError
 from ..evaluation.bundled_editor import EngineEditor
-from ..evaluation.items import read_json
-from ..evaluation.judges.base import slug
-from ..evaluation.results import write_json
 from ..evaluation.scores import MethodScores
 from ..evaluation.statistics import Estimate, bootstrap_mean
 from ..evaluation.tables import Table, comparison_table, dimension_bars
-from ..files import atomic_path
+from ..files import atomic_path, read_json, slug, write_json
 from ..images import write_image
 from .conflict.evaluate import EvaluationSet, evaluation_set
 from .conflict.plan import ConflictPlan

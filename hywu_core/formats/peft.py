@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from ..errors import HYWUError
-from ..files import atomic_folder, atomic_path, save_tensors
+from ..files import atomic_folder, read_json, save_tensors, write_json
 from ..lora import GeneratedLoRA
 from .matrices import expert_path, single_matrices
 from .native import header_of
@@ -30,8 +29,7 @@ def _write(lora: GeneratedLoRA, folder: Path) -> None:
         tensors[f"{PREFIX}{name}.lora_A.weight"] = a
         tensors[f"{PREFIX}{name}.lora_B.weight"] = b
     save_tensors(folder / WEIGHTS, tensors, header_of(lora, FORMAT), metadata={"format": "pt"})
-    with atomic_path(folder / CONFIG) as part:
-        part.write_text(json.dumps(adapter_config(lora), indent=2), encoding="utf-8")
+    write_json(folder / CONFIG, adapter_config(lora), ascii=True, end="")
 
 
 def adapter_config(lora: GeneratedLoRA) -> dict[str, Any]:
@@ -83,11 +81,8 @@ def read_config(weights: Path) -> dict[str, Any] | None:
     file = weights.with_name(CONFIG)
     if weights.name != WEIGHTS or not file.is_file():
         return None
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise HYWUError(f"{file}: not JSON ({error}); save the adapter again.") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+    config = read_json(file, dict, "save the adapter again")
+    if config.get("peft_type") != "LORA":
         raise HYWUError(f"{file}: not the configuration of a PEFT LoRA.")
     if config.get("use_dora") or config.get("lora_bias"):
         raise HYWUError(f"{file}: use_dora or lora_bias is on; only plain LoRAs can be read.")

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..condition import OFFICIAL_PART
 from ..errors import HYWUError
-from ..files import atomic_path
+from ..files import atomic_path, read_json
 from ..layout import LoRALayout, Module, Stack
 from .config import GeneratorConfig
 from .tensors import check_saveable, file_tensors, slots
@@ -186,12 +186,9 @@ def _named_values() -> Iterator[None]:
 def open_folder(folder: Path) -> tuple[GeneratorConfig, tuple[Path, ...]]:
     """(config, weight files) of an official folder, without reading weights. Raises HYWUError."""
     config_file = folder / "config.json"
-    try:
-        data = json.loads(config_file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise HYWUError(f"{folder}: no config.json; this is not a generator's folder.") from None
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise HYWUError(f"{config_file}: not JSON ({error}); download it again.") from error
+    if not config_file.is_file():
+        raise HYWUError(f"{folder}: no config.json; this is not a generator's folder.")
+    data = read_json(config_file, way_out="download it again")
     try:
         config = read_config(data)
     except HYWUError as error:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..condition import Condition
+from ..fingerprint import of_weights
 
 
 @dataclass(frozen=True)
@@ -106,11 +107,4 @@ def device_of(module: nn.Module) -> torch.device:
 
 def frozen_digest(module: nn.Module) -> str:
     """Hash of all parameters and buffers of a module, bit by bit."""
-    import hashlib
-
-    sha = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        sha.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        raw = value.detach().cpu().contiguous().flatten().view(torch.uint8)
-        sha.update(raw.numpy().tobytes())
-    return sha.hexdigest()
+    return of_weights(module)

@@ -6,8 +6,6 @@ uninterrupted one would have seen.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -17,18 +15,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..errors import HYWUError
-from ..images import read_image
+from ..files import read_json_lines
+from ..images import image_size, read_image
 from .base import Batch
 
 logger = logging.getLogger(__name__)
-
-
-def file_hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
@@ -58,13 +52,14 @@ def read_pairs(path: str | Path) -> tuple[list[Pair], list[str]]:
         raise HYWUError(f"{path}: no .jsonl file with rows of source, target, instruction, task.")
     pairs, bad = [], []
     for file in files:
-        for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1):
-            if not line.strip():
-                continue
+        for number, row in read_json_lines(file):
             try:
-                pairs.append(_pair(json.loads(line), file.parent))
-            except (json.JSONDecodeError, HYWUError) as error:
-                bad.append(f"{file}, row {number}: {error}")
+                if isinstance(row, HYWUError):
+                    raise row
+                pairs.append(_pair(row, file.parent))
+            except HYWUError as error:
+                said = str(error).removeprefix(f"{file}, line {number}: ")
+                bad.append(f"{file}, row {number}: {said}")
     for text in bad:
         logger.warning("skipped: %s", text)
     if not pairs:
@@ -80,10 +75,9 @@ def _pair(row: Any, folder: Path) -> Pair:
             raise HYWUError(f"'{key}' is missing or empty")
     source, target = folder / row["source"], folder / row["target"]
     references = tuple(folder / name for name in _references(row))
-    for file in (source, target, *references):
-        read_image(file)
-    with Image.open(source) as a, Image.open(target) as b:
-        sizes = ImageOps.exif_transpose(a).size, ImageOps.exif_transpose(b).size
+    for file in references:
+        image_size(file)
+    sizes = image_size(source), image_size(target)
     if sizes[0] != sizes[1]:
         raise HYWUError(f"{row['source']} is {sizes[0]} and {row['target']} is {sizes[1]}")
     task = str(row.get("task") or "custom")

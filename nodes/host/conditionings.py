@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ...hywu_core.errors import HYWUError
-from .identity import feed
+from ...hywu_core.fingerprint import of_values
+from .identity import unfold
 
 #: A CONDITIONING, and one of its entries: tokens ``[B, T, C]`` and facts.
 Entry = Sequence[Any]
@@ -74,9 +74,7 @@ def mask(entry: Entry) -> Tensor:
 
 def digest(made: Sequence[Entry]) -> str:
     """Hash of all values of some entries."""
-    sha = hashlib.sha256()
-    feed(sha, list(made), whole=True)
-    return sha.hexdigest()[:32]
+    return of_values(list(made), unfold=unfold)
 
 
 def warnings(conditioning: Conditioning, clip: Any, read: bool) -> list[str]:

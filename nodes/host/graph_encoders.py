@@ -4,7 +4,6 @@ for its own hidden states.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...hywu_core import fingerprint
 from ...hywu_core.condition import Condition
 from ...hywu_core.conditioning import pictures as several
 from ...hywu_core.errors import HYWUError
@@ -67,10 +67,7 @@ def encode(
 def _fingerprint(facts: list[Any], pictures: Sequence[Tensor]) -> str:
     """facts: what else is in the condition, the first pictures' shape among it."""
     shapes = [tuple(picture.shape) for picture in pictures[1:]]
-    sha = hashlib.sha256(repr([*facts, *shapes]).encode())
-    for picture in pictures:
-        sha.update(picture.contiguous().numpy().tobytes())
-    return sha.hexdigest()[:32]
+    return fingerprint.digest([repr([*facts, *shapes]), *pictures])
 
 
 def tokens(

@@ -32,9 +32,10 @@ from ...hywu_core.condition import OFFICIAL_PART
 from ...hywu_core.conditioning.pictures import by_item
 from ...hywu_core.discovery import submodule
 from ...hywu_core.errors import HYWUError
+from ...hywu_core.fingerprint import of_module
 from ...hywu_core.layout import LoRALayout
 from .conditionings import Entry
-from .identity import base_fingerprint, fingerprint, patches_fingerprint
+from .identity import base_fingerprint, patches_fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ def identity(model: Any, vae: Any) -> dict[str, str]:
         "network": type(model.model.diffusion_model).__name__,
         "weights": base_fingerprint(model),
         "patches": patches_fingerprint(model),
-        "vae": fingerprint(vae.first_stage_model),
+        "vae": of_module(vae.first_stage_model),
     }
 
 

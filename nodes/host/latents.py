@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...hywu_core.errors import HYWUError
-from .identity import fingerprint
+from ...hywu_core.fingerprint import of_module
 from .training_files import TensorCache, digest
 
 
@@ -39,7 +39,7 @@ class CachedLatents:
 
     def __init__(self, model: Any, vae: Any, cache: TensorCache) -> None:
         self.model, self.vae, self.cache = model, vae, cache
-        self.weights = fingerprint(vae.first_stage_model)
+        self.weights = of_module(vae.first_stage_model)
 
     def __call__(self, image: Tensor) -> Tensor:
         image = image.cpu()

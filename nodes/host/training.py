@@ -15,15 +15,15 @@ from typing import Any
 import comfy.model_management as mm
 import comfy.utils
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ...hywu_core.condition import Condition
 from ...hywu_core.errors import HYWUError, out_of_memory
 from ...hywu_core.experiments.conflict.plan import GeneratorSize
+from ...hywu_core.fingerprint import of_file
 from ...hywu_core.generator.config import GeneratorConfig
+from ...hywu_core.images import load_image
 from ...hywu_core.layout import LoRALayout
-from ...hywu_core.training.data import file_hash
 from ...hywu_core.training.logs import read_log
 from ...hywu_core.training.schedule import TrainConfig
 from ...hywu_core.training.trainer import STATE, Trainer
@@ -145,7 +145,7 @@ class _Training:
     def _made_from(self) -> dict[str, Any]:
         """What a run can't go on without: everything but the schedule, which the state records."""
         rows = [
-            [file_hash(p.source), file_hash(p.target), p.instruction, *map(file_hash, p.references)]
+            [of_file(p.source), of_file(p.target), p.instruction, *map(of_file, p.references)]
             for p in self.crops.pairs
         ]
         return {
@@ -275,8 +275,7 @@ class _Training:
         found = sorted((self.folder / "samples").glob("step_*.png"))
         if not found:
             return None
-        with Image.open(found[-1]) as file:
-            return to_tensor(file.convert("RGB"))
+        return to_tensor(load_image(found[-1]))
 
     # -- what is left ----------------------------------------------------------------------------
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from ...hywu_core.condition import Condition
 from ...hywu_core.conditioning import pictures as several
 from ...hywu_core.errors import HYWUError
+from ...hywu_core.fingerprint import of_module
 from ...hywu_core.training.editor_base import ONE_PICTURE
 from . import encoders, graph_encoders, hidden_states
 from .bundled_editor import HostEditor
-from .identity import fingerprint
 from .latents import CachedLatents
 from .training_files import TensorCache, digest
 
@@ -43,7 +43,7 @@ class GraphEncoder:
     ) -> None:  # fmt: skip
         self.cache, self.clip = cache, clip
         self.inputs: dict[str, Any] = {"clip": clip}
-        self.text_weights = fingerprint(clip.cond_stage_model)
+        self.text_weights = of_module(clip.cond_stage_model)
         self.identity: dict[str, Any] = {"type": "comfyui", "clip": self.text_weights}
         diffusion = model.model.diffusion_model
         self.by_editor = isinstance(diffusion, HostEditor)
@@ -66,7 +66,7 @@ class GraphEncoder:
         if "encoders" in reads:
             if clip_vision is not None:
                 self.inputs["clip_vision"] = clip_vision
-                self.identity["clip_vision"] = fingerprint(clip_vision.model)
+                self.identity["clip_vision"] = of_module(clip_vision.model)
                 names.append("vision")
             names.append("text")
         if images > 1 and names == ["text"]:

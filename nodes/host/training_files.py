@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections import OrderedDict
@@ -11,12 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import folder_paths
-import torch
 from torch import Tensor
 
+from ...hywu_core import fingerprint
 from ...hywu_core.errors import HYWUError
-from ...hywu_core.evaluation.items import check_name
-from ...hywu_core.files import atomic_path, open_tensors, parse_header, save_tensors
+from ...hywu_core.files import (
+    check_name,
+    open_tensors,
+    parse_header,
+    read_json,
+    read_json_lines,
+    save_tensors,
+    write_json,
+)
 from ...hywu_core.generator.checkpoints import open_checkpoint
 from ...hywu_core.training.data import Pair, read_pairs
 from .paths import BUNDLED
@@ -52,8 +58,8 @@ def training_pairs(text: str) -> tuple[list[Pair], list[str]]:
     """(usable pairs, a line for each row that isn't). Raises HYWUError when a picture lies outside."""
     path, root = pairs_path(text)
     for file in _lists(path):
-        for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1):
-            for name in _named(line):
+        for number, row in read_json_lines(file):
+            for name in _named(row):
                 if not Path(os.path.realpath(file.parent / name)).is_relative_to(root):
                     raise HYWUError(
                         f"{file}, row {number}: '{name}' lies outside {root}; copy the picture beside "
@@ -75,12 +81,8 @@ def _lists(path: Path) -> list[Path]:
     return sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
 
 
-def _named(line: str) -> list[str]:
+def _named(row: Any) -> list[str]:
     """The pictures that a row names; rows that can't be read are reported by `read_pairs`."""
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError:
-        return []
     if not isinstance(row, dict):
         return []
     further = row.get("references")
@@ -122,7 +124,7 @@ def start_run(name: str, made_from: Mapping[str, Any]) -> str:
     wanted = json.loads(json.dumps(made_from))
     run = os.urandom(8).hex()
     if record.exists():
-        found = json.loads(record.read_text(encoding="utf-8"))
+        found = read_json(record, dict, "move it away to start anew")
         run, earlier = found["run"], found["made_from"]
         odd = [key for key in wanted if earlier.get(key) != wanted[key]]
         if odd:
@@ -135,8 +137,7 @@ def start_run(name: str, made_from: Mapping[str, Any]) -> str:
             f"{target}: exists and is not of this training; choose another name, or move it away."
         )
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic_path(record, overwrite=True) as part:
-        part.write_text(json.dumps({"run": run, "made_from": wanted}, indent=1), encoding="utf-8")
+    write_json(record, {"run": run, "made_from": wanted}, indent=1, ascii=True, end="")
     return run
 
 
@@ -168,7 +169,7 @@ class TensorCache:
         path = self.folder / f"{key}.safetensors"
         if not path.exists():
             tensors, facts = make()
-            save_tensors(path, tensors, facts, overwrite=True)
+            save_tensors(path, tensors, facts, overwrite=True, durable=False)
         with open_tensors(path) as file:
             facts = parse_header(path, file.metadata())
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
@@ -189,11 +190,10 @@ def _nbytes(tensors: Mapping[str, Tensor]) -> int:
 
 def digest(*parts: Any) -> str:
     """Hash of tensors (their bytes) and of anything else (its repr)."""
-    sha = hashlib.sha256()
+    pieces: list[Any] = []
     for part in parts:
         if isinstance(part, Tensor):
-            raw = part.detach().cpu().contiguous()
-            sha.update(f"{raw.dtype}{tuple(raw.shape)}".encode())
-            part = raw.flatten().view(torch.uint8).numpy().tobytes()
-        sha.update(part if isinstance(part, bytes) else repr(part).encode())
-    return sha.hexdigest()[:32]
+            pieces += [f"{part.dtype}{tuple(part.shape)}", part]
+        else:
+            pieces.append(part if isinstance(part, bytes) else repr(part))
+    return fingerprint.digest(pieces)

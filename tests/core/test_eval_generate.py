@@ -24,8 +24,8 @@ from hywu_core.evaluation.comfy_editor import ComfyEditor
 from hywu_core.evaluation.editors import CommandEditor, CopyEditor
 from hywu_core.evaluation.generate import generate_results, read_failures
 from hywu_core.evaluation.items import read_items
-from hywu_core.evaluation.locking import exclusive
 from hywu_core.evaluation.results import Results
+from hywu_core.files import folder_lock
 
 ROOT = Path(read_items.__code__.co_filename).parents[2]
 
@@ -98,7 +98,11 @@ def test_another_editors_results_are_not_mixed_in(tmp_path, command):
 
 
 def test_two_runs_do_not_work_on_one_folder(tmp_path):
-    with exclusive(tmp_path), pytest.raises(HYWUError, match="another run"), exclusive(tmp_path):
+    with (
+        folder_lock(tmp_path),
+        pytest.raises(HYWUError, match="another run"),
+        folder_lock(tmp_path),
+    ):
         pass
 
 

@@ -24,11 +24,12 @@ from hywu_core.evaluation.judging import judge_results, store_name
 from hywu_core.evaluation.questionnaires import load_questionnaire
 from hywu_core.evaluation.report.build import build_report
 from hywu_core.evaluation.report.html import write_html
-from hywu_core.evaluation.results import JUDGEMENTS, Results, save_png
+from hywu_core.evaluation.results import JUDGEMENTS, Results
 from hywu_core.evaluation.score_files import summarize
 from hywu_core.evaluation.scores import score_results
 from hywu_core.evaluation.store import ANSWERED, FAILED, REFUSED, JudgementStore, choose_store
 from hywu_core.evaluation.wu_eval import DIMENSIONS
+from hywu_core.images import write_image
 
 KEY = "sk-test-0123456789"
 GOOD = json.dumps(dict.fromkeys(DIMENSIONS, 4))
@@ -129,10 +130,10 @@ def benchmark(root: Path, instructions: list[str]) -> tuple[Results, ItemList]:
     for number, instruction in enumerate(instructions):
         source = Image.fromarray(rng.integers(0, 256, (24, 32, 3), np.uint8))
         paths = [root / "data" / f"{kind}{number}.png" for kind in ("source", "target")]
-        save_png(source, paths[0])
-        save_png(source.filter(ImageFilter.GaussianBlur(1)), paths[1])
+        write_image(source, paths[0])
+        write_image(source.filter(ImageFilter.GaussianBlur(1)), paths[1])
         items.append(Item(f"k{number}", "blur", instruction, paths[0], target=paths[1]))
-        save_png(source.filter(ImageFilter.GaussianBlur(0.5)), root / "mine" / f"k{number}.png")
+        write_image(source.filter(ImageFilter.GaussianBlur(0.5)), root / "mine" / f"k{number}.png")
     return Results(root / "mine", "folder"), ItemList("folder", tuple(items))
 
 
@@ -342,7 +343,7 @@ def test_a_changed_picture_or_prompt_is_judged_anew(tmp_path, stub):
     questionnaire = load_questionnaire("wu-eval")
     judge = judge_at(server.url)
     judge_results(results, items, questionnaire, judge, progress=False)
-    save_png(Image.new("RGB", (32, 24)), results.picture(items.items[0]))
+    write_image(Image.new("RGB", (32, 24)), results.picture(items.items[0]))
     name = store_name(judge, questionnaire)
     before = score_results(results, items, questionnaire, name)
     assert before.outcomes()["unjudged"] == 1

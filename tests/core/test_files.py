@@ -272,7 +272,7 @@ def test_rows_end_with_a_line_feed_alone(tmp_path):
     assert [value["t"] for _, value in rows[:3]] == texts[:3]
     assert [number for number, _ in rows] == [1, 2, 3, 4, 6, 7]
     assert all(isinstance(value, HYWUError) for _, value in rows[4:])
-    assert "line 7: not UTF-8" in str(rows[5][1])
+    assert "line 7: not JSON (not UTF-8" in str(rows[5][1])
 
 
 def test_errors_can_be_written_anywhere():

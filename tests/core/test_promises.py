@@ -37,13 +37,13 @@ from hywu_core.experiments.conflict.plan import ConflictPlan
 from hywu_core.experiments.conflict.runs import Runs
 from hywu_core.experiments.conflict.runs import write_json as write_run_json
 from hywu_core.files import read_header, save_tensors
+from hywu_core.fingerprint import of_file
 from hywu_core.formats.peft import adapter_config
 from hywu_core.generator.checkpoints import checkpoint_digest, save_generator
 from hywu_core.generator.official import save_official
 from hywu_core.layout import LoRALayout, Module, Stack
 from hywu_core.tokens import token_grid
 from hywu_core.training.base import frozen_digest
-from hywu_core.training.data import file_hash
 from hywu_core.training.schedule import TrainConfig
 
 OPTIONS = Path(__file__).parent / "promises" / "options.json"
@@ -177,7 +177,7 @@ def test_digests_of_files(tmp_path):
     one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
     one.write_bytes(b"one" * 1000)
     two.write_bytes(b"two" * 7)
-    assert file_hash(one) == "2fce97fe6ec8811452255c10caff5220"
+    assert of_file(one) == "2fce97fe6ec8811452255c10caff5220"
     assert files_digest([one, tmp_path]) == "59b9fefc0db03b93"
     (tmp_path / "config.json").write_text('{"a": 1}')
     assert _folder_hash(tmp_path) == "02e73f9f"

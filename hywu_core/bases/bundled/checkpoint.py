@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import nn
 
 from ...errors import HYWUError
 from ...files import read_tensors, save_tensors
+from ...fingerprint import of_weights
 from .model import Editor, EditorConfig
 from .transformer import TransformerConfig, TransformerEditor
 
@@ -58,11 +58,7 @@ def architecture(editor: nn.Module) -> str:
 
 def editor_identity(editor: nn.Module) -> str:
     """16 hex digits of all weights in half precision, as they are stored: what a generator was made for."""
-    sha = hashlib.sha256()
-    for name, value in sorted(editor.state_dict().items()):
-        sha.update(f"{name} {tuple(value.shape)}".encode())
-        sha.update(value.detach().cpu().half().contiguous().numpy().tobytes())
-    return sha.hexdigest()[:16]
+    return of_weights(editor, torch.float16, 16)
 
 
 def save_editor(editor: nn.Module, path: str | Path, provenance: Mapping[str, Any]) -> Path:

@@ -24,9 +24,9 @@ from pathlib import Path
 
 from ...console import say
 from ...errors import HYWUError
+from ...files import check_name
 from ..editors import CommandEditor, CopyEditor, Editor
 from ..generate import GenerationCount, generate_results
-from ..items import check_name
 from ..results import Results
 from . import shared
 

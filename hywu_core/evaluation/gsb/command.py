@@ -20,7 +20,7 @@ from urllib.parse import quote, urlsplit
 
 from ...console import say, table
 from ...errors import HYWUError
-from ...files import atomic_path
+from ...files import atomic_path, write_json
 from ..results import BENCHMARKS, open_results
 from .report import report
 from .session import Entry, create_session
@@ -144,8 +144,7 @@ def _report(args: argparse.Namespace) -> int:
         if each.note:
             say(each.note)
     if args.out:
-        with atomic_path(args.out, overwrite=True) as part:
-            part.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        write_json(args.out, data)
     return 0
 
 

@@ -77,12 +77,12 @@ def create_session(
 
 def _copy(path: Path, folder: Path) -> str:
     # Serving votes needs none of what reading results brings in (torch, numpy).
-    from ..results import load_image
+    from ...images import load_image, write_image
 
     image_id = secrets.token_hex(12)
-    image = load_image(path).convert("RGB")
+    image = load_image(path)
     image.info.clear()
-    image.save(folder / f"{image_id}.png")
+    write_image(image, folder / f"{image_id}.png")
     return image_id
 
 

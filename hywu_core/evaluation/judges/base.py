@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -59,11 +58,6 @@ class Judge(Protocol):
     def score(self, request: JudgeRequest) -> Reply:
         """The raw answer. Raises Refusal, Failure, or HYWUError when no request can succeed."""
         ...
-
-
-def slug(text: str) -> str:
-    """A name as part of a file name."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.") or "unnamed"
 
 
 def check_answerable(judge: Judge) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from ...errors import HYWUError, need
+from ...fingerprint import digest
 from .base import Failure, JudgeRequest, Reply
 
 
@@ -99,7 +99,6 @@ def _dtype_word(transformers: Any) -> str:
 
 
 def _folder_hash(folder: Path) -> str:
-    sha = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in sorted(folder.glob("*.safetensors")):
-        sha.update(f"{file.name}{file.stat().st_size}".encode())
-    return sha.hexdigest()[:8]
+    files = sorted(folder.glob("*.safetensors"))
+    sizes = (f"{file.name}{file.stat().st_size}" for file in files)
+    return digest([(folder / "config.json").read_bytes(), *sizes], 8)

@@ -10,7 +10,6 @@ import base64
 import contextlib
 import email.utils
 import http.client
-import io
 import json
 import os
 import random
@@ -25,6 +24,7 @@ from typing import Any
 from PIL import Image
 
 from ...errors import HYWUError
+from ...images import encode_image
 from .base import Failure, JudgeRequest, Refusal, Reply
 
 #: Worth another try: timeouts, conflicts, too many requests, and whatever is the server's fault.
@@ -203,9 +203,7 @@ class OpenAIJudge:
 
 def data_url(image: Image.Image) -> str:
     """The picture as PNG in a data URL: pixels exactly as judged."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return "data:image/png;base64," + base64.b64encode(encode_image(image)).decode()
 
 
 def _count(usage: Any, name: str) -> int:

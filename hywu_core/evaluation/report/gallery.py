@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from ...errors import HYWUError
-from ..results import load_image
+from ...images import encode_image, load_image
 from ..scores import MethodScores
 
 #: Longest side of an embedded picture, in pixels.
@@ -74,6 +73,5 @@ def data_uri(path: Path) -> str | None:
     except HYWUError:
         return None
     image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=88)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    data = encode_image(image, "JPEG", quality=88)
+    return "data:image/jpeg;base64," + base64.b64encode(data).decode()

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from ...console import say
 from ...errors import HYWUError
-from ...files import read_header
+from ...files import read_header, read_json
 from ...training.schedule import OPTIMIZERS, PRECISIONS, chosen_precision
 from .plan import ConflictPlan
 
@@ -112,7 +112,7 @@ def _recorded(folder: Path) -> str | None:
     path = folder / "plan.json"
     if not path.exists():
         return None
-    return json.loads(path.read_text(encoding="utf-8"))["plan"].get("precision")
+    return read_json(path, dict, finite=False)["plan"].get("precision")
 
 
 def make_experiment(
@@ -129,7 +129,7 @@ def make_experiment(
     editor = load_editor(editor_file)
     base = EditorBase(editor, plan.sampling_steps, plan.error)
     facts = {"plan": json.loads(json.dumps(plan.to_json())), "editor": dict(base.encoder)}
-    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != facts:
+    if path.exists() and read_json(path, dict, finite=False) != facts:
         raise HYWUError(
             f"{path}: this folder holds an experiment with another plan or editor; use its options, "
             "or another folder."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 
 from ...errors import HYWUError
-from ...files import atomic_path
+from ...files import atomic_path, read_json
 from ..images import photographs
 from ..tasks import CONFLICT
 from .evaluate import EvaluationSet
@@ -36,7 +35,7 @@ def write_report(experiment: Experiment, folder: Path) -> Path:
     summary = Summary(results, plan, opposites)
     names = [name for name in photographs() if name in experiment.data.image]
     photos = Summary(results, plan, opposites, names)
-    gradients = json.loads((folder / "results" / "gradients.json").read_text(encoding="utf-8"))
+    gradients = read_json(folder / "results" / "gradients.json", dict, finite=False)
     facts = {
         "plan": plan.to_json(),
         "trained": _trained(experiment, folder),

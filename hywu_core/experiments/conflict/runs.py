@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ...files import atomic_path
+from ... import files
 from ...generator.config import GeneratorConfig
 from ...layout import LoRALayout
 from ...training.base import BaseModel, BatchSource
@@ -100,7 +100,7 @@ class Runs:
         path = self.folder / "tuning" / f"{run.name}_{rate:g}.json"
         wanted = {"plan": _trained_by(self.plan, run), "lr": rate, "steps": self.plan.tune_steps}
         if path.exists():
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = files.read_json(path, dict, "remove it to try the rate anew", finite=False)
             if {key: found.get(key) for key in wanted} == wanted:
                 return float(found["loss"])
         trainer = self._trainer(run, rate, self.plan.tune_steps, path.with_suffix(""))
@@ -158,6 +158,4 @@ def _trained_by(plan: ConflictPlan, run: Run) -> dict[str, Any]:
 
 def write_json(path: Path, data: Any) -> None:
     """Atomically; a file that is there is replaced."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path, overwrite=True) as part:
-        part.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    files.write_json(path, data, indent=1, ascii=True)
