@@ -28,7 +28,7 @@ import dev
 from hywu_core.bases.bundled.checkpoint import VARIABLE, save_editor
 from hywu_core.bases.bundled.transformer import TransformerConfig as EditorConfig
 from hywu_core.bases.bundled.transformer import TransformerEditor as Editor
-from hywu_core.console import say, table
+from hywu_core.cli.console import say, table
 
 from .measure import write_json
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hywu_core import Condition, ParameterGenerator
-from hywu_core.console import say, table
+from hywu_core.cli.console import say, table
 
 from .device import held_bytes, peak_bytes, profile, rates, timed
 from .measure import write_json

@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hywu_core import Condition, ParameterGenerator
-from hywu_core.console import say, table
+from hywu_core.cli.console import say, table
 from hywu_core.generator.speed import fp8
 
 from .measure import write_json

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from hywu_core.bases.bundled.checkpoint import bundled
 from hywu_core.bases.bundled.engine import BundledEditor
-from hywu_core.console import say, table
+from hywu_core.cli.console import say, table
 from hywu_core.generator.checkpoints import load_generator
 from hywu_core.generator.speed.fp8 import to_fp8
 from hywu_core.images import read_image

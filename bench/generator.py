@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from hywu_core.console import say, table
+from hywu_core.cli.console import say, table
 from hywu_core.generator.official import save_official
 
 from .measure import paired, peak_memory, summary, write_json

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from hywu_core.bases.bundled.transformer import TransformerEditor as Editor
-from hywu_core.console import say, table
+from hywu_core.cli.console import say, table
 from hywu_core.experiments.conflict.plan import ConflictPlan, Run
 from hywu_core.experiments.conflict.runs import Runs
 from hywu_core.experiments.images import ImagePool, split_files

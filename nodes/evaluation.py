@@ -18,12 +18,11 @@ from PIL import Image
 from torch import Tensor
 
 from ..hywu_core.errors import HYWUError
-from ..hywu_core.evaluation.commands.shared import USUAL
 from ..hywu_core.evaluation.generate import editor_source, save_result, write_manifest
 from ..hywu_core.evaluation.items import Item, ItemList, read_items
 from ..hywu_core.evaluation.judges.base import Judge
 from ..hywu_core.evaluation.judging import judge_results, store_name
-from ..hywu_core.evaluation.questionnaires import NAMES, load_questionnaire
+from ..hywu_core.evaluation.questionnaires import NAMES, USUAL, load_questionnaire
 from ..hywu_core.evaluation.report.build import outcome_line
 from ..hywu_core.evaluation.report.chart_image import chart_image
 from ..hywu_core.evaluation.report.markdown import markdown_table

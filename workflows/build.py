@@ -17,7 +17,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from hywu_core.console import say
+from hywu_core.cli.console import say
 from hywu_core.errors import HYWUError
 from hywu_core.headless.graph import read_graph
 from hywu_core.headless.local import get_json

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from hywu_core.console import say, table
+from hywu_core.cli.console import say, table
 from hywu_core.headless.client import Client, ServerError
 from hywu_core.headless.graph import find_node, read_graph, set_input
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from hywu_core.console import say
+from hywu_core.cli.console import say
 from hywu_core.errors import HYWUError, need
 from hywu_core.headless.local import get_json
 

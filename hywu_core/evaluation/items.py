@@ -16,6 +16,9 @@ from ..errors import HYWUError
 from ..files import check_name, is_file, read_json, read_json_lines
 from ..fingerprint import of_json
 
+#: Two items of each benchmark, our own.
+SAMPLES = Path(__file__).with_name("samples")
+
 
 @dataclass(frozen=True)
 class Item:
@@ -237,3 +240,12 @@ def read_items(benchmark: str, path: str | Path, unpack_to: Path | None = None) 
     if benchmark == "folder":
         return read_folder(path)
     raise HYWUError(f"There is no benchmark '{benchmark}'; choose gedit, imgedit or folder.")
+
+
+def data_path(benchmark: str | None, data: str | None) -> Path | None:
+    """Where a benchmark's items lie; "samples" stands for our own. Raises HYWUError."""
+    if data == "samples":
+        if benchmark is None:
+            raise HYWUError("--data samples needs --benchmark, to say which sample.")
+        return SAMPLES / benchmark
+    return None if data is None else Path(data)

@@ -19,6 +19,9 @@ PLACEHOLDERS = ("<instruction>", "<edit_prompt>")
 
 NAMES = ("wu-eval", "gedit", "imgedit")
 
+#: The questionnaire that belongs to a benchmark, unless one is given.
+USUAL = {"gedit": "gedit", "imgedit": "imgedit", "folder": "wu-eval"}
+
 
 @dataclass(frozen=True)
 class Question:

@@ -11,9 +11,17 @@ from ..errors import HYWUError
 from . import gedit, imgedit, wu_eval
 from .items import Item, ItemList
 from .judging import pictures_hash
-from .questionnaires import Questionnaire
-from .results import JUDGEMENTS, Results
-from .store import ANSWERED, FAILED, REFUSED, Judgement, JudgementStore, StoreName
+from .questionnaires import USUAL, Questionnaire, load_questionnaire
+from .results import JUDGEMENTS, Results, open_results
+from .store import (
+    ANSWERED,
+    FAILED,
+    REFUSED,
+    Judgement,
+    JudgementStore,
+    StoreName,
+    choose_store,
+)
 
 SCORED, UNPARSABLE, MISSING, UNJUDGED = "scored", "unparsable", "missing", "unjudged"
 
@@ -224,3 +232,24 @@ def same_judge(methods: Sequence[MethodScores]) -> StoreName:
 
 def _posix(path: Path) -> str:
     return path.as_posix()
+
+
+def open_scores(
+    root: str | Path,
+    benchmark: str | None = None,
+    data: str | Path | None = None,
+    questionnaire: str | None = None,
+    prompts: str | Path | None = None,
+    judged_by: str | None = None,
+    answered_by: str | None = None,
+) -> tuple[MethodScores, Questionnaire]:
+    """One method's scores from its stored answers, and by which questions.
+
+    benchmark, data: see `open_results`; questionnaire, judged_by: which answers, where there are several
+    judges'; prompts: the questionnaire's file, where it isn't ours. Raises HYWUError.
+    """
+    results, items = open_results(root, benchmark, data)
+    chosen = questionnaire or USUAL[results.benchmark]
+    name = choose_store(results.root / JUDGEMENTS, chosen, judged_by)
+    questions = load_questionnaire(name.questionnaire, prompts)
+    return score_results(results, items, questions, name, answered_by), questions

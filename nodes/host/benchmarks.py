@@ -8,8 +8,8 @@ from pathlib import Path
 import folder_paths
 
 from ...hywu_core.errors import HYWUError
-from ...hywu_core.evaluation.commands.shared import data_path
 from ...hywu_core.evaluation.gedit_unpack import packed_files
+from ...hywu_core.evaluation.items import data_path
 
 #: Key of extra_model_paths.yaml under which the operator names further folders.
 EXTRA = "hywu_benchmarks"

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import dev
-from hywu_core.evaluation.commands.shared import SAMPLES
+from hywu_core.evaluation.items import SAMPLES
 from workflows.build import NEWER
 
 MAP = ".hywu-norm-map"

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hywu_core import HYWUError, load_generator, load_lora
+from hywu_core.cli import generate as generate_command
+from hywu_core.cli import inspect as inspect_command
 from hywu_core.cli import main
-from hywu_core.commands import generate as generate_command
-from hywu_core.commands import inspect as inspect_command
 from hywu_core.errors import need
 from hywu_core.files import HEADER, read_header
 

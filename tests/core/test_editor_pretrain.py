@@ -13,6 +13,7 @@ from hywu_core.bases.bundled.checkpoint import load_editor
 from hywu_core.bases.bundled.transformer import TransformerConfig as EditorConfig
 from hywu_core.bases.bundled.transformer import TransformerEditor as Editor
 from hywu_core.cli import main
+from hywu_core.cli import pretrain as pretrain_command
 from hywu_core.errors import HYWUError
 from hywu_core.experiments import pretraining as module
 from hywu_core.experiments.images import ImagePool
@@ -82,8 +83,8 @@ def test_other_settings_are_refused(pool, tmp_path):
 
 
 def test_the_command_trains_says_where_and_goes_on(pool, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(module, "split_files", lambda side: [tmp_path / "a.png"])
-    monkeypatch.setattr(module, "EditorConfig", lambda: make_editor().config)
+    monkeypatch.setattr(pretrain_command, "split_files", lambda side: [tmp_path / "a.png"])
+    monkeypatch.setattr(pretrain_command, "EditorConfig", lambda: make_editor().config)
     out = tmp_path / "out"
     command = ["pretrain", "--out", str(out), "--steps", "3", "--batch-size", "4",
                "--device", "cpu"]  # fmt: skip

@@ -13,8 +13,8 @@ from PIL import Image
 from hywu_core.bases.bundled.checkpoint import VARIABLE
 from hywu_core.bases.bundled.engine import BundledEditor
 from hywu_core.cli import main
-from hywu_core.evaluation.commands.shared import SAMPLES
 from hywu_core.evaluation.generate import read_failures
+from hywu_core.evaluation.items import SAMPLES
 
 
 @pytest.fixture

@@ -11,8 +11,7 @@ import pytest
 
 from hywu_core.cli import main
 from hywu_core.evaluation import gedit, imgedit
-from hywu_core.evaluation.commands.shared import SAMPLES
-from hywu_core.evaluation.items import read_items
+from hywu_core.evaluation.items import SAMPLES, read_items
 
 
 def evaluated(out: Path, benchmark: str) -> Path:

@@ -22,8 +22,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from hywu_core.cli import main
+from hywu_core.cli.eval import gsb as command
 from hywu_core.errors import HYWUError
-from hywu_core.evaluation.gsb import command, session
+from hywu_core.evaluation.gsb import session
 from hywu_core.evaluation.gsb.report import report
 from hywu_core.evaluation.gsb.server import serve
 from hywu_core.evaluation.gsb.store import Conflict, Store

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from hywu_core import HYWUError
+from hywu_core.cli.comfy import free_path, safe_name
 from hywu_core.headless.client import describe_refusal
-from hywu_core.headless.command import free_path, safe_name
 from hywu_core.headless.graph import find_node, image_node, read_graph, set_input
 
 

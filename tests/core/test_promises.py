@@ -360,7 +360,7 @@ def command_options() -> dict[str, dict]:
     found = {}
     for name, (module, _) in cli.COMMANDS.items():
         parser = argparse.ArgumentParser()
-        importlib.import_module(module, package=cli.__package__).configure(parser)
+        importlib.import_module(module, package=cli.__name__).configure(parser)
         found[name] = options(parser)
     return found
 

@@ -12,7 +12,7 @@ from PIL import Image, ImageStat
 
 import dev
 from hywu_core.cli import main
-from hywu_core.evaluation.commands.shared import SAMPLES
+from hywu_core.evaluation.items import SAMPLES
 from hywu_core.evaluation.results import open_results
 from hywu_core.headless.client import NodeFailed, Refused, run_sync
 from hywu_core.headless.graph import read_graph

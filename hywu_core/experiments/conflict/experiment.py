@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...files import read_json, read_tensors, save_tensors
+from ...errors import HYWUError
+from ...files import read_header, read_json, read_tensors, save_tensors
 from ...training.base import BaseModel
 from ...training.trainer import Trainer
 from ..tasks import CONFLICT
@@ -27,7 +29,7 @@ from .evaluate import (
     unadapted,
 )
 from .gradients import cosine_matrix, task_gradients
-from .plan import Run
+from .plan import ConflictPlan, Run
 from .runs import VALIDATION, Runs, write_json
 
 #: Batches of training images over which the mean LoRAs are taken.
@@ -144,3 +146,32 @@ class Experiment:
 
     def opposites(self) -> dict[str, str]:
         return {task: CONFLICT[task].opposite for task in self.plan.tasks}
+
+
+def make_experiment(
+    folder: Path, plan: ConflictPlan, editor_file: Path | None, device: str | None, commit: str,
+    say: Callable[[str], None],
+) -> Experiment:  # fmt: skip
+    """The experiment on an editor's file; a folder that holds another plan is refused."""
+    from ...bases.bundled.checkpoint import bundled, load_editor
+    from ...training.editor_base import EditorBase
+    from ..images import PACKAGES, ImagePool, split_files
+
+    path, editor_file = folder / "plan.json", editor_file or bundled("editor")
+    editor = load_editor(editor_file)
+    base = EditorBase(editor, plan.sampling_steps, plan.error)
+    facts = {"plan": json.loads(json.dumps(plan.to_json())), "editor": dict(base.encoder)}
+    if path.exists() and read_json(path, dict, finite=False) != facts:
+        raise HYWUError(
+            f"{path}: this folder holds an experiment with another plan or editor; use its options, "
+            "or another folder."
+        )
+    write_json(path, facts)
+    provenance = {
+        "commit": commit,
+        "data": dict(PACKAGES.values()),
+        "editor": read_header(editor_file).get("provenance", {}),
+    }
+    size = editor.config.train_size
+    runs = Runs(base, ImagePool(split_files("train")), size, plan, folder, provenance, device)
+    return Experiment(runs, base, size, say)

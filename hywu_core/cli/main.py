@@ -7,29 +7,29 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from .errors import HYWUError, out_of_memory
+from ..errors import HYWUError, out_of_memory
 
-#: name -> (module relative to hywu_core, with configure(parser) and run(args) -> int; one line)
+#: name -> (module of this package, with configure(parser) and run(args) -> int; one line)
 COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": (
-        ".commands.inspect",
+        ".inspect",
         "what a checkpoint or a LoRA holds: layout, sizes, origin, norms",
     ),
     "condition": (
-        ".commands.condition",
+        ".condition",
         "pictures and instructions in, condition out, by encoders from local folders",
     ),
-    "generate": (".commands.generate", "condition in, generated LoRA out"),
-    "convert": (".commands.convert", "official folder <-> one file; LoRA formats into each other"),
-    "edit": (".bases.bundled.command", "edit a picture with the bundled editor"),
-    "train": (".training.command", "train a generator, or a baseline, through a frozen base"),
+    "generate": (".generate", "condition in, generated LoRA out"),
+    "convert": (".convert", "official folder <-> one file; LoRA formats into each other"),
+    "edit": (".edit", "edit a picture with the bundled editor"),
+    "train": (".train", "train a generator, or a baseline, through a frozen base"),
     "conflict": (
-        ".experiments.conflict.command",
+        ".conflict",
         "the experiment on contradictory tasks: train, compare, report",
     ),
-    "pretrain": (".experiments.pretraining", "train the bundled editor itself"),
-    "eval": (".evaluation.command", "WU-Eval, GEdit-Bench, ImgEdit-Bench, human GSB"),
-    "comfy": (".headless.command", "run a workflow on a ComfyUI server"),
+    "pretrain": (".pretrain", "train the bundled editor itself"),
+    "eval": (".eval", "WU-Eval, GEdit-Bench, ImgEdit-Bench, human GSB"),
+    "comfy": (".comfy", "run a workflow on a ComfyUI server"),
 }
 
 EPILOG = "`hywu COMMAND --help` explains one command and shows an example."
@@ -81,7 +81,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write(f"hywu {args.command}: interrupted\n")
         return 130
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -16,9 +16,9 @@ import argparse
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from ..console import say
 from ..errors import HYWUError
-from .schedule import OPTIMIZERS, PRECISIONS
+from ..training.schedule import OPTIMIZERS, PRECISIONS
+from .console import say
 
 WEIGHTS = "weights.safetensors"
 #: Peak learning rates that the conflict experiment's trials favour.
@@ -63,10 +63,10 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from ..bases.bundled.checkpoint import bundled, load_editor
-    from .editor_base import EditorBase
-    from .schedule import TrainConfig, chosen_precision
-    from .state import recorded_precision
-    from .trainer import STATE, Trainer
+    from ..training.editor_base import EditorBase
+    from ..training.schedule import TrainConfig, chosen_precision
+    from ..training.state import recorded_precision
+    from ..training.trainer import STATE, Trainer
 
     base = EditorBase(load_editor(args.editor or bundled("editor")))
     batches, phrasings = _data(args, base.module.config.train_size)
@@ -104,8 +104,8 @@ def _data(args: argparse.Namespace, size: int):
     """(batches, task -> phrasings that are trained on)."""
     from ..experiments.images import ImagePool, split_files
     from ..experiments.tasks import CONFLICT, TaskBatches, get_task
-    from .data import PairBatches, number_of_references, read_pairs
-    from .editor_base import ONE_PICTURE
+    from ..training.data import PairBatches, number_of_references, read_pairs
+    from ..training.editor_base import ONE_PICTURE
 
     if args.data is None:
         tasks = args.tasks or list(CONFLICT)
@@ -133,7 +133,7 @@ def _strategy(args: argparse.Namespace, base):
     from ..experiments.conflict.runs import EXCLUDE
     from ..generator.config import GeneratorConfig
     from ..layout import LoRALayout
-    from .strategies import FullFineTuning, HyperNetwork, StaticLoRA
+    from ..training.strategies import FullFineTuning, HyperNetwork, StaticLoRA
 
     if args.strategy == "sft":
         return FullFineTuning(base)

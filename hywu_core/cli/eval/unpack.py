@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ...console import say
 from ...errors import HYWUError
-from ..gedit import read_gedit
-from ..gedit_unpack import packed_files, unpack
+from ...evaluation.gedit import read_gedit
+from ...evaluation.gedit_unpack import packed_files, unpack
+from ..console import say
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -18,8 +18,7 @@ from __future__ import annotations
 
 import argparse
 
-from .commands import generate, judge, own, report, score, unpack
-from .gsb import command as gsb
+from . import generate, gsb, judge, own, report, score, unpack
 
 #: step -> (module with configure(parser) and run(args) -> int, one line)
 STEPS = {

@@ -12,13 +12,13 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...console import say
 from ...errors import HYWUError
-from ..questionnaires import Questionnaire
-from ..report.build import build_report
-from ..report.html import write_html
-from ..report.markdown import write_markdown
-from ..scores import MethodScores
+from ...evaluation.questionnaires import Questionnaire
+from ...evaluation.report.build import build_report
+from ...evaluation.report.html import write_html
+from ...evaluation.report.markdown import write_markdown
+from ...evaluation.scores import MethodScores
+from ..console import say
 from . import shared
 
 

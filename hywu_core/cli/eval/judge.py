@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import argparse
 
-from ...console import say
-from ..judging import JudgingCount, judge_results
-from ..questionnaires import load_questionnaire
-from ..results import open_results
-from ..store import ANSWERED, FAILED, REFUSED
+from ...evaluation.items import data_path
+from ...evaluation.judging import JudgingCount, judge_results
+from ...evaluation.questionnaires import USUAL, load_questionnaire
+from ...evaluation.results import open_results
+from ...evaluation.store import ANSWERED, FAILED, REFUSED
+from ..console import say
 from . import shared
 
 
@@ -40,9 +41,9 @@ def run(args: argparse.Namespace) -> int:
     judge = shared.make_judge(args)
     code = 0
     for root in args.results:
-        data = shared.data_path(args.benchmark, args.data)
+        data = data_path(args.benchmark, args.data)
         results, items = open_results(root, args.benchmark, data)
-        name = args.questionnaire or shared.USUAL[results.benchmark]
+        name = args.questionnaire or USUAL[results.benchmark]
         questionnaire = load_questionnaire(name, args.prompts)
         count = judge_results(results, items, questionnaire, judge, tuple(args.again))
         say(f"{root}: {tell(count)}")

@@ -6,20 +6,14 @@ import argparse
 from pathlib import Path
 
 from ...errors import HYWUError
-from ..items import ItemList, read_items
-from ..judges.base import Judge
-from ..questionnaires import NAMES, Questionnaire, load_questionnaire
-from ..results import BENCHMARKS, JUDGEMENTS, Results, open_results
-from ..scores import MethodScores, score_results
-from ..store import choose_store
-
-SAMPLES = Path(__file__).parents[1] / "samples"
+from ...evaluation.items import data_path
+from ...evaluation.judges.base import Judge
+from ...evaluation.questionnaires import NAMES, Questionnaire
+from ...evaluation.results import BENCHMARKS
+from ...evaluation.scores import MethodScores, open_scores
 
 #: Exit code of a step that finished, but not for every item.
 INCOMPLETE = 3
-
-#: The questionnaire that belongs to a benchmark, unless one is given.
-USUAL = {"gedit": "gedit", "imgedit": "imgedit", "folder": "wu-eval"}
 
 
 def add_data(parser: argparse.ArgumentParser, required: bool) -> None:
@@ -34,20 +28,6 @@ def add_data(parser: argparse.ArgumentParser, required: bool) -> None:
         help="the benchmark's folder as its authors publish it, or a folder with items.jsonl; "
         f"'samples' is a two-item sample of our own{optional}",
     )
-
-
-def data_path(benchmark: str | None, data: str | None) -> Path | None:
-    """The path of --data; "samples" stands for our own."""
-    if data == "samples":
-        if benchmark is None:
-            raise HYWUError("--data samples needs --benchmark, to say which sample.")
-        return SAMPLES / benchmark
-    return None if data is None else Path(data)
-
-
-def load_items(benchmark: str, data: Path, out: Path) -> ItemList:
-    """The benchmark's items; a parquet folder is unpacked beside the results."""
-    return read_items(benchmark, data, unpack_to=out / "gedit_data")
 
 
 def add_questionnaire(parser: argparse.ArgumentParser) -> None:
@@ -97,7 +77,7 @@ def add_judge(parser: argparse.ArgumentParser) -> None:
 def make_judge(args: argparse.Namespace) -> Judge:
     """The judge that the arguments describe. Raises HYWUError naming what is missing."""
     if args.judge == "openai":
-        from ..judges.openai import OpenAIJudge
+        from ...evaluation.judges.openai import OpenAIJudge
 
         if not args.model:
             raise HYWUError("--judge openai needs --model, the model's name at the endpoint.")
@@ -112,12 +92,12 @@ def make_judge(args: argparse.Namespace) -> Judge:
             max_tokens=args.max_tokens,
         )
     if args.judge == "local":
-        from ..judges.local import LocalJudge
+        from ...evaluation.judges.local import LocalJudge
 
         if not args.folder:
             raise HYWUError("--judge local needs --folder, a transformers model's folder.")
         return LocalJudge(Path(args.folder), args.device, max_tokens=args.max_tokens)
-    from ..judges.reference import ReferenceJudge
+    from ...evaluation.judges.reference import ReferenceJudge
 
     return ReferenceJudge()
 
@@ -138,14 +118,7 @@ def add_choice(parser: argparse.ArgumentParser) -> None:
 
 def load_scores(root: str, args: argparse.Namespace) -> tuple[MethodScores, Questionnaire]:
     """One method's scores from its stored answers."""
-    data = data_path(args.benchmark, args.data)
-    results, items = open_results(root, args.benchmark, data)
-    name = choose_store(
-        results.root / JUDGEMENTS, args.questionnaire or _only_usual(results), args.judged_by
-    )
-    questionnaire = load_questionnaire(name.questionnaire, args.prompts)
-    return score_results(results, items, questionnaire, name, args.answered_by), questionnaire
-
-
-def _only_usual(results: Results) -> str:
-    return USUAL[results.benchmark]
+    return open_scores(
+        root, args.benchmark, data_path(args.benchmark, args.data), args.questionnaire, args.prompts,
+        args.judged_by, args.answered_by,
+    )  # fmt: skip

@@ -15,14 +15,12 @@ examples:
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
-from ...console import say
-from ...errors import HYWUError
-from ...files import read_header, read_json
-from ...training.schedule import OPTIMIZERS, PRECISIONS, chosen_precision
-from .plan import ConflictPlan
+from ..experiments.conflict.plan import ConflictPlan
+from ..files import read_json
+from ..training.schedule import OPTIMIZERS, PRECISIONS, chosen_precision
+from .console import say
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -65,6 +63,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import dataclasses
 
+    from ..experiments.conflict.experiment import make_experiment
+
     plan = ConflictPlan.quick() if args.quick else ConflictPlan()
     changes = {
         "steps": args.steps,
@@ -81,20 +81,20 @@ def run(args: argparse.Namespace) -> int:
         say("\n".join(run.name for run in plan.runs))
         return 0
     if args.bundle:
-        from ...bases.bundled.checkpoint import bundled
-        from .bundle import bundle
+        from ..bases.bundled.checkpoint import bundled
+        from ..experiments.conflict.bundle import bundle
 
         written = bundle(args.out, args.editor or bundled("editor"), plan, args.bundle)
         say("\n".join(map(str, written)))
         return 0
-    experiment = make_experiment(args.out, plan, args.editor, args.device, args.commit)
+    experiment = make_experiment(args.out, plan, args.editor, args.device, args.commit, say)
     try:
         if not args.report:
             experiment.run(args.only)
     except KeyboardInterrupt:
         say(f"interrupted; the same command goes on from there ({args.out})")
         return 130
-    from .report import write_ranks, write_report
+    from ..experiments.conflict.report import write_ranks, write_report
 
     if missing := experiment.missing():
         say(f"not done yet: {', '.join(missing)}")
@@ -113,33 +113,3 @@ def _recorded(folder: Path) -> str | None:
     if not path.exists():
         return None
     return read_json(path, dict, finite=False)["plan"].get("precision")
-
-
-def make_experiment(
-    folder: Path, plan: ConflictPlan, editor_file: Path | None, device: str | None, commit: str
-):
-    """The experiment on an editor's file; a folder that holds another plan is refused."""
-    from ...bases.bundled.checkpoint import bundled, load_editor
-    from ...training.editor_base import EditorBase
-    from ..images import PACKAGES, ImagePool, split_files
-    from .experiment import Experiment
-    from .runs import Runs, write_json
-
-    path, editor_file = folder / "plan.json", editor_file or bundled("editor")
-    editor = load_editor(editor_file)
-    base = EditorBase(editor, plan.sampling_steps, plan.error)
-    facts = {"plan": json.loads(json.dumps(plan.to_json())), "editor": dict(base.encoder)}
-    if path.exists() and read_json(path, dict, finite=False) != facts:
-        raise HYWUError(
-            f"{path}: this folder holds an experiment with another plan or editor; use its options, "
-            "or another folder."
-        )
-    write_json(path, facts)
-    provenance = {
-        "commit": commit,
-        "data": dict(PACKAGES.values()),
-        "editor": read_header(editor_file).get("provenance", {}),
-    }
-    size = editor.config.train_size
-    runs = Runs(base, ImagePool(split_files("train")), size, plan, folder, provenance, device)
-    return Experiment(runs, base, size, say)

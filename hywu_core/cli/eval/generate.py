@@ -22,12 +22,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ...console import say
 from ...errors import HYWUError
+from ...evaluation.editors import CommandEditor, CopyEditor, Editor
+from ...evaluation.generate import GenerationCount, generate_results
+from ...evaluation.items import data_path, read_items
+from ...evaluation.results import Results
 from ...files import check_name
-from ..editors import CommandEditor, CopyEditor, Editor
-from ..generate import GenerationCount, generate_results
-from ..results import Results
+from ..console import say
 from . import shared
 
 
@@ -90,14 +91,14 @@ def make_editor(args: argparse.Namespace) -> Editor:
     if args.editor == "copy":
         return CopyEditor(args.workers)
     if args.editor == "bundled":
-        from ..bundled_editor import EngineEditor
+        from ...evaluation.bundled_editor import EngineEditor
 
         return EngineEditor(args.lora, args.steps, args.strength, args.device, args.fine_tuned)
     if args.editor == "command":
         if not args.command:
             raise HYWUError("--editor command needs --command.")
         return CommandEditor(args.command, args.workers, args.item_timeout)
-    from ..comfy_editor import ComfyEditor
+    from ...evaluation.comfy_editor import ComfyEditor
 
     needed = ("workflow", "comfy_image", "comfy_instruction")
     if missing := [name for name in needed if not getattr(args, name)]:
@@ -117,13 +118,13 @@ def make_editor(args: argparse.Namespace) -> Editor:
 
 def run(args: argparse.Namespace) -> int:
     """Generate what is missing; exit code 0, or 3 when items remain without a result."""
-    data = shared.data_path(args.benchmark, args.data)
+    data = data_path(args.benchmark, args.data)
     out = Path(args.out)
     try:
         method = check_name(args.method or args.editor, "name")
     except HYWUError as error:
         raise HYWUError(f"The method can't be used: {error}.") from error
-    items = shared.load_items(args.benchmark, data, out)
+    items = read_items(args.benchmark, data, unpack_to=out / "gedit_data")
     for bad in items.bad:
         say(f"not usable: {bad}")
     results = Results(out / method, args.benchmark)

@@ -13,13 +13,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ..console import say, table
 from ..errors import HYWUError
 from ..files import open_tensors
 from ..formats import load_lora, lora_header
 from ..formats.native import layout_of
 from ..generator.checkpoints import open_checkpoint
 from ..layout import LoRALayout
+from .console import say, table
 from .convert import is_generator
 
 

@@ -20,11 +20,11 @@ import sys
 
 from ..conditioning import pictures as several
 from ..conditioning.transformers_encoders import TYPE, TransformersEncoder
-from ..console import say
 from ..errors import HYWUError
 from ..files import with_suffix
 from ..generator.checkpoints import open_checkpoint
 from ..images import read_image
+from .console import say
 from .generate import usable_device
 
 logger = logging.getLogger(__name__)

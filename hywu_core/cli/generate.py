@@ -13,11 +13,11 @@ import torch
 from tqdm import tqdm
 
 from ..condition import Condition
-from ..console import say
 from ..errors import HYWUError
 from ..files import with_suffix
 from ..formats import FORMATS, save_lora
 from ..generator.checkpoints import load_generator, open_checkpoint
+from .console import say
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -11,9 +11,9 @@ import argparse
 import time
 from pathlib import Path
 
-from ...console import say, table
-from ...errors import HYWUError
-from ...images import WRITABLE, read_image, write_image
+from ..errors import HYWUError
+from ..images import WRITABLE, read_image, write_image
+from .console import say, table
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     from tqdm import tqdm
 
-    from .engine import BundledEditor
+    from ..bases.bundled.engine import BundledEditor
 
     engine = BundledEditor.load(args.editor, args.generator)
     image = read_image(args.image, args.max_side)

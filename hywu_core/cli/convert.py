@@ -11,12 +11,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..console import say
 from ..errors import HYWUError
 from ..files import read_header
 from ..formats import FORMATS, load_lora, save_lora
 from ..generator.checkpoints import FORMAT, load_generator, save_generator
 from ..generator.official import save_official
+from .console import say
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

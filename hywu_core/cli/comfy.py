@@ -21,9 +21,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..console import say
-from .client import Client, ServerError, outputs
-from .graph import image_node, read_graph, set_input
+from ..headless.client import Client, ServerError, outputs
+from ..headless.graph import image_node, read_graph, set_input
+from .console import say
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

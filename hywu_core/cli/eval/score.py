@@ -16,12 +16,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ...console import say, table
 from ...errors import HYWUError
-from ..imgedit import read_imgedit
-from ..report.build import outcome_line
-from ..score_files import their_gedit, their_imgedit, write_scores
-from ..tables import Table, summary_table
+from ...evaluation.imgedit import read_imgedit
+from ...evaluation.items import data_path
+from ...evaluation.report.build import outcome_line
+from ...evaluation.score_files import their_gedit, their_imgedit, write_scores
+from ...evaluation.tables import Table, summary_table
+from ..console import say, table
 from . import shared
 
 
@@ -65,4 +66,4 @@ def _theirs(path: Path, args: argparse.Namespace) -> list[Table]:
         return []
     if args.data is None:
         raise HYWUError(f"{path}: needs --data, the ImgEdit-Bench folder, to know the edit types.")
-    return [their_imgedit(path, read_imgedit(shared.data_path("imgedit", args.data)))]
+    return [their_imgedit(path, read_imgedit(data_path("imgedit", args.data)))]

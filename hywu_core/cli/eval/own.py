@@ -24,20 +24,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ...console import say
-from ...console import table as show_table
 from ...errors import HYWUError
+from ...evaluation.generate import generate_results
+from ...evaluation.items import ItemList, read_folder
+from ...evaluation.judges.reference import ReferenceJudge
+from ...evaluation.judging import judge_results, store_name
+from ...evaluation.questionnaires import Questionnaire, load_questionnaire
+from ...evaluation.report.markdown import markdown_table
+from ...evaluation.results import Results, read_manifest
+from ...evaluation.score_files import write_scores
+from ...evaluation.scores import MethodScores, score_results
 from ...experiments.own import LABELS, OwnSet, experiment_plan, own_editors, own_table, write_items
 from ...files import atomic_path, write_json
-from ..generate import generate_results
-from ..items import ItemList, read_folder
-from ..judges.reference import ReferenceJudge
-from ..judging import judge_results, store_name
-from ..questionnaires import Questionnaire, load_questionnaire
-from ..report.markdown import markdown_table
-from ..results import Results, read_manifest
-from ..score_files import write_scores
-from ..scores import MethodScores, score_results
+from ..console import say
+from ..console import table as show_table
 from . import generate, judge, report, shared
 
 

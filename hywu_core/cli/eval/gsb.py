@@ -18,13 +18,13 @@ from dataclasses import asdict
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
-from ...console import say, table
 from ...errors import HYWUError
+from ...evaluation.gsb.report import report
+from ...evaluation.gsb.session import Entry, create_session
+from ...evaluation.gsb.store import Store
+from ...evaluation.results import BENCHMARKS, open_results
 from ...files import atomic_path, write_json
-from ..results import BENCHMARKS, open_results
-from .report import report
-from .session import Entry, create_session
-from .store import Store
+from ..console import say, table
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -106,7 +106,7 @@ def _create(args: argparse.Namespace) -> int:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    from .server import serve
+    from ...evaluation.gsb.server import serve
 
     def ready(url: str) -> None:
         say(f"Voting page: {url}")

@@ -1,1 +1,0 @@
-"""`hywu inspect`, `hywu condition`, `hywu generate`, `hywu convert`."""
