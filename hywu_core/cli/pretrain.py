@@ -1,7 +1,7 @@
 """Train the bundled editor on the pretraining tasks; run the same command again to go on.
 
 example:
-  hywu pretrain --out runs/editor --steps 4000
+  hywu pretrain --out runs/editor --steps 20000
 """
 
 from __future__ import annotations
@@ -11,28 +11,42 @@ from pathlib import Path
 
 import torch
 
-from ..bases.bundled.transformer import TransformerConfig as EditorConfig
-from ..bases.bundled.transformer import TransformerEditor as Editor
+from ..bases.bundled.checkpoint import load_editor, save_editor
+from ..bases.bundled.model import Editor, EditorConfig
+from ..console import say
 from ..experiments.images import ImagePool, split_files
-from ..experiments.pretraining import BETAS, WEIGHTS, pretrain
+from ..experiments.pretraining import FIRST, LAST, MAIN, WEIGHTS, pretrain
 from ..training.schedule import OPTIMIZERS, TrainConfig, chosen_precision
 from ..training.state import recorded_precision
 from ..training.trainer import STATE
-from .console import say
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, required=True, help="folder of state, log and weights")
-    parser.add_argument("--steps", type=int, default=4000, help="optimizer steps (default 4000)")
-    parser.add_argument("--batch-size", type=int, default=32, help="crops a step (default 32)")
-    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default 1e-3)")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder of states, logs and weights"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=20000, help="optimizer steps of the main stage (default 20000)"
+    )
+    parser.add_argument(
+        "--first-steps", type=int, default=600,
+        help="steps before, on the mean squared error (default 600)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--last-steps", type=int, default=4000,
+        help="steps after, on larger crops and at falling rates (default 4000)",
+    )  # fmt: skip
+    parser.add_argument("--batch-size", type=int, default=24, help="crops a step (default 24)")
+    parser.add_argument(
+        "--lr", type=float, default=1.5e-3, help="peak learning rate (default 1.5e-3)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of weights, crops, tasks and noise")
     parser.add_argument(
         "--precision", choices=("auto", "no", "bf16"), default="auto",
         help="auto: bf16 where the device has it in hardware, else no (float32)",
     )  # fmt: skip
     parser.add_argument(
-        "--optimizer", choices=OPTIMIZERS, default="adamw", help="default: %(default)s"
+        "--optimizer", choices=OPTIMIZERS, default="muon", help="default: %(default)s"
     )
     parser.add_argument("--device", help="such as cpu or cuda (default: the accelerator there is)")
     parser.add_argument("--save-every", type=int, default=200, help="steps between states")
@@ -40,21 +54,31 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    recorded = recorded_precision(args.out / STATE)
-    config = TrainConfig(
-        args.steps, args.batch_size, args.lr, warmup=100, weight_decay=0.01, ema=0.998, betas=BETAS,
-        precision=chosen_precision(args.precision, recorded, args.device), seed=args.seed,
-        optimizer=args.optimizer,
-    )  # fmt: skip
+    pool, samples = ImagePool(split_files("train")), ImagePool(split_files("held_out"))
+    plan = ((FIRST, args.first_steps), (MAIN, args.steps), (LAST, args.last_steps))
     torch.manual_seed(args.seed)
     editor = Editor(EditorConfig())
     editor.reset_parameters()
-    pool, samples = ImagePool(split_files("train")), ImagePool(split_files("held_out"))
-    done = pretrain(
-        editor, pool, config, args.out, samples, args.save_every, args.commit, args.device
-    )
-    if done < config.steps:
-        say(f"interrupted after {done} steps; the same command goes on from there")
-        return 130
-    say(f"{args.out / WEIGHTS}: {config.steps} steps")
+    for stage, steps in plan:
+        if steps < 1:
+            continue
+        folder = args.out / stage.name
+        recorded = recorded_precision(folder / STATE)
+        config = TrainConfig(
+            steps, max(1, round(args.batch_size * stage.batch)), args.lr, warmup=min(100, steps // 5),
+            weight_decay=0.01, ema=0.998, seed=args.seed, optimizer=args.optimizer,
+            precision=chosen_precision(args.precision, recorded, args.device),
+            schedule=stage.schedule,
+        )  # fmt: skip
+        trainer = pretrain(
+            editor, pool, config, folder, stage, samples, args.save_every, args.commit, args.device
+        )
+        if trainer.interrupted:
+            say(
+                f"{folder}: stopped after {trainer.step} of {steps} steps; the same command goes on"
+            )
+            return 130
+        editor = load_editor(folder / WEIGHTS)
+    path = save_editor(editor, args.out / WEIGHTS, editor.provenance)
+    say(f"{path}: {', '.join(f'{steps} steps {stage.name}' for stage, steps in plan)}")
     return 0

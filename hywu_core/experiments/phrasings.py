@@ -11,8 +11,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-import torch
-
 #: Put around a trained phrasing at random: what stands around the words that matter should not.
 CARRIERS = (
     "please {}", "{} please", "can you {}", "{} if you can", "now {}", "just {}", "next: {}",
@@ -22,28 +20,10 @@ CARRIERS = (
 )  # fmt: skip
 
 #: Sentences of its own that each task's list begins with; the others are composed.
-WRITTEN = 14
+WRITTEN = 18
 
 #: How often a trained phrasing gets a carrier.
 CARRIED = 0.7
-
-SYLLABLES = ("ba", "cor", "du", "el", "fi", "gra", "hu", "ix", "jo", "kem", "lu", "mar", "ni", "ost",
-             "pla", "qui", "ro", "sut", "te", "um", "vo", "wen", "xi", "yor", "zab")  # fmt: skip
-
-
-def nonsense(generator: torch.Generator) -> str:
-    """One to six words that mean nothing: a base that has seen such leaves a picture as it is when
-    asked for what it doesn't know.
-    """
-
-    def pick(count: int) -> int:
-        return int(torch.randint(count, (1,), generator=generator))
-
-    return " ".join(
-        "".join(SYLLABLES[pick(len(SYLLABLES))] for _ in range(1 + pick(3)))
-        for _ in range(1 + pick(6))
-    )
-
 
 OBJECTS = (
     "the image",
@@ -89,6 +69,7 @@ BLUR = (
     "put this photo out of focus", "add blur to this", "i want it smoother and blurrier", "blur",
     "please blur this photo", "more blur", "can you make it blurry", "a soft blurred version",
     "make it unsharp", "blur everything a lot",
+    "blur this", "blur it please", "blurry", "a bit softer",
     *composed(
         does=("blur", "soften", "smooth", "defocus",),
         looks=("blurry", "blurrier", "soft", "unsharp", "out of focus",),
@@ -101,6 +82,7 @@ DEBLUR = (
     "take the blur out of this photo", "undo the gaussian blur", "i want it sharp and clear",
     "deblur", "please deblur this photo", "less blur", "can you make it crisp",
     "a sharp clear version", "get rid of the blur", "recover the lost detail",
+    "make it sharp", "unblur this", "sharpen", "sharpen this up",
     *composed(
         does=("deblur", "focus", "refocus",),
         looks=("crisp", "crisper", "sharp", "clear", "deblurred", "in focus",),
@@ -115,6 +97,7 @@ AGE = (
     "add decades to this image", "weather the photograph", "age", "please age this picture",
     "an antique look", "can you make it old", "a faded sepia version", "make it vintage",
     "as old as possible",
+    "older", "age this", "old photo look", "make it look vintage",
     *composed(
         does=("age", "antique", "fade",),
         looks=("old", "antique", "vintage", "faded", "sepia", "aged",),
@@ -128,6 +111,7 @@ RESTORE = (
     "bring back the original colours", "restore", "please restore this picture", "a repaired print",
     "can you repair the damage", "a restored and clean version", "make it new again",
     "take the age out of this photo",
+    "restore this", "fix this old photo", "repair", "remove scratches",
     *composed(
         does=("restore", "repair", "mend", "renew",),
         looks=("new", "restored", "repaired", "like new", "undamaged",),
@@ -141,6 +125,7 @@ DARKEN = (
     "reduce the brightness", "i want this photo dim", "underexpose the shot", "darker",
     "please darken this photo", "less light", "can you make it dark", "a dim dark version",
     "less exposure", "darken everything a lot",
+    "darken", "darken this", "too bright", "make it darker",
     *composed(
         does=("darken", "dim", "underexpose",),
         looks=("dark", "darker", "dim", "dimmer", "underexposed",),
@@ -153,6 +138,7 @@ BRIGHTEN = (
     "increase the brightness", "i want this photo bright", "lift the shadows of this shot",
     "brighter", "please brighten this photo", "more light", "can you make it bright",
     "a light bright version", "more exposure", "brighten everything a lot",
+    "brighten", "brighten this", "too dark", "make it brighter",
     *composed(
         does=("brighten", "lighten", "illuminate",),
         looks=("bright", "brighter", "light", "lighter", "well lit",),
@@ -166,6 +152,7 @@ FOG = (
     "make the air hazy", "i want it misty and pale", "fog", "please fog this photo", "more haze",
     "can you make it foggy", "a hazy foggy version", "cover the scene in mist",
     "thick fog everywhere",
+    "foggy", "fog it up", "haze", "add some mist",
     *composed(
         does=("fog", "haze", "mist", "fog up",),
         looks=("foggy", "foggier", "hazy", "misty", "foggy and pale",),
@@ -178,6 +165,7 @@ DEHAZE = (
     "get rid of the haze", "lift the fog", "i want the haze gone", "dehaze",
     "please dehaze this photo", "less fog", "can you clear the mist", "a version without haze",
     "cut through the fog", "clear air and full colour",
+    "remove haze", "no fog", "defog", "remove the haze",
     *composed(
         does=("dehaze", "defog", "unveil",),
         looks=("fog free", "free of haze", "dehazed", "haze free",),

@@ -1,30 +1,101 @@
-"""Training the bundled editor itself, on the pretraining tasks and on words without meaning."""
+"""Training the bundled editor itself, in stages, on the pretraining tasks and on unknown requests."""
 
 from __future__ import annotations
 
 import platform
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..bases.bundled.checkpoint import save_editor
-from ..bases.bundled.sampling import edit
-from ..bases.bundled.transformer import TransformerEditor as Editor
+from ..bases.bundled.model import Editor
 from ..training.base import Batch, Draws
+from ..training.editor_base import EditorBase
 from ..training.schedule import TrainConfig
 from ..training.strategies import FullFineTuning
 from ..training.trainer import Trainer
 from .images import PACKAGES, ImagePool
-from .phrasings import nonsense
-from .tasks import PRETRAINING, make_batch
+from .pretraining_tasks import PRETRAINING, SPATIAL
+from .tasks import make_batch
+from .unknown_requests import unknown_request
 
-#: What is not known is left as it is: words without meaning ask for the identity.
-UNKNOWN = "unknown"
+#: What is not known is left as it is, in one of so many examples.
+UNKNOWN, UNKNOWN_SHARE = "unknown", 0.12
 WEIGHTS = "editor.safetensors"
-#: AdamW's.
-BETAS = (0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the pretraining, in a folder of its own below the run's.
+
+    error: see `EditorBase`. size: side of the crops. batch: in those of the command. schedule: see
+    `TrainConfig`; a constant one can be gone on with beyond its end.
+    """
+
+    name: str
+    error: str
+    size: int = 64
+    batch: float = 1.0
+    schedule: str = "constant"
+
+
+#: Tones first, which the logarithm of the error learns slowly; then everything; then, at falling rates,
+#: what a crop of 64 pixels can't show.
+FIRST, MAIN, LAST = (
+    Stage("first", "mse"),
+    Stage("main", "log"),
+    Stage("last", "log", size=128, batch=1 / 3, schedule="cosine"),
+)
+
+
+class PretrainingBase(EditorBase):
+    """The editor as it is pretrained: sampling starts at t = 1, where the error counts whole, so half of
+    the draws lie above 0.7.
+    """
+
+    def draw(self, batch: Batch, seed: int) -> Draws:
+        draws = super().draw(batch, seed)
+        return {**draws, "t": draws["t"].sqrt().clamp_min(1e-3)}
+
+
+class PretrainingBatches:
+    """Random tasks on random crops, those that look at neighbours twice as often as tones; requests for
+    what the editor doesn't know leave clean, damaged and edited images alone. A function of the step.
+    """
+
+    def __init__(self, pool: ImagePool, batch_size: int, size: int, seed: int = 0) -> None:
+        self.pool, self.batch_size, self.size, self.seed = pool, batch_size, size, seed
+        self.names = [*PRETRAINING, *SPATIAL]
+
+    def __call__(self, step: int) -> Batch:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        clean = self.pool.crops(self.batch_size, self.size, generator)
+        picks = torch.randint(len(self.names), (self.batch_size,), generator=generator).tolist()
+        batch = make_batch(clean, [self.names[i] for i in picks], generator, carriers=True)
+        unknown = torch.rand(self.batch_size, generator=generator) < UNKNOWN_SHARE
+        # what came before an edit or after it, as it is
+        shown = torch.where(
+            torch.rand(self.batch_size, 1, 1, 1, generator=generator) < 0.5,
+            batch.source,
+            batch.target,
+        )
+        asked = [
+            unknown_request(generator) if alone else text
+            for text, alone in zip(batch.instruction, unknown.tolist(), strict=True)
+        ]
+        leave = unknown[:, None, None, None]
+        return replace(
+            batch,
+            source=torch.where(leave, shown, batch.source),
+            target=torch.where(leave, shown, batch.target),
+            instruction=tuple(asked),
+            task=tuple(
+                UNKNOWN if alone else task
+                for task, alone in zip(batch.task, unknown.tolist(), strict=True)
+            ),
+        )
 
 
 def pretrain(
@@ -32,96 +103,54 @@ def pretrain(
     pool: ImagePool,
     config: TrainConfig,
     folder: Path,
+    stage: Stage = MAIN,
     samples: ImagePool | None = None,
     save_every: int = 200,
     commit: str = "",
     device: str | None = None,
-) -> int:
-    """Train `editor` in place through the one `Trainer`; returns the steps done, fewer than asked when it
-    was interrupted (Ctrl-C). With every state the averaged weights are left as an editor's file.
+) -> Trainer:
+    """Train `editor` in place; the trainer says how many steps are done and whether it was interrupted.
+    With every state the averaged weights are left as an editor's file.
 
     Raises HYWUError when `folder` holds a run with other settings.
     """
-    base = Pretraining(editor)
-    batches = PretrainingBatches(pool, config.batch_size, editor.config.train_size, config.seed)
+    base = PretrainingBase(editor, error=stage.error)
 
     def write(step: int) -> None:
         with trainer.average.swapped():
-            save_editor(editor, folder / WEIGHTS, provenance(config, step, commit))
+            save_editor(editor, folder / WEIGHTS, provenance(config, stage, step, commit))
 
     trainer = Trainer(
-        base, FullFineTuning(base, of_itself=True), batches, config, folder, on_save=write,
-        samples=None if samples is None else sample_batch(samples, editor.config.train_size),
-        save_every=save_every, sample_every=save_every, device=device,
-        identity={"tasks": [*PRETRAINING, UNKNOWN]},
-    )  # fmt: skip
+        base,
+        FullFineTuning(base, of_itself=True),
+        PretrainingBatches(pool, config.batch_size, stage.size, config.seed),
+        config,
+        folder,
+        samples=None if samples is None else sample_batch(samples, stage.size),
+        save_every=save_every,
+        sample_every=5 * save_every,
+        device=device,
+        identity={"stage": asdict(stage), "tasks": [*PRETRAINING, UNKNOWN]},
+        on_save=write,
+    )
     trainer.run()
-    return trainer.step
+    return trainer
 
 
-class PretrainingBatches:
-    """step -> examples of all pretraining tasks and of words without meaning, which ask for the identity."""
-
-    def __init__(self, pool: ImagePool, batch_size: int, size: int, seed: int = 0) -> None:
-        self.pool, self.batch_size, self.size, self.seed = pool, batch_size, size, seed
-
-    def __call__(self, step: int) -> Batch:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        names = [*PRETRAINING, UNKNOWN]
-        clean = self.pool.crops(self.batch_size, self.size, generator)
-        picks = torch.randint(len(names), (self.batch_size,), generator=generator).tolist()
-        chosen = [names[pick] for pick in picks]
-        known = ["identity" if name == UNKNOWN else name for name in chosen]
-        batch = make_batch(clean, known, generator, carriers=True)
-        texts = [
-            nonsense(generator) if name == UNKNOWN else text
-            for name, text in zip(chosen, batch.instruction, strict=True)
-        ]
-        return replace(batch, instruction=tuple(texts))
-
-
-class Pretraining:
-    """The editor as the loop trains all of it: flow matching, the error of the predicted clean image."""
-
-    name = "hywu-bundled-editor"
-
-    def __init__(self, editor: Editor) -> None:
-        self.module = editor
-
-    def draw(self, batch: Batch, seed: int) -> Draws:
-        """noise ``[B, 3, H, W]``; t ``[B]`` in (0, 1]."""
-        generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(batch.source.shape, generator=generator)
-        # sampling starts at t = 1, where the error counts whole: half of the draws lie above 0.7
-        times = torch.rand(len(batch), generator=generator).sqrt().clamp_min(1e-3)
-        return {"noise": noise, "t": times}
-
-    def loss(self, module: Editor, batch: Batch, draws: Draws) -> Tensor:
-        """Squared error of each item ``[B]``, in units of -1..1."""
-        source, target, t = batch.source * 2 - 1, batch.target * 2 - 1, draws["t"]
-        at = t[:, None, None, None]
-        text, mask = module.encode_text(batch.instruction)
-        clean = module.predict((1 - at) * target + at * draws["noise"], t, source, text, mask)
-        return (clean.float() - target).square().mean(dim=(1, 2, 3))
-
-    def edit(self, module: Editor, batch: Batch, seed: int) -> Tensor:
-        return edit(module, batch.source, batch.instruction, steps=4, seed=seed)
-
-
-def sample_batch(pool: ImagePool, size: int) -> Batch:
-    """A held-out crop for each task."""
-    generator = torch.Generator().manual_seed(1)
-    names = list(PRETRAINING)
-    return make_batch(pool.crops(len(names), size, generator), names, generator)
-
-
-def provenance(config: TrainConfig, step: int, commit: str) -> dict[str, object]:
+def provenance(config: TrainConfig, stage: Stage, step: int, commit: str) -> dict[str, Any]:
     """What the weights come from; JSON-safe."""
     return {
         "commit": commit,
         "steps": step,
+        "stage": asdict(stage),
         "training": config.to_json(),
         "tasks": [*PRETRAINING, UNKNOWN],
         "data": dict(PACKAGES.values()),
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
     }
+
+
+def sample_batch(pool: ImagePool, size: int) -> Batch:
+    """Held-out crops, one for each task."""
+    generator, names = torch.Generator().manual_seed(1), list(PRETRAINING)
+    return make_batch(pool.crops(len(names), size, generator), names, generator)

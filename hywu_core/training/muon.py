@@ -9,6 +9,7 @@ torch's own Muon came with 2.9, takes no fused projections apart and one matrix 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -118,11 +119,15 @@ class Muon(torch.optim.Optimizer):
 
 
 def _matrices(module: nn.Module) -> dict[nn.Parameter, int]:
-    """Trained weights of linear layers -> number of matrices in each."""
-    found = {}
+    """Trained weights of linear layers -> number of matrices in each, but for those that match a
+    pattern in the module's `adamw_only`.
+    """
+    found, left = {}, getattr(module, "adamw_only", ())
     for name, layer in module.named_modules():
         weight = getattr(layer, "weight", None) if hasattr(layer, "in_features") else None
         last = name.rpartition(".")[2]
+        if any(fnmatchcase(f"{name}.weight", pattern) for pattern in left):
+            continue
         if isinstance(weight, nn.Parameter) and weight.requires_grad and last not in HEADS:
             found[weight] = FUSED.get(last.rpartition("_")[2], 1)
     return found
