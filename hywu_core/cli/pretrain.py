@@ -13,12 +13,12 @@ import torch
 
 from ..bases.bundled.checkpoint import load_editor, save_editor
 from ..bases.bundled.model import Editor, EditorConfig
-from ..console import say
 from ..experiments.images import ImagePool, split_files
 from ..experiments.pretraining import FIRST, LAST, MAIN, WEIGHTS, pretrain
 from ..training.schedule import OPTIMIZERS, TrainConfig, chosen_precision
 from ..training.state import recorded_precision
 from ..training.trainer import STATE
+from .console import say
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..bases.bundled.checkpoint import editor_identity
+from ..bases.bundled.checkpoint import architecture, editor_identity
 from ..condition import Condition
 from ..conditioning.editor import EditorEncoder
 from ..errors import HYWUError
 from .base import Batch, Draws
 
+#: Of the transformer; of any editor by its architecture.
 NAME = "hywu-bundled-editor"
+NAMES = {"hywu-editor-1": NAME, "hywu-editor-2": f"{NAME}-2"}
 #: Said of rows with references.
 ONE_PICTURE = (
     "The bundled editor reads one picture and the rows have references; take them out of the rows, or "
@@ -34,13 +36,13 @@ class EditorBase:
     a blur, beside one that changes every pixel. Images must be no larger than one window.
     """
 
-    name = NAME
+    smallest = SMALLEST
 
     def __init__(self, editor: nn.Module, sampling_steps: int = 4, error: str = "mse") -> None:
         if error not in ERRORS:
             raise HYWUError(f"training: error '{error}'; it is one of {', '.join(ERRORS)}.")
         self.module, self.sampling_steps = editor.requires_grad_(False), sampling_steps
-        self.error = error
+        self.name, self.error = NAMES[architecture(editor)], error
         self._encoder = EditorEncoder(editor, editor_identity(editor))
 
     @property
@@ -78,7 +80,7 @@ class EditorBase:
         clean = module.predict(x, draws["t"], source, text, mask)
         squared = (clean.float() - target).square().mean(dim=(1, 2, 3))
         # a hundredth of the negative PSNR in dB, but for a constant
-        return squared if self.error == "mse" else 0.1 * (squared + SMALLEST).log10()
+        return squared if self.error == "mse" else 0.1 * (squared + self.smallest).log10()
 
     @torch.no_grad()
     def edit(self, module: nn.Module, batch: Batch, seed: int) -> Tensor:
