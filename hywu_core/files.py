@@ -22,7 +22,7 @@ from .atomic import atomic_folder, atomic_path, folder_lock, reason
 from .errors import HYWUError
 
 __all__ = [
-    "HEADER", "atomic_folder", "atomic_path", "check_name", "folder_lock", "is_file", "open_tensors",
+    "HEADER", "as_json", "atomic_folder", "atomic_path", "check_name", "folder_lock", "is_file", "open_tensors",
     "parse_header", "parse_json", "read_header", "read_json", "read_json_lines", "read_tensors",
     "save_tensors", "slug", "with_suffix", "write_json", "write_text",
 ]  # fmt: skip
@@ -134,6 +134,11 @@ def parse_json(
         wanted = {dict: "an object", list: "a list"}.get(kind, kind.__name__)
         raise HYWUError(f"{name}: holds {_kind(data)}, {wanted} is needed{way_out}.")
     return data
+
+
+def as_json(data: Any) -> Any:
+    """JSON-safe data as a reader gives it back: tuples as lists, keys as text."""
+    return json.loads(json.dumps(data))
 
 
 def read_json_lines(path: str | Path) -> list[tuple[int, Any]]:

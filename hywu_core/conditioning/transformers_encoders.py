@@ -9,7 +9,6 @@ picture is cropped to a square of the side that the model was made for, and a CL
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch import Tensor
 from .. import fingerprint
 from ..condition import Condition
 from ..errors import HYWUError, need
-from ..generator.checkpoints import checkpoint_digest
+from ..files import read_json
 from . import pictures as several
 
 VISION, TEXT = "vision", "text"
@@ -154,7 +153,7 @@ class _Vision:
         processor = folder / "preprocessor_config.json"
         mean, deviation = PIXELS[type(self.model).__name__]
         with _sentences(processor, "no mean and deviation of three colours"):
-            said = json.loads(processor.read_text("utf-8")) if processor.is_file() else {}
+            said = read_json(processor, dict) if processor.is_file() else {}
             self.mean = torch.tensor(said.get("image_mean", mean)).view(3, 1, 1)
             self.deviation = torch.tensor(said.get("image_std", deviation)).view(3, 1, 1)
 
@@ -318,7 +317,7 @@ def _load(folder: Path, part: str, config: Any, device: torch.device) -> Any:
 def _folder_digest(folder: Path) -> str:
     """Of what the folder's weights, config and tokenizer hold; large files by blocks of theirs."""
     patterns = ("*.safetensors", "*.json", "*.model", "*.txt")
-    return checkpoint_digest(tuple(sorted(file for p in patterns for file in folder.glob(p))))
+    return fingerprint.sampled(sorted(file for p in patterns for file in folder.glob(p)))
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..errors import HYWUError
-from ..files import atomic_path, folder_lock, write_json
+from ..files import as_json, atomic_path, folder_lock, write_json
 from ..images import load_image, write_image
 from . import gedit
 from .editors import EditFailed, Editor
@@ -97,7 +97,7 @@ def write_manifest(
     }
     before = read_manifest(results.root)
     for name, value in fixed.items():
-        if before and before.get(name) != json.loads(json.dumps(value)):
+        if before and before.get(name) != as_json(value):
             raise HYWUError(
                 f"{results.root}: holds results with {name} {before.get(name)!r}, now it is "
                 f"{value!r}; choose another name for the method, or remove the folder."

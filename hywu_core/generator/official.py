@@ -204,7 +204,7 @@ def _folder_files(folder: Path) -> tuple[Path, ...]:
                 return files
         raise HYWUError(f"{folder}: holds no .safetensors file.")
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json(index, dict)["weight_map"]
         # only names: an index must not lead out of its folder
         files = tuple(folder / Path(name).name for name in sorted(set(weight_map.values())))
     except (KeyError, TypeError, ValueError, AttributeError) as error:

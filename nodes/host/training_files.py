@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -15,6 +14,7 @@ from torch import Tensor
 from ...hywu_core import fingerprint
 from ...hywu_core.errors import HYWUError
 from ...hywu_core.files import (
+    as_json,
     check_name,
     open_tensors,
     parse_header,
@@ -121,7 +121,7 @@ def start_run(name: str, made_from: Mapping[str, Any]) -> str:
     """
     folder, target = run_folder(name), checkpoint_path(name)
     record = folder / RECORD
-    wanted = json.loads(json.dumps(made_from))
+    wanted = as_json(made_from)
     run = os.urandom(8).hex()
     if record.exists():
         found = read_json(record, dict, "move it away to start anew")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...errors import HYWUError
-from ...files import read_header, read_json, read_tensors, save_tensors
+from ...files import as_json, read_header, read_json, read_tensors, save_tensors
 from ...training.base import BaseModel
 from ...training.trainer import Trainer
 from ..tasks import CONFLICT
@@ -160,7 +159,7 @@ def make_experiment(
     path, editor_file = folder / "plan.json", editor_file or bundled("editor")
     editor = load_editor(editor_file)
     base = EditorBase(editor, plan.sampling_steps, plan.error)
-    facts = {"plan": json.loads(json.dumps(plan.to_json())), "editor": dict(base.encoder)}
+    facts = {"plan": as_json(plan.to_json()), "editor": dict(base.encoder)}
     if path.exists() and read_json(path, dict, finite=False) != facts:
         raise HYWUError(
             f"{path}: this folder holds an experiment with another plan or editor; use its options, "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -153,7 +152,7 @@ def _trained_by(plan: ConflictPlan, run: Run) -> dict[str, Any]:
     keys = ["batch_size", "tasks", "seed", "precision", "optimizer", "error"]
     keys += ["written_steps"]
     keys += ["generator"] if run.strategy in ("hywu", "shared_large") else []
-    return json.loads(json.dumps({key: plan.to_json()[key] for key in keys}))
+    return files.as_json({key: plan.to_json()[key] for key in keys})
 
 
 def write_json(path: Path, data: Any) -> None:
