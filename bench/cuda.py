@@ -4,52 +4,48 @@
     python -m bench.cuda --device cpu                 what a CPU can run: bundled, engine
     python -m bench.cuda --device cpu --tiny          the whole course on a CPU, for the tests
 
-Weights are random, made on the device. First every variant is compared with a float64 reference at a
-reduced size; then each size is timed with CUDA events after a warm-up, its output compared with the
-plain eager reference, its peak memory read, its arithmetic set against the device's own measured
-rates. It keeps to `--seconds` by itself: variants get shares of what is left, and what doesn't fit any
-more is named as not measured. A variant that fails is named with its error and the others go on; the
-JSON is written anew after each of them. The end compares the figures with the targets.
+Weights are random, made on the device. Each size is timed with CUDA events after a warm-up, the largest
+first, its output compared with the plain eager reference, its peak memory read, its arithmetic set
+against the device's own measured rates; then every variant is compared with a float64 reference at a
+reduced size. On CUDA each size and variant is a process of its own, so that an error on the device costs
+one figure; one that failed is run once more with errors told where they happen. It keeps to `--seconds`
+by itself: variants get shares of what is left, and what doesn't fit any more is named as not measured.
+The JSON is written anew after each. The end compares the figures with the targets.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
-import sys
+import tempfile
 import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from hywu_core import Condition, ParameterGenerator
 from hywu_core.cli.console import say, table
 
-from .device import held_bytes, peak_bytes, profile, rates, timed
+from . import isolated
+from .device import rates, use
 from .measure import write_json
-from .sizes import CPU_SIZES, SIZES, Size, make, random_condition, reduced
+from .one import chosen, errors, measure, usual_dtype
+from .sizes import CPU_SIZES, SIZES, Size
 from .targets import verdicts
-from .variants import VARIANTS, Unavailable, reference, relative_difference, variant
-
-#: Most calls that one variant is timed with.
-CALLS = 20
+from .variants import VARIANTS
 
 #: What makes sense at full size on a CPU: there are no fp8 products, graphs or second memory.
 CPU_VARIANTS = ["eager", "ours"]
 
-#: Variants whose time is also told by kind of kernel.
-PROFILED = ("eager", "ours", "fp8")
+#: On CUDA `compiled` is measured when it is named: nobody knows how long compiling takes.
+CUDA_VARIANTS = [name for name in VARIANTS if name != "compiled"]
 
 #: Two roundings of one function aren't further apart at any size, be one of them fp8.
 MOST_OFF = 0.15
 
-#: Blocks of the reduced size: as many as officially where that takes no time, so that rounding adds up.
-REDUCED_BLOCKS = {"cuda": 24}
+#: Seconds of the run's time that are kept for the comparison at the reduced size.
+FOR_ERRORS = 45
 
 
 class Clock:
@@ -62,115 +58,51 @@ class Clock:
         return self._end - time.perf_counter()
 
 
-def correctness(device: torch.device, names: list[str], dtype: torch.dtype) -> dict[str, Any]:
-    """Relative error of each variant at a reduced size, against float64; float32 eager besides."""
-    config = reduced(REDUCED_BLOCKS.get(device.type, 8))
-    condition = random_condition(config, 50, device, torch.float64)
-    exact_generator = make(config, str(device), torch.float32).double()
-    exact = reference(exact_generator, condition)()
-    single = make(config, str(device), torch.float32)
-    errors: dict[str, Any] = {
-        "float32 eager": relative_difference(
-            reference(single, _as(condition, torch.float32))(), exact
-        )
-    }
-    for name in names:
-        generator = make(config, str(device), torch.float32).to(dtype)
-        try:
-            with variant(name, generator, _as(condition, dtype)) as run:
-                errors[name] = relative_difference(run(), exact)
-        except Unavailable as reason:
-            errors[name] = str(reason)
-        except Exception as error:  # one variant's trouble must not cost the others' figures
-            errors[name] = _told(error)
-    return errors
-
-
-def _as(condition: Condition, dtype: torch.dtype) -> Condition:
-    return condition.to(dtype=dtype)
-
-
-def _told(error: Exception) -> str:
-    """One line of an error; all of it goes to stderr."""
-    sys.stderr.write("".join(traceback.format_exception(error)))
-    lines = str(error).strip().splitlines()
-    return f"failed: {type(error).__name__}: {lines[0][:200] if lines else ''}"
-
-
 def measure_size(
-    size: Size, device: torch.device, names: list[str], clock: Clock, dtype: torch.dtype
+    name: str, names: list[str], clock: Clock, args: argparse.Namespace, device: torch.device
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(variant, figures) of one size; figures hold "skipped" with the reason where there are none,
-    "failed" with the error where one came in between."""
-    config = size.config()
-    condition = random_condition(config, size.condition_tokens, device, dtype)
-    flops = config.flops(condition.num_tokens, condition.batch_size)
-    expected: list[Tensor] | None = None
-    # variants change a generator in place (compiled, fp8, streamed), so each has its own
-    for i, name in enumerate(names):
-        share = clock.left() * size.share / (len(names) - i)
-        least = size.least_s * (2 if name == "compiled" else 1)
-        if clock.left() < least:
-            yield name, {"skipped": f"{clock.left():.0f} s were left of the run's time"}
-            continue
-        figures: dict[str, Any] = {}
-        generator = run = None
-        gc.collect()  # a compiled generator's cycles
-        before = held_bytes(device)
-        try:
-            generator = make(config, str(device), dtype)
-            with variant(name, generator, condition) as run:
-                figures |= timed(run, device, share, CALLS)
-                figures["tflops"] = flops / figures["median_s"] / 1e12
-                figures |= _memory(run, generator, device, before)
-                result = run()
-                if name == "eager":
-                    expected = result
-                elif expected is not None:
-                    figures["difference_from_eager"] = relative_difference(result, expected)
-                del result
-                if name in PROFILED:
-                    figures["profile"] = profile(run, device)
-        except Unavailable as reason:
-            figures = {"skipped": str(reason)}
-        except torch.cuda.OutOfMemoryError as error:
-            figures["failed"] = f"out of memory: {str(error).splitlines()[0]}"
-        except Exception as error:  # one variant's trouble must not cost the others' figures
-            figures["failed"] = _told(error)
-        del generator, run  # the function holds the generator too
-        yield name, figures
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+    """(variant, figures) of one size; see `one.measure`. Variants follow each other: eager's result first."""
+    size = chosen(name, args.tiny)
+    with tempfile.TemporaryDirectory() as folder:
+        sample = Path(folder) / "eager.safetensors"
+        for i, variant in enumerate(names):
+            share = clock.left() * size.share / (len(names) - i)
+            least = size.least_s * (2 if variant == "compiled" else 1)
+            if clock.left() < least:
+                yield variant, {"skipped": f"{clock.left():.0f} s were left of the run's time"}
+                continue
+            if not args.isolate:
+                yield variant, measure(size, variant, device, usual_dtype(device), share, sample)
+                continue
+            command = [
+                "--size", name, "--variant", variant, "--device", args.device,
+                "--seconds", f"{share:.1f}", "--reference", str(sample),
+                *(["--tiny"] if args.tiny else []),
+            ]  # fmt: skip
+            yield variant, _isolated(command, clock, share)
 
 
-def _memory(
-    run: Callable[[], list[Tensor]],
-    generator: ParameterGenerator,
-    device: torch.device,
-    before: int,
-) -> dict[str, Any]:
-    """Peak bytes of a call: in all, and beyond the generator's weights.
-
-    In all counts everything that came after `before` was held: weights, the kept prefix, a graph's
-    inputs and outputs (its intermediates lie in memory that is only reserved). Where blocks are
-    streamed some of their weights are in the peak, so that there is no figure beyond the weights.
-    """
-    weights = sum(
-        t.nbytes
-        for t in (*generator.parameters(), *generator.buffers())
-        if t.device.type == device.type
-    )
-    if device.type == "cuda":
-        peak = peak_bytes(run, device) - before
-        over = None if generator.streaming else peak - weights
-    else:
-        over = peak_bytes(run, device)
-        peak = weights + over
-    return {"weights_bytes": weights, "peak_bytes": peak, "peak_over_weights_bytes": over}
+def _isolated(command: list[str], clock: Clock, share: float) -> dict[str, Any]:
+    """Figures from a process of its own; where it failed, once more with errors where they happen."""
+    figures = isolated.call("one", command, min(clock.left(), 3 * share + 60))
+    if "failed" in figures and "out of memory" not in figures["failed"] and clock.left() > 30:
+        again = isolated.call("one", command, min(clock.left(), 60), blocking=True)
+        figures["failed_at"] = again.get("failed", "it did not fail with CUDA_LAUNCH_BLOCKING=1")
+        figures["failed_trace"] = again.get("trace", "")
+    return figures
 
 
-def report(name: str, size: Size, figures: dict[str, dict], matmul_tflops: float) -> None:
-    """The table of one size."""
+def errors_of(names: list[str], args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Relative error of each variant at the reduced size."""
+    if not args.isolate:
+        return errors(device, names, usual_dtype(device))
+    found = isolated.call("one", ["--errors", *names, "--device", args.device], FOR_ERRORS * 2)
+    kept = {k: v for k, v in found.items() if k in names or k == "float32 eager"}
+    return kept or {name: found.get("failed", "failed") for name in names}
+
+
+def report(name: str, size: Size, figures: dict[str, dict], rate: float) -> None:
+    """The table of one size. rate: sustained TFLOP/s of matrix products."""
     eager = figures.get("eager", {}).get("median_s")
     rows = []
     for variant_name, f in figures.items():
@@ -186,7 +118,7 @@ def report(name: str, size: Size, figures: dict[str, dict], matmul_tflops: float
                 f"{1000 * f['iqr_s']:.2f}",
                 f"{eager / f['median_s']:.2f}x" if eager else "",
                 f"{f['tflops']:.3g}",
-                f"{100 * f['tflops'] / matmul_tflops:.0f} %",
+                f"{100 * f['tflops'] / rate:.0f} %",
                 f"{f['peak_bytes'] / 1e9:.3g}" if "peak_bytes" in f else "",
                 "" if over is None else f"{over / 1e9:.3g}",
                 f.get("failed", "")[:60] if difference is None else f"{difference:.1e}",
@@ -209,40 +141,37 @@ def report(name: str, size: Size, figures: dict[str, dict], matmul_tflops: float
 @torch.no_grad()
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """All figures, as they are written to JSON, anew after each variant."""
-    device = torch.device(args.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # events and streams are the current device's
-        device = torch.device("cuda", torch.cuda.current_device())
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    clock, names = Clock(args.seconds), list(args.variants)
+    device = use(args.device)
+    cuda, clock, names = device.type == "cuda", Clock(args.seconds), list(args.variants)
+    edge, span = (8192, 3.5) if cuda else (128 if args.tiny else 1024, 0.05)
     figures: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": torch.cuda.get_device_name(device) if cuda else device.type,
         "tiny": args.tiny,
-        "rates": rates(
-            device, 8192 if device.type == "cuda" else 128 if args.tiny else 1024, dtype
-        ),
+        "rates": rates(device, edge, usual_dtype(device), span),
+        "relative_error_at_reduced_size": {},
+        "sizes": {},
     }
+    if cuda:
+        torch.cuda.empty_cache()  # the processes to come need the device's memory
     say(", ".join(f"{name} {value:.3g}" for name, value in figures["rates"].items()))
-    figures["relative_error_at_reduced_size"] = correctness(device, names, dtype)
-    errors = figures["relative_error_at_reduced_size"].items()
-    table(
-        [(n, e[:80] if isinstance(e, str) else f"{e:.2e}") for n, e in errors], ("variant", "error")
-    )
-    figures["sizes"] = {}
+    sustained = figures["rates"]["sustained_tflops"]
     write_json(args.json, figures)
     try:
         for name in tqdm(args.sizes, desc="sizes", unit="size", leave=False):
-            size = SIZES[name].tiny() if args.tiny else SIZES[name]
+            size = chosen(name, args.tiny)
             found: dict[str, dict] = {}
             figures["sizes"][name] = {"words": size.words, "target": size.target, "variants": found}
-            for variant_name, result in measure_size(size, device, names, clock, dtype):
+            for variant_name, result in measure_size(name, names, clock, args, device):
                 found[variant_name] = result
                 write_json(args.json, figures)
-            report(name, size, found, figures["rates"]["matmul_tflops"])
+            report(name, size, found, sustained)
+        figures["relative_error_at_reduced_size"] = errors_of(names, args, device)
     except KeyboardInterrupt:
         say("Stopped; what was measured is kept.")
+    off = figures["relative_error_at_reduced_size"].items()
+    table([(n, e[:80] if isinstance(e, str) else f"{e:.2e}") for n, e in off], ("variant", "error"))
     figures["targets"] = [verdict.to_json() for verdict in verdicts(figures)]
-    if device.type == "cuda" and not args.tiny:
+    if cuda and not args.tiny:
         say()
         table(
             [(v["target"], v["measured"], v["met"]) for v in figures["targets"]],
@@ -291,13 +220,19 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--variants", nargs="+", choices=VARIANTS, metavar="NAME", help=f"of {', '.join(VARIANTS)}"
     )
     parser.add_argument("--tiny", action="store_true", help="every size shrunk to almost nothing")
+    parser.add_argument(
+        "--isolate", action=argparse.BooleanOptionalAction,
+        help="a process for each size and variant (default: on CUDA)",
+    )  # fmt: skip
     args = parser.parse_args(arguments)
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("this torch finds no CUDA device; `--device cpu` measures what a CPU can run")
+    if args.isolate is None:
+        args.isolate = device.type == "cuda"
     full_cpu = device.type != "cuda" and not args.tiny
     args.sizes = args.sizes or list(CPU_SIZES if full_cpu else SIZES)
-    args.variants = args.variants or (CPU_VARIANTS if full_cpu else list(VARIANTS))
+    args.variants = args.variants or (CPU_VARIANTS if full_cpu else CUDA_VARIANTS)
     if full_cpu and not set(args.sizes) <= set(CPU_SIZES):
         parser.error(f"a CPU runs {' and '.join(CPU_SIZES)}; add --tiny to shrink the others")
     return args

@@ -24,6 +24,15 @@ KINDS = {
 }  # fmt: skip
 
 
+def use(name: str) -> torch.device:
+    """The device of that name, made the current one: events and streams are the current device's."""
+    device = torch.device(name)
+    if device.type != "cuda":
+        return device
+    torch.cuda.set_device(device)
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 def seconds_of(function: Callable[[], Any], device: torch.device) -> float:
     """Seconds of one call: between CUDA events, or by the wall clock elsewhere."""
     if device.type != "cuda":
@@ -85,26 +94,49 @@ def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device)
 
 
-def rates(device: torch.device, size: int, dtype: torch.dtype) -> dict[str, float]:
-    """The device's own rates: matmul_tflops in `dtype` and fp8, copy_gbs (read + written), upload_gbs.
+def rates(
+    device: torch.device, size: int, dtype: torch.dtype, sustained_s: float = 3.5
+) -> dict[str, float]:
+    """The device's own rates in TFLOP/s and GB/s.
 
+    matmul_tflops, fp8_matmul_tflops: the fastest of short bursts. sustained_tflops,
+    fp8_sustained_tflops: in the second half of `sustained_s` seconds without a pause, when clocks have
+    come to what the power allows; a generation takes seconds, so this is what it is judged by. copy_gbs
+    (read + written), upload_gbs, download_gbs (page-locked host memory), pageable_gbs (ordinary).
     size: edge of the square matrices; buffers have as many bytes as one of them. What the device
     can't do is left out.
     """
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    flops = 2 * size**3
-    found = {"matmul_tflops": flops / _best(lambda: a @ b, device) / 1e12}
+    flops = 2 * size**3 / 1e12
+    found = {"matmul_tflops": flops / _best(lambda: a @ b, device)}
+    found["sustained_tflops"] = flops / _sustained(lambda: a @ b, device, sustained_s)
     other = torch.empty_like(a)
     found["copy_gbs"] = 2 * a.nbytes / _best(lambda: other.copy_(a), device) / 1e9
     if device.type == "cuda":
+        gigabytes = a.nbytes / 1e9
         host = torch.empty(a.shape, dtype=dtype, pin_memory=True)
-        found["upload_gbs"] = (
-            a.nbytes / _best(lambda: other.copy_(host, non_blocking=True), device) / 1e9
-        )
+        for name, copy in (
+            ("upload_gbs", lambda: other.copy_(host, non_blocking=True)),
+            ("download_gbs", lambda: host.copy_(other, non_blocking=True)),
+        ):
+            found[name] = gigabytes / _best(copy, device)
+        ordinary = torch.empty(a.shape, dtype=dtype)
+        found["pageable_gbs"] = gigabytes / seconds_of(lambda: ordinary.copy_(other), device)
         fp8 = _fp8_product(a, b)
         if fp8 is not None:
-            found["fp8_matmul_tflops"] = flops / _best(fp8, device) / 1e12
+            found["fp8_matmul_tflops"] = flops / _best(fp8, device)
+            found["fp8_sustained_tflops"] = flops / _sustained(fp8, device, sustained_s)
     return found
+
+
+def _sustained(function: Callable[[], Any], device: torch.device, seconds: float) -> float:
+    """Seconds of a call in the second half of so many seconds of nothing else."""
+    count = 25 if device.type == "cuda" else 1
+    spans: list[float] = []
+    start = time.perf_counter()
+    while not spans or time.perf_counter() - start < seconds:
+        spans.append(seconds_of(lambda: [function() for _ in range(count)], device) / count)
+    return statistics.median(spans[len(spans) // 2 :])
 
 
 def _fp8_product(a: Tensor, b: Tensor) -> Callable[[], Tensor] | None:
@@ -161,3 +193,19 @@ def kind_of(kernel: str) -> str:
     """The kind that a kernel's name tells."""
     lower = kernel.lower()
     return next((k for k, words in KINDS.items() if any(w in lower for w in words)), "other")
+
+
+def kernel_names(function: Callable[[], Any], device: torch.device) -> list[str]:
+    """The four longest kernels that a call launches on CUDA, with their number and milliseconds."""
+    if device.type != "cuda":
+        return []
+    return [
+        f"{entry['kernel']} {1e3 * entry['seconds']:.3f} ms"
+        for entry in profile(function, device)["longest"][:4]
+    ]
+
+
+def relative_error(value: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of `expected`."""
+    wide = expected.double()
+    return ((value.double() - wide).norm() / wide.norm()).item()

@@ -1,0 +1,429 @@
+"""What works on a device, on which kernel, how fast: the parts a generation is made of, one by one.
+
+    python -m bench.probe --json FILE [--device cuda] [--only NAME ...] [--skip NAME ...] [--tiny]
+
+Every check stands alone, and the JSON is written anew after each. After an error that leaves the device
+unusable the others are not tried: call it again with --skip and the names that are done
+(bench/first_contact.py does). --tiny takes the whole course on a CPU, for the tests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hywu_core.generator.layers import fused_kernels
+from hywu_core.generator.rope import Axes, axis_table, rotate
+from hywu_core.generator.speed.fp8 import scaled_mm_works
+from hywu_core.grouped import grouped_linear
+
+from .device import kernel_names, rates, relative_error, seconds_of, use
+from .measure import write_json
+
+GOLDEN = Path(__file__).parent.parent / "tests" / "core" / "golden"
+
+#: (dtype, RoPE precision, limit of the relative error), as in tests/core/test_generator.py
+MODES = {
+    "fp32": (torch.float32, "float32", 1e-5),
+    "fp32_bf16_rope": (torch.float32, "bfloat16", 1e-5),
+    "bf16": (torch.bfloat16, "bfloat16", 2e-2),
+}
+
+BACKENDS = {
+    "default": None,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+#: What an error says that no later call on the device survives.
+STICKY = ("cuda error", "illegal", "misaligned", "device-side assert", "unspecified launch")
+
+BF16 = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The device, and the official generator's shapes or tiny ones."""
+
+    device: torch.device
+    tiny: bool = False
+
+    @property
+    def width(self) -> int:
+        return 128 if self.tiny else 4096
+
+    @property
+    def heads(self) -> int:
+        return 4 if self.tiny else 32
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def layers(self) -> int:
+        return 8 if self.tiny else 32
+
+    @property
+    def length(self) -> int:
+        """Positions of one layer."""
+        return 40 if self.tiny else 5516
+
+    @property
+    def condition(self) -> int:
+        return 24 if self.tiny else 4000
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of the attention across layers in one chunk."""
+        return 8 if self.tiny else 528
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Rows of one chunk: two layers, even chunks, three layers, whole waves of tiles."""
+        return (33, 64) if self.tiny else (11032, 16047, 16548, 16896)
+
+    def random(self, *shape: int, dtype: torch.dtype = BF16) -> Tensor:
+        return torch.randn(*shape, device=self.device, dtype=torch.float32).to(dtype)
+
+    def milliseconds(self, function: Callable[[], Any], calls: int = 5) -> float:
+        """The median call, after two that warm up."""
+        if self.tiny:
+            return 1e3 * seconds_of(function, self.device)
+        for _ in range(2):
+            function()
+        times = sorted(seconds_of(function, self.device) for _ in range(calls))
+        return 1e3 * times[calls // 2]
+
+    def gigabytes(self, function: Callable[[], Any], count: float) -> float:
+        """GB/s of a call that reads and writes `count` bytes."""
+        return count / self.milliseconds(function) / 1e6
+
+
+def measured_rates(probe: Probe) -> dict[str, Any]:
+    """Burst and sustained: the card's power limit shows after a second or so."""
+    edge, span = (128, 0.02) if probe.tiny else (8192, 3.5)
+    return rates(probe.device, edge, BF16, span)
+
+
+def kernels(probe: Probe) -> dict[str, Any]:
+    """The engine's Triton kernels against torch at the engine's strides, and GB/s of each."""
+    found = fused_kernels(probe.device)
+    if found is None:
+        return {"skipped": "no Triton kernels on this device"}
+    p, result = probe, {}
+    stream = p.random(1, p.layers, p.length, p.width)
+    view = stream.transpose(1, 2)[:, : p.sequences]
+    weight, pending = p.random(p.width), p.random(p.width, dtype=torch.float32)
+    expected = F.rms_norm(view.float() + pending, (p.width,), weight.float(), 1e-6)
+    count = view.numel() * view.element_size()
+
+    def norm() -> Tensor:
+        return found.rms_norm(view, weight, 1e-6, pending=pending)
+
+    result["rms_norm"] = {
+        "error": relative_error(norm(), expected),
+        "gbs": p.gigabytes(norm, 2 * count),
+    }
+    qkv = p.random(p.sequences, p.layers, 3 * p.heads, p.head_dim)
+    axes = Axes.of(axis_table(p.layers, p.head_dim, "bfloat16", p.device))
+    turning = 2 * p.heads
+    turned = rotate(qkv[:, :, :turning], axes.whole()[:, :, None])
+    for name, wide in (("rotate", False), ("rotate_wide", True)):
+        got = qkv.clone()
+        found.rotate_(got[:, :, :turning], *axes, wide=wide)
+        result[name] = {
+            "error": relative_error(got[:, :, :turning], turned),
+            "values_untouched": torch.equal(got[:, :, turning:], qkv[:, :, turning:]),
+            "gbs": p.gigabytes(
+                lambda g=got, w=wide: found.rotate_(g[:, :, :turning], *axes, wide=w),
+                2 * turned.numel() * 2,
+            ),
+        }
+    flat = qkv.flatten(2)
+    q, k = turned[:, :, : p.heads].transpose(1, 2), turned[:, :, p.heads :].transpose(1, 2)
+    attended = F.scaled_dot_product_attention(
+        q.float(), k.float(), qkv[:, :, turning:].transpose(1, 2).float()
+    )
+    attended = attended.transpose(1, 2).flatten(2)
+
+    def across() -> Tensor:
+        return found.across(flat, *axes, p.heads)
+
+    result["across"] = {
+        "error": relative_error(across(), attended),
+        "ms": p.milliseconds(across),
+        "gbs": p.gigabytes(across, flat.numel() * 2 * 4 / 3),
+    }
+    if p.device.type != "cuda" or torch.cuda.get_device_capability(p.device) >= (8, 9):
+        result |= _quantizing(p, found, view, weight, pending, flat, axes, attended, expected)
+    return result
+
+
+def _quantizing(
+    p: Probe, found: Any, view: Tensor, weight: Tensor, pending: Tensor, flat: Tensor, axes: Axes,
+    attended: Tensor, normed: Tensor,
+) -> dict[str, Any]:  # fmt: skip
+    """The kernels that write e4m3: error of values times scales, GB/s."""
+    wide = p.random(p.rows[-1], 4 * p.width)
+    calls = {
+        "quantize_rows": (lambda: found.quantize_rows(wide), wide.float(), wide.numel() * 3),
+        "silu_quantized": (
+            lambda: found.quantize_rows(wide, silu=True), F.silu(wide.float()), wide.numel() * 3
+        ),
+        "rms_norm_quantized": (
+            lambda: found.rms_norm_quantized(view, weight, 1e-6, pending=pending),
+            normed.flatten(0, 2), view.numel() * 3,
+        ),
+        "across_quantized": (
+            lambda: found.across_quantized(flat, *axes, p.heads), attended.flatten(0, 1),
+            flat.numel() * (2 + 1),
+        ),
+    }  # fmt: skip
+    result = {}
+    for name, (call, expected, count) in calls.items():
+        values, scales = call()
+        result[name] = {
+            "error": relative_error(values.float() * scales, expected.reshape(values.shape)),
+            "ms": p.milliseconds(call),
+            "gbs": p.gigabytes(call, count),
+        }
+    return result
+
+
+Attention = tuple[str, Tensor, Tensor, Tensor, Tensor | None]
+
+
+def _attentions(p: Probe) -> Iterator[Attention]:
+    """(name, q, k, v, mask) of every attention of the engine, at its strides."""
+    x = p.random(p.sequences, p.layers, 3 * p.heads, p.head_dim)
+    yield ("layers", *(t.transpose(1, 2) for t in x.split(p.heads, 2)), None)
+    x = p.random(3, p.length, 3 * p.heads, p.head_dim)
+    yield ("within", *(t.transpose(1, 2) for t in x.split(p.heads, 2)), None)
+    for length in (p.condition, p.condition - 1):
+        kv = p.random(1, length, 2, p.heads, p.head_dim)
+        q = p.random(1, 3 * p.length, p.heads, p.head_dim).transpose(1, 2)
+        yield f"cross_{length}", q, kv[:, :, 0].transpose(1, 2), kv[:, :, 1].transpose(1, 2), None
+    for length in (17, 25, 41, 200):  # a small generator's, whose condition has a mask
+        mask = torch.rand(2, length, device=p.device) > 0.3
+        mask[:, 0] = True
+        kv = p.random(2, length, 2, 8, 64)
+        q = p.random(2, 128, 8, 64).transpose(1, 2)
+        key, value = kv[:, :, 0].transpose(1, 2), kv[:, :, 1].transpose(1, 2)
+        yield f"masked_{length}", q, key, value, mask[:, None, None]
+
+
+def attention(probe: Probe) -> dict[str, Any]:
+    """Every attention of the engine on every backend: error, cost of the first call, ms, kernels."""
+    found: dict[str, Any] = {}
+    backends = {"default": None} if probe.tiny else BACKENDS
+    for name, q, k, v, mask in _attentions(probe):
+        part = 8 if name == "layers" else 1
+        some = [t[:part, :4, :2000].float() if t is q else t[:part, :4].float() for t in (q, k, v)]
+        expected = F.scaled_dot_product_attention(
+            *some, attn_mask=None if mask is None else mask[:part]
+        )
+        for label, backend in backends.items():
+
+            def call(backend=backend, q=q, k=k, v=v, mask=mask) -> Tensor:
+                if backend is None:
+                    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+                with sdpa_kernel(backend):
+                    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+            try:
+                first = seconds_of(call, probe.device)
+                out = call()
+                ms = probe.milliseconds(call)
+            except Exception as error:
+                if _sticky(error):
+                    raise
+                found[f"{name}/{label}"] = {"failed": str(error)[:160]}
+                continue
+            found[f"{name}/{label}"] = {
+                "error": relative_error(out[:part, :4, :2000], expected),
+                "first_s": round(first, 4),
+                "ms": ms,
+                "tflops": 4 * q.numel() * k.shape[2] / ms / 1e9,
+                "output_is_flat": out.transpose(1, 2).is_contiguous(),
+                "kernels": kernel_names(call, probe.device),
+            }
+    return found
+
+
+def products(probe: Probe) -> dict[str, Any]:
+    """TFLOP/s of each product of a block at the chunk sizes in question: bf16, in place, fp8."""
+    p = probe
+    found: dict[str, Any] = {"fp8_works": scaled_mm_works(p.device)}
+    for out, wide in ((3, 1), (1, 1), (4, 1), (1, 4)):
+        n, k = out * p.width, wide * p.width
+        weight, bias = p.random(n, k), p.random(n)
+        for rows in p.rows:
+            x, y = p.random(rows, k), p.random(rows, n)
+            calls: dict[str, Callable[[], Any]] = {
+                "linear": lambda x=x, w=weight, b=bias: F.linear(x, w, b),
+                "addmm_": lambda x=x, y=y, w=weight: y.addmm_(x, w.t()),
+            }
+            if found["fp8_works"]:
+                for name, added in (("fp8", None), ("fp8_bias", bias)):
+                    calls[name] = _fp8_product(x, weight, added)
+            one: dict[str, Any] = {}
+            for name, call in calls.items():
+                try:
+                    one[name] = 2 * rows * n * k / 1e9 / p.milliseconds(call)
+                except Exception as error:
+                    if _sticky(error):
+                        raise
+                    one[name] = str(error)[:160]
+            if rows == p.rows[-1]:
+                one["kernels"] = {name: kernel_names(c, p.device) for name, c in calls.items()}
+            found[f"{rows}x{n}x{k}"] = one
+            del x, y, calls
+    return found
+
+
+def _fp8_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Callable[[], Tensor]:
+    left, right = (t.to(torch.float8_e4m3fn) for t in (x, weight))
+    rows = torch.ones(x.shape[0], 1, device=x.device)
+    columns = torch.ones(1, weight.shape[0], device=x.device)
+    return lambda: torch._scaled_mm(
+        left, right.t(), scale_a=rows, scale_b=columns, bias=bias, out_dtype=BF16,
+        use_fast_accum=True,
+    )  # fmt: skip
+
+
+def strided_accumulate(probe: Probe) -> dict[str, Any]:
+    """The output product of the attention across layers, straight into the strided hidden states."""
+    p = probe
+    states = p.random(1, p.layers, p.length, p.width)
+    out, weight = p.random(p.sequences, p.layers, p.width), p.random(p.width, p.width)
+    view = states[0, :, : p.sequences]
+    turned, expanded = out.transpose(0, 1), weight.t().expand(p.layers, p.width, p.width)
+    expected = view.float() + turned.float() @ weight.float().t()
+
+    def accumulate() -> Tensor:
+        return view.baddbmm_(turned, expanded)
+
+    def add() -> Tensor:
+        return states.transpose(1, 2)[0, : p.sequences].add_(F.linear(out, weight))
+
+    accumulate()
+    return {
+        "error": relative_error(view, expected),
+        "baddbmm_ms": p.milliseconds(accumulate),
+        "linear_then_add_ms": p.milliseconds(add),
+        "kernels": kernel_names(accumulate, p.device),
+    }
+
+
+def grouped(probe: Probe) -> dict[str, Any]:
+    """One product for all experts, of which one is empty."""
+    experts, rows = (4, 64) if probe.tiny else (64, 4096)
+    x, weight = probe.random(rows, probe.width), probe.random(experts, 16, probe.width)
+    ends = torch.arange(1, experts + 1, device=probe.device, dtype=torch.int32) * (rows // experts)
+    ends[2] = ends[1]
+    bounds = [0, *ends.tolist()]
+    expected = torch.cat(
+        [
+            x[bounds[e] : bounds[e + 1]].float() @ weight[e].float().t()
+            for e in range(experts)
+        ]
+    )  # fmt: skip
+
+    def call() -> Tensor:
+        return grouped_linear(x, weight, ends)
+
+    return {
+        "error": relative_error(call(), expected),
+        "ms": probe.milliseconds(call),
+        "kernels": kernel_names(call, probe.device),
+    }
+
+
+def golden(probe: Probe) -> dict[str, Any]:
+    """The official vectors on the device: the worst relative error of a tensor in each mode."""
+    from safetensors.torch import load_file
+
+    from hywu_core import load_generator
+
+    found = {}
+    for folder in sorted(GOLDEN.glob("*/"))[: 1 if probe.tiny else None]:
+        expected = load_file(folder / "expected.safetensors")
+        for mode, (dtype, rope, limit) in MODES.items():
+            generator = load_generator(folder, probe.device, dtype, rope)
+            lora = generator(expected["condition"].to(probe.device))
+            worst = max(
+                relative_error(getattr(pair, side).cpu(), expected[f"{mode}/{path}.lora_{side}"])
+                for path, pair in lora.items()
+                for side in "AB"
+            )
+            found[f"{folder.name}/{mode}"] = {
+                "worst": worst, "limit": limit, "within": worst <= limit,
+            }  # fmt: skip
+    return found
+
+
+CHECKS: dict[str, Callable[[Probe], dict[str, Any]]] = {
+    "rates": measured_rates,
+    "kernels": kernels,
+    "attention": attention,
+    "products": products,
+    "strided_accumulate": strided_accumulate,
+    "grouped": grouped,
+    "golden": golden,
+}
+
+
+def _sticky(error: Exception) -> bool:
+    return any(word in str(error).lower() for word in STICKY)
+
+
+@torch.no_grad()
+def run(probe: Probe, names: Sequence[str], path: Path | None = None) -> dict[str, Any]:
+    """The checks' results by name, written to `path` after each; see the module."""
+    found: dict[str, Any] = {}
+    for name in names:
+        start = time.perf_counter()
+        stop = False
+        try:
+            found[name] = CHECKS[name](probe)
+        except Exception as error:
+            trace = traceback.format_exc()[-1500:]
+            found[name] = {"failed": f"{type(error).__name__}: {str(error)[:400]}", "trace": trace}
+            stop = probe.device.type == "cuda" and _sticky(error)
+        found[name]["check_s"] = round(time.perf_counter() - start, 2)
+        write_json(path, {"checks": found})
+        if stop:
+            break
+        if probe.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--device", default="cuda", help="default: %(default)s")
+    parser.add_argument("--only", nargs="+", choices=CHECKS, default=list(CHECKS), metavar="NAME")
+    parser.add_argument("--skip", nargs="*", choices=CHECKS, default=[], metavar="NAME")
+    parser.add_argument("--tiny", action="store_true")
+    args = parser.parse_args(arguments)
+    names = [name for name in args.only if name not in args.skip]
+    run(Probe(use(args.device), args.tiny), names, args.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""The courses of a first contact with a GPU, whole, on a CPU at tiny size; what they decide."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from bench import clocks, decisions, first_contact, isolated, probe
+
+
+def test_the_whole_first_contact_runs_on_a_cpu(tmp_path, capsys):
+    path = tmp_path / "figures.json"
+    arguments = ["--device", "cpu", "--tiny", "--json", str(path)]
+    # each is a process that imports torch: those that a CPU has something to say to
+    first_contact.main([*arguments, "--only", "official/eager", "official/ours", "flux/ours"])
+    figures = json.loads(path.read_text())
+    checks = figures["probe"]
+    assert set(checks) == set(probe.CHECKS)
+    assert {n: c["failed"] for n, c in checks.items() if "failed" in c} == {}
+    assert checks["rates"]["sustained_tflops"] > 0
+    assert checks["attention"]["masked_17/default"]["error"] < 0.02
+    assert checks["strided_accumulate"]["error"] < 0.02
+    assert all(v["within"] for v in checks["golden"].values() if isinstance(v, dict))
+    measured = figures["measured"]
+    assert set(measured) == {"official/eager", "official/ours", "flux/ours"}
+    assert measured["official/ours"]["difference_from_eager"] < 1e-5
+    assert measured["official/ours"]["peak_over_weights_bytes"] > 0
+    answers = {d["question"]: d["answer"] for d in figures["decisions"]}
+    assert answers["results agree with eager"] == "yes"
+    assert answers["official vectors are met"] == "yes"
+    assert figures["environment"]["torch"] == torch.__version__
+    capsys.readouterr()
+    first_contact.main(["--decide", "--json", str(path)])
+    assert "official vectors are met" in capsys.readouterr().out
+
+
+def test_a_check_that_fails_costs_no_other_and_an_unusable_device_ends_the_process(monkeypatch):
+    def breaks(_probe):
+        raise ValueError("odd shape")
+
+    def kills(_probe):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    checks = {"one": breaks, "two": kills, "three": lambda _probe: {"value": 1}}
+    monkeypatch.setattr(probe, "CHECKS", checks)
+    found = probe.run(probe.Probe(torch.device("cpu"), tiny=True), list(checks))
+    assert found["one"]["failed"] == "ValueError: odd shape"
+    assert found["three"]["value"] == 1
+    assert probe._sticky(RuntimeError("CUDA error: misaligned address"))
+    assert not probe._sticky(ValueError("odd shape"))
+
+
+def test_the_probe_goes_on_behind_a_check_that_ended_its_process(tmp_path, monkeypatch):
+    calls = []
+
+    def call(module, arguments, seconds, blocking=False):
+        skipped = arguments[arguments.index("--skip") + 1 :]
+        calls.append(skipped)
+        if not skipped:
+            return {"checks": {"rates": {"ok": 1}, "kernels": {"failed": "CUDA error"}}}
+        if "attention" not in skipped:
+            return {"failed": "failed: exit code -11: "}
+        return {"checks": {"products": {"ok": 1}}}
+
+    monkeypatch.setattr(isolated, "call", call)
+    course = first_contact.Course(tmp_path / "f.json", 600)
+    names = ["rates", "kernels", "attention", "products"]
+    first_contact.probed(course, "cpu", False, names)
+    assert calls == [[], ["rates", "kernels"], ["rates", "kernels", "attention"]]
+    found = json.loads((tmp_path / "f.json").read_text())["probe"]
+    assert found["attention"]["failed"].startswith("failed: exit code -11")
+    assert found["products"] == {"ok": 1}
+
+
+def test_what_does_not_fit_any_more_is_named(tmp_path):
+    course = first_contact.Course(tmp_path / "f.json", 0)
+    first_contact.measured(course, first_contact.OFFICIAL, [], lambda size: tmp_path / size)
+    assert "were left" in course.figures["measured"]["official/eager"]["skipped"]
+
+
+def test_a_process_that_fails_or_hangs_is_told_apart():
+    failed = isolated.call("one", ["--size", "nonesuch"], 60)
+    assert failed["failed"].startswith("failed: exit code 2")
+    assert "nonesuch" in failed["trace"]
+    hangs = isolated.call("one", ["--size", "flux", "--variant", "ours", "--device", "cpu"], 0.1)
+    assert hangs["failed"] == "ended after 0 s"
+
+
+def test_clocks_are_read_from_the_lines_of_nvidia_smi():
+    text = (
+        "2026/11/27 06:00:00.000, 1980, 2619, 95.1, 31, 0x0000000000000001\n"
+        "2026/11/27 06:00:00.500, 1410, 2619, 699.8, 58, 0x0000000000000004\n"
+        "2026/11/27 06:00:01.0"
+    )
+    figures = clocks.summary(text)
+    assert figures["sm_mhz"] == {"median": 1695.0, "min": 1410.0, "max": 1980.0}
+    assert figures["watts"]["max"] == 699.8
+    assert len(figures["samples"]) == len(figures["reasons"]) == 2
+
+
+def figures_of_a_device() -> dict:
+    """As a device might give them."""
+    return {
+        "probe": {
+            "rates": {"matmul_tflops": 798.0, "sustained_tflops": 680.0},
+            "kernels": {
+                "rotate": {"gbs": 1700.0, "error": 1e-3},
+                "rotate_wide": {"gbs": 2700.0, "error": 1e-3},
+                "across": {"ms": 0.25, "error": 2e-3},
+                "quantize_rows": {"error": 0.026},
+            },
+            "attention": {
+                "layers/default": {"ms": 0.5, "error": 1e-3, "first_s": 0.2},
+                "masked_17/cudnn": {"failed": "No valid execution plans"},
+                "masked_17/flash": {"failed": "masks"},
+                "masked_17/efficient": {"ms": 0.02, "error": 1e-3, "first_s": 0.001},
+                "masked_17/default": {"ms": 0.01, "error": 0.4, "first_s": 0.001},
+            },
+            "products": {
+                "fp8_works": True,
+                "16047x4096x4096": {"addmm_": 640.0, "fp8_bias": 1200.0},
+                "16896x4096x4096": {"addmm_": 670.0, "fp8_bias": "not supported"},
+            },
+            "strided_accumulate": {"baddbmm_ms": 0.6, "linear_then_add_ms": 0.9, "error": 1e-3},
+            "golden": {"moe/bf16": {"within": True}, "long/fp32": {"within": False}},
+        },
+        "waits": {"passed": False, "summary": "1 failed, 4 passed"},
+        "measured": {
+            "official/eager": {"median_s": 6.7},
+            "official/ours": {
+                "median_s": 5.0, "tflops": 646.0, "peak_over_weights_bytes": 3.7e9,
+                "difference_from_eager": 0.02,
+            },
+            "official/fp8": {"median_s": 3.6, "difference_from_eager": 0.2},
+        },
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [
+        ("attention layers", "default"),
+        ("attention masked_17", "efficient"),
+        ("RoPE: wide or narrow", "wide"),
+        ("attention across layers", "one kernel"),
+        ("kernels compute what torch computes", "yes"),
+        ("rows per chunk", "16896"),
+        ("fp8 products with bias", "no"),
+        ("across layers: add in the product", "in place"),
+        ("official vectors are met", "no"),
+        ("nothing waits for the device", "no"),
+        ("official, bf16: 85 % of sustained", "yes"),
+        ("official, ours: 1.15x eager", "yes"),
+        ("official, fp8: 2.0x eager", "no"),
+        ("official: 4 GB over weights", "yes"),
+        ("results agree with eager", "no"),
+    ],
+)
+def test_decisions_follow_from_the_figures(question, answer):
+    made = {d["question"]: d["answer"] for d in decisions.decisions(figures_of_a_device())}
+    assert made[question] == answer
+
+
+def test_nothing_is_decided_from_nothing():
+    made = decisions.decisions({"measured": {}})
+    assert {d["answer"] for d in made} == {"not measured"}
