@@ -1,6 +1,6 @@
 """Benchmarks inside a graph: the items of a benchmark, a judge, and the table of scores.
 
-The Judge keeps pictures and answers where `hywu eval` keeps them, below the output folder: a graph's
+The Judge keeps images and answers where `hywu eval` keeps them, below the output folder: a graph's
 results can be judged again, reported and compared from the command line, and the other way round.
 """
 
@@ -32,10 +32,10 @@ from ..hywu_core.evaluation.scores import MethodScores, same_judge, scale, score
 from ..hywu_core.evaluation.store import FAILED, StoreName
 from ..hywu_core.evaluation.tables import bars, comparison_table, summary_table
 from ..hywu_core.files import check_name, folder_lock
+from . import ui
 from .host import benchmarks
-from .reports import text_output
 
-CATEGORY = "HY-WU/evaluation"
+CATEGORY = f"{ui.CATEGORY}/evaluation"
 ITEM = "HYWU_ITEM"
 SCORES = "HYWU_SCORES"
 
@@ -75,7 +75,7 @@ class HYWUBenchmarkItems:
     RETURN_NAMES = ("image", "instruction", "item", "key", "task", "language")
     OUTPUT_IS_LIST = (True,) * 6
     OUTPUT_TOOLTIPS = (
-        "The picture to edit; GEdit-Bench's at its authors' size of about 512 x 512.",
+        "The image to edit; GEdit-Bench's at its authors' size of about 512 x 512.",
         "What to do with it.",
         "The item, for HY-WU Judge.",
         "The item's key: the name of its result.",
@@ -87,60 +87,33 @@ class HYWUBenchmarkItems:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {
-            "required": {
-                "benchmark": (
-                    list(BENCHMARKS),
-                    {"default": "folder", "tooltip": "How the items are laid out in the folder."},
-                ),
-                "path": (
-                    "STRING",
-                    {
-                        "default": benchmarks.SAMPLES,
-                        "tooltip": "The benchmark's folder inside ComfyUI's input or output folder (or "
-                        "inside a folder that the operator lists under 'hywu_benchmarks' in "
-                        "extra_model_paths.yaml). 'samples': the two items that come along.",
-                    },
-                ),
-                "index": (
-                    "INT",
-                    {
-                        "default": 0,
-                        "min": 0,
-                        "max": 1_000_000,
-                        "control_after_generate": True,
-                        "tooltip": "The first item, counted from 0.",
-                    },
-                ),
-                "count": (
-                    "INT",
-                    {
-                        "default": 1,
-                        "min": 0,
-                        "max": 100_000,
-                        "tooltip": "How many items this run gives, one after another; 0: all from index "
-                        "on. All of their pictures are in memory at once.",
-                    },
-                ),
-            },
-            "optional": {
-                "tasks": (
-                    "STRING",
-                    {
-                        "default": "",
-                        "tooltip": "Only these tasks, separated by commas; empty: all of them.",
-                    },
-                ),
-                "languages": (
-                    "STRING",
-                    {
-                        "default": "",
-                        "tooltip": "Only these languages, separated by commas (GEdit-Bench: en, cn); "
-                        "empty: all of them.",
-                    },
-                ),
-            },
+        required = {
+            "benchmark": ui.choice(
+                list(BENCHMARKS), "How the items are laid out in the folder.", "folder"
+            ),
+            "path": ui.text(
+                benchmarks.SAMPLES,
+                "The benchmark's folder inside ComfyUI's input or output folder (or inside a folder that the "
+                "operator lists under 'hywu_benchmarks' in extra_model_paths.yaml). 'samples': the two items "
+                "that come along.",
+            ),
+            "index": ui.whole(
+                0, 0, 1_000_000, "The first item, counted from 0.", control_after_generate=True
+            ),
+            "count": ui.whole(
+                1, 0, 100_000,
+                "How many items this run gives, one after another; 0: all from index on. All of their images "
+                "are in memory at once.",
+            ),
+        }  # fmt: skip
+        optional = {
+            "tasks": ui.text("", "Only these tasks, separated by commas; empty: all of them."),
+            "languages": ui.text(
+                "",
+                "Only these languages, separated by commas (GEdit-Bench: en, cn); empty: all of them.",
+            ),
         }
+        return {"required": required, "optional": optional}
 
     @classmethod
     def IS_CHANGED(cls, benchmark, path, **_):
@@ -165,7 +138,7 @@ class HYWUBenchmarkItems:
         lines += [f"not usable: {bad}" for bad in items.bad]
         columns = ([getattr(i, name) for i in given] for name in ("key", "task", "language"))
         instructions = [item.instruction for item in given]
-        return text_output("\n".join(lines), (images, instructions, carried, *columns))
+        return ui.shown("\n".join(lines), (images, instructions, carried, *columns))
 
 
 class HYWUJudge:
@@ -173,7 +146,7 @@ class HYWUJudge:
     DESCRIPTION = (
         "Keeps a benchmark item's result and asks a judge about it. 'reference' computes from pixels, "
         "for items with a known target; 'openai' asks a vision-language model at the operator's "
-        "OpenAI-compatible endpoint. Nothing is asked twice: the same picture keeps its answer. Pictures "
+        "OpenAI-compatible endpoint. Nothing is asked twice: the same image keeps its answer. Images "
         "and scores lie where `hywu eval` keeps them, for its reports."
     )
     SEARCH_ALIASES = ["hywu", "hy-wu judge", "score edit", "evaluate", "vlm judge", "wu-eval"]
@@ -189,52 +162,33 @@ class HYWUJudge:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {
-            "required": {
-                "image": ("IMAGE", {"tooltip": "The edited picture."}),
-                "item": (ITEM, {"tooltip": "What was asked: from HY-WU Benchmark Items."}),
-                "method": (
-                    "STRING",
-                    {
-                        "default": "hywu",
-                        "tooltip": "What made the picture: the name of the results' folder and of the "
-                        "table's row. A picture of an earlier run under this name is replaced.",
-                    },
-                ),
-                "judge": (
-                    ["reference", "openai"],
-                    {
-                        "default": "reference",
-                        "tooltip": "reference: pixels against the known target, no network. openai: the "
-                        f"endpoint in the server's environment variable {ENDPOINT}, with the key in "
-                        "OPENAI_API_KEY.",
-                    },
-                ),
-                "questionnaire": (
-                    ["auto", *NAMES],
-                    {
-                        "default": "auto",
-                        "tooltip": "What is asked. auto: the benchmark's own; wu-eval for a folder.",
-                    },
-                ),
-            },
-            "optional": {
-                "model": (
-                    "STRING",
-                    {
-                        "default": "",
-                        "tooltip": "The model's name at the endpoint, for openai only.",
-                    },
-                ),
-                "folder": (
-                    "STRING",
-                    {
-                        "default": "hywu_eval",
-                        "tooltip": "Folder of all methods' results, below ComfyUI's output folder.",
-                    },
-                ),
-            },
+        required = {
+            "image": ui.socket("IMAGE", "The edited image."),
+            "item": ui.socket(ITEM, "What was asked: from HY-WU Benchmark Items."),
+            "method": ui.text(
+                "hywu",
+                "What made the image: the name of the results' folder and of the table's row. An image of an "
+                "earlier run under this name is replaced.",
+            ),
+            "judge": ui.choice(
+                ["reference", "openai"],
+                "reference: pixels against the known target, no network. openai: the endpoint in the server's "
+                f"environment variable {ENDPOINT}, with the key in OPENAI_API_KEY.",
+                "reference",
+            ),
+            "questionnaire": ui.choice(
+                ["auto", *NAMES],
+                "What is asked. auto: the benchmark's own; wu-eval for a folder.",
+                "auto",
+            ),
         }
+        optional = {
+            "model": ui.text("", "The model's name at the endpoint, for openai only."),
+            "folder": ui.text(
+                "hywu_eval", "Folder of all methods' results, below ComfyUI's output folder."
+            ),
+        }
+        return {"required": required, "optional": optional}
 
     @classmethod
     def IS_CHANGED(cls, method=None, folder="hywu_eval", **_):
@@ -262,7 +216,7 @@ class HYWUJudge:
         }
         answer = json.dumps(facts, ensure_ascii=False)
         judged = JudgedResults(results.root, kept)
-        return text_output(answer, (judged, float(score.values.get("overall", -1.0)), answer))
+        return ui.shown(answer, (judged, float(score.values.get("overall", -1.0)), answer))
 
 
 class HYWUScoreTable:
@@ -286,15 +240,14 @@ class HYWUScoreTable:
 
     @classmethod
     def INPUT_TYPES(cls):
-        tip = "From HY-WU Judge; the first method is the one that others are compared with."
-        more = "From HY-WU Judge: another method on the same items, by the same judge."
-        return {
-            "required": {"scores": (SCORES, {"tooltip": tip})},
-            "optional": {
-                "scores_2": (SCORES, {"tooltip": more}),
-                "scores_3": (SCORES, {"tooltip": more}),
-            },
-        }
+        more = ui.socket(
+            SCORES, "From HY-WU Judge: another method on the same items, by the same judge."
+        )
+        first = ui.socket(
+            SCORES,
+            "From HY-WU Judge; the first method is the one that others are compared with.",
+        )
+        return {"required": {"scores": first}, "optional": {"scores_2": more, "scores_3": more}}
 
     def tabulate(self, scores, scores_2=(), scores_3=()):
         judged = list(dict.fromkeys([*scores, *scores_2, *scores_3]))
@@ -309,7 +262,7 @@ class HYWUScoreTable:
         text = "\n\n".join([*lines, *("\n".join(markdown_table(t)) for t in tables)])
         limits = scale(methods[0].questionnaire)
         chart = chart_image(bars(methods), limits, f"Overall, {methods[0].questionnaire}")
-        return text_output(text, (text, _tensor(chart)))
+        return ui.shown(text, (text, _tensor(chart)))
 
 
 def _listed(text: str) -> list[str]:
@@ -321,10 +274,10 @@ def _tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32) / 255)[None]
 
 
-def _picture(image: Tensor) -> Image.Image:
+def _pillow(image: Tensor) -> Image.Image:
     if image.shape[0] != 1:
         raise HYWUError(
-            f"HY-WU Judge got a batch of {image.shape[0]} pictures for one item; give it one picture "
+            f"HY-WU Judge got a batch of {image.shape[0]} images for one item; give it one image "
             "(ImageFromBatch takes one out)."
         )
     pixels = (image[0, ..., :3].detach().cpu().float().clamp(0, 1) * 255).round()
@@ -345,12 +298,12 @@ def _make_judge(judge: str, model: str) -> Judge:
 
 
 def _keep(image: Tensor, item: BenchmarkItem, folder: Path, method: str) -> Results:
-    """Write the picture into the method's folder. Raises HYWUError when it is another program's."""
+    """Write the image into the method's folder. Raises HYWUError when it is another program's."""
     try:
         method = check_name(method.strip(), "name")
     except HYWUError as error:
         raise HYWUError(f"method can't be used: {error}.") from error
-    edited = _picture(image)
+    edited = _pillow(image)
     results = Results(folder / method, item.items.benchmark)
     made_by = {"kind": "comfyui-graph"}
     with folder_lock(results.root):

@@ -1,9 +1,10 @@
-"""Loaders: a generator checkpoint, and the bundled editor as MODEL, CLIP and VAE."""
+"""Loaders: a generator's checkpoint, and the bundled editor as MODEL, CLIP and VAE."""
 
 from __future__ import annotations
 
+from . import ui
 from .host import bundled_editor, generators, paths
-from .sockets import CATEGORY, GENERATOR
+from .ui import CATEGORY, GENERATOR
 
 PRECISIONS = ["auto", *generators.DTYPES, generators.FP8_WEIGHTS]
 
@@ -25,27 +26,20 @@ class HYWULoadGenerator:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {
-            "required": {
-                "checkpoint": (
-                    paths.generator_names(),
-                    {
-                        "tooltip": "'bundled', or a checkpoint in models/hywu (and in the folders of "
-                        "extra_model_paths.yaml under 'hywu'). Everything else about it is in the file."
-                    },
-                ),
-                "precision": (
-                    PRECISIONS,
-                    {
-                        "default": "auto",
-                        "tooltip": "In what the generator computes. 'auto' keeps the checkpoint's "
-                        "precision where the device is good at it. 'fp8-weights' keeps the weights in "
-                        "8 bits, half of bfloat16's memory; the LoRA differs by a few percent. Position "
-                        "tables keep the precision that the checkpoint was trained with.",
-                    },
-                ),
-            }
-        }
+        checkpoint = ui.choice(
+            paths.generator_names(),
+            "'bundled', or a checkpoint in models/hywu (and in the folders of extra_model_paths.yaml under "
+            "'hywu'). Everything else about it is in the file.",
+        )
+        precision = ui.choice(
+            PRECISIONS,
+            "In what the generator computes. 'auto' keeps the checkpoint's precision where the device is "
+            "good at it. 'fp8-weights' keeps the weights in 8 bits, half of bfloat16's memory; the LoRA "
+            "differs by a few percent. Position tables keep the precision that the checkpoint was trained "
+            "with.",
+            "auto",
+        )
+        return {"required": {"checkpoint": checkpoint, "precision": precision}}
 
     @classmethod
     def IS_CHANGED(cls, checkpoint, precision):
@@ -69,7 +63,7 @@ class HYWULoadBundledEditor:
     OUTPUT_TOOLTIPS = (
         "The editor. Put Apply Generated LoRA between it and the sampler.",
         "The editor's text encoder of word pieces, for CLIPTextEncode. Any language's letters work; "
-        "with a batch of images, write one line for each or one for all.",
+        "with a batch of images, write one line per image or one for all.",
         "The pixel-space VAE: pixels in, pixels out.",
     )
     FUNCTION = "load"

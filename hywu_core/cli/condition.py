@@ -18,8 +18,8 @@ import argparse
 import logging
 import sys
 
-from ..conditioning import pictures as several
-from ..conditioning.transformers_encoders import TYPE, TransformersEncoder
+from ..encoders import base as several
+from ..encoders.transformers import TYPE, TransformersEncoder
 from ..errors import HYWUError
 from ..files import with_suffix
 from ..generator.checkpoints import open_checkpoint
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     condition = encoder(rows[0], texts, *rows[1:])
     if not bool(condition.is_finite()):
         raise HYWUError("The condition has NaN or infinite values; look at the models for them.")
-    for warning in several.number_warnings(config.encoder, len(rows)):
+    for warning in several.number_warnings(several.Reads.of(config), len(rows)):
         logger.warning(warning)
     path = condition.save(out, args.overwrite)
     parts = ", ".join(f"{n} {t.shape[1]} x {t.shape[2]}" for n, t in condition.parts.items())

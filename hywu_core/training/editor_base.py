@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..bases.bundled.checkpoint import architecture, editor_identity
 from ..condition import Condition
-from ..conditioning.editor import EditorEncoder
+from ..encoders.bundled import EditorEncoder
 from ..errors import HYWUError
 from .base import Batch, Draws
 

@@ -23,8 +23,8 @@ from ...hywu_core.bases.bundled.model import Editor
 from ...hywu_core.bases.bundled.sampling import tiled_velocity
 from ...hywu_core.bases.bundled.transformer import TransformerEditor
 from ...hywu_core.errors import HYWUError
-from ..instructions import lines_of
 from . import operations
+from .instructions import lines_of
 
 #: Divisible by every number of steps up to 12, so that the stock scheduler "simple" has even steps.
 TIMESTEPS = 27720

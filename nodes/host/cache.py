@@ -1,12 +1,19 @@
-"""Generated LoRAs by content, in host memory, up to a number of bytes."""
+"""What is kept: generated LoRAs by content in host memory, and what a training encodes in files."""
 
 from __future__ import annotations
 
 import logging
 import os
 from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from threading import Lock
+from typing import Any
 
+from torch import Tensor
+
+from ...hywu_core import fingerprint
+from ...hywu_core.files import open_tensors, parse_header, save_tensors
 from ...hywu_core.lora import GeneratedLoRA
 
 log = logging.getLogger(__name__)
@@ -14,6 +21,8 @@ log = logging.getLogger(__name__)
 #: Environment variable with the limit in MiB.
 VARIABLE = "HYWU_LORA_CACHE_MB"
 DEFAULT_MB = 2048
+#: Bytes of a training's tensors that stay in memory besides.
+IN_MEMORY = 1 << 30
 
 
 class LoRACache:
@@ -53,3 +62,50 @@ def limit_from_environment() -> int:
 
 
 CACHE = LoRACache(limit_from_environment())
+
+
+class TensorCache:
+    """Tensors and JSON-safe facts by key: files in `folder`, the latest ones in memory besides."""
+
+    def __init__(self, folder: Path, limit: int = IN_MEMORY) -> None:
+        self.folder, self.limit, self.nbytes = folder, limit, 0
+        self._kept: OrderedDict[str, tuple[dict[str, Tensor], dict[str, Any]]] = OrderedDict()
+
+    def get(
+        self, key: str, make: Callable[[], tuple[dict[str, Tensor], dict[str, Any]]]
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What `make` gave for this key, now or in an earlier run; on the CPU."""
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        path = self.folder / f"{key}.safetensors"
+        if not path.exists():
+            tensors, facts = make()
+            save_tensors(path, tensors, facts, overwrite=True, durable=False)
+        with open_tensors(path) as file:
+            facts = parse_header(path, file.metadata())
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        self._keep(key, tensors, facts)
+        return tensors, facts
+
+    def _keep(self, key: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        self._kept[key] = tensors, facts
+        self.nbytes += _nbytes(tensors)
+        while self.nbytes > self.limit and len(self._kept) > 1:
+            _, (old, _) = self._kept.popitem(last=False)
+            self.nbytes -= _nbytes(old)
+
+
+def _nbytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def digest(*parts: Any) -> str:
+    """Hash of tensors (their bytes) and of anything else (its repr)."""
+    pieces: list[Any] = []
+    for part in parts:
+        if isinstance(part, Tensor):
+            pieces += [f"{part.dtype}{tuple(part.shape)}", part]
+        else:
+            pieces.append(part if isinstance(part, bytes) else repr(part))
+    return fingerprint.digest(pieces)

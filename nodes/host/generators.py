@@ -12,6 +12,7 @@ import comfy.utils
 import torch
 
 from ...hywu_core.condition import Condition
+from ...hywu_core.encoders.base import Reads
 from ...hywu_core.errors import HYWUError, out_of_memory
 from ...hywu_core.files import open_tensors
 from ...hywu_core.generator.checkpoints import load_generator, open_checkpoint
@@ -61,6 +62,10 @@ class HostGenerator:
         self.patcher = comfy.model_patcher.ModelPatcher(
             network, mm.get_torch_device(), mm.unet_offload_device()
         )
+
+    @property
+    def reads(self) -> Reads:
+        return Reads.of(self.config)
 
     @property
     def identity(self) -> tuple[str, str]:

@@ -10,8 +10,8 @@ import comfy.hooks
 
 from ...hywu_core.errors import HYWUError
 from ...hywu_core.lora import GeneratedLoRA
-from ..stock import stock_lora
 from .application import match
+from .stock_lora import stock_lora
 
 
 def hook(

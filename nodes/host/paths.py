@@ -1,7 +1,9 @@
-"""ComfyUI's folders: where generators and conditions lie, their names, stamps and paths."""
+"""ComfyUI's folders: where generators, conditions and LoRAs lie, their names, stamps and paths."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 from pathlib import Path
 
@@ -10,6 +12,8 @@ import folder_paths
 from ...hywu_core.bases.bundled.checkpoint import bundled, bundled_loras, weights_folder
 from ...hywu_core.errors import HYWUError
 
+log = logging.getLogger(__name__)
+
 #: The first entry of the list of generators: the one that comes with the extension.
 BUNDLED = "bundled"
 #: Before the names of bundled LoRAs, as in "bundled: single blur".
@@ -17,35 +21,32 @@ BUNDLED_LORA = "bundled: "
 #: A PEFT adapter is a folder with this file in it.
 PEFT_FILE = "adapter_model.safetensors"
 NOTHING = "(none found)"
+SUFFIX = ".safetensors"
+#: Bytes of a name on most disks, less what the number and the suffix take.
+NAME_BYTES = 200
 
 
-def _register(name: str, folders: list[str]) -> None:
-    """Own model folder with its extensions, merged with what extra_model_paths.yaml put there."""
-    known = folder_paths.folder_names_and_paths.get(name, ([], set()))[0]
-    folder_paths.folder_names_and_paths[name] = (
-        list(dict.fromkeys([*folders, *known])),
-        {".safetensors"},
-    )
+def register() -> None:
+    """Our model folders, merged with what extra_model_paths.yaml put there; models/hywu is made.
+
+    Folders that are ComfyUI's own (input, output, models/loras) are no model folders of ours: what
+    lists models would show a user's images there, and every LoRA twice.
+    """
+    for name in ("hywu", "hywu_conditions"):
+        own = os.path.join(folder_paths.models_dir, name)
+        known = folder_paths.folder_names_and_paths.get(name, ([], set()))[0]
+        folder_paths.folder_names_and_paths[name] = (list(dict.fromkeys([own, *known])), {SUFFIX})
+    folder = Path(folder_paths.models_dir) / "hywu"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        log.warning("HY-WU: the folder for generators, %s, was not made: %s", folder, error)
 
 
-_register("hywu", [os.path.join(folder_paths.models_dir, "hywu")])
-_register(
-    "hywu_conditions",
-    [
-        os.path.join(folder_paths.models_dir, "hywu_conditions"),
-        os.path.join(folder_paths.get_output_directory(), "conditions"),
-        folder_paths.get_input_directory(),
-    ],
-)
+register()
 
 
-_register(
-    "hywu_loras",
-    [
-        *folder_paths.get_folder_paths("loras"),
-        os.path.join(folder_paths.get_output_directory(), "loras"),
-    ],
-)
+# -- lists -------------------------------------------------------------------------------------------
 
 
 def generator_names() -> list[str]:
@@ -53,79 +54,144 @@ def generator_names() -> list[str]:
     names = []
     for name in folder_paths.get_filename_list("hywu"):
         folder = os.path.dirname(name)
-        official = folder and _find("hywu", os.path.join(folder, "config.json"))
+        official = folder and _find(_generator_folders(), os.path.join(folder, "config.json"))
         names.append(folder if official else name)
     return list(dict.fromkeys([BUNDLED, *names]))
 
 
 def condition_names() -> list[str]:
-    return folder_paths.get_filename_list("hywu_conditions") or [NOTHING]
+    return _files_in(_condition_folders()) or [NOTHING]
 
 
 def lora_names() -> list[str]:
     """The bundled LoRAs, then files, and PEFT folders once each."""
     names = [BUNDLED_LORA + name.replace("_", " ") for name in bundled_loras()]
-    for name in folder_paths.get_filename_list("hywu_loras"):
+    for name in _files_in(_lora_folders()):
         folder, file = os.path.split(name)
         names.append(folder if folder and file == PEFT_FILE else name)
     return list(dict.fromkeys(names)) or [NOTHING]
 
 
+def _generator_folders() -> list[str]:
+    return folder_paths.get_folder_paths("hywu")
+
+
+def _condition_folders() -> list[str]:
+    saved = os.path.join(folder_paths.get_output_directory(), "conditions")
+    known = folder_paths.get_folder_paths("hywu_conditions")
+    own = os.path.join(folder_paths.models_dir, "hywu_conditions")
+    further = [folder for folder in known if folder != own]
+    return [own, saved, folder_paths.get_input_directory(), *further]
+
+
+def _lora_folders() -> list[str]:
+    saved = os.path.join(folder_paths.get_output_directory(), "loras")
+    further = folder_paths.folder_names_and_paths.get("hywu_loras", ([], set()))[0]
+    return [*folder_paths.get_folder_paths("loras"), saved, *further]
+
+
+def _files_in(folders: list[str]) -> list[str]:
+    """Names of safetensors files below the folders, relative to them, as ComfyUI lists its own."""
+    names: set[str] = set()
+    for folder in folders:
+        found, _ = folder_paths.recursive_search(folder, excluded_dir_names=[".git"])
+        names.update(folder_paths.filter_files_extensions(found, {SUFFIX}))
+    return sorted(names)
+
+
+# -- names to files ----------------------------------------------------------------------------------
+
+
+def generator_path(name: str) -> Path:
+    """Raises HYWUError when the checkpoint is gone or the name leads out of the folders."""
+    if name == BUNDLED:
+        return bundled("generator")
+    return _existing(_generator_folders(), name, "models/hywu")
+
+
+def condition_path(name: str) -> Path:
+    where = "models/hywu_conditions, output/conditions or input"
+    return _existing(_condition_folders(), name, where)
+
+
 def lora_path(name: str) -> Path:
     if name.startswith(BUNDLED_LORA):
         return bundled(_bundled_file(name))
-    return _existing("hywu_loras", name, "models/loras or output/loras")
+    return _existing(_lora_folders(), name, "models/loras or output/loras")
+
+
+def generator_stamp(name: str) -> str:
+    """Changes when the file does, so that ComfyUI loads it again; so do the others."""
+    return bundled_stamp("generator") if name == BUNDLED else _stamp(_generator_folders(), name)
+
+
+def condition_stamp(name: str) -> str:
+    return _stamp(_condition_folders(), name)
 
 
 def lora_stamp(name: str) -> str:
     if name.startswith(BUNDLED_LORA):
         return bundled_stamp(_bundled_file(name))
-    return stamp("hywu_loras", name)
+    return _stamp(_lora_folders(), name)
+
+
+def bundled_stamp(name: str) -> str:
+    return file_stamp(weights_folder() / f"{name}{SUFFIX}")
+
+
+def file_stamp(found: Path | None) -> str:
+    """Of a file, or of the files in a folder: names, sizes, times and places on the disk.
+
+    A file that is put in another's place with the other's times (``cp -p``) has another place, or was
+    changed (ctime) later.
+    """
+    if found is None:
+        return "missing"
+    parts = []
+    with contextlib.suppress(OSError):
+        for file in sorted(found.glob("*")) if found.is_dir() else [found]:
+            at = file.stat()
+            parts.append(f"{file.name}:{at.st_mtime_ns}:{at.st_size}:{at.st_ctime_ns}:{at.st_ino}")
+    return ";".join(parts) or "missing"
+
+
+def _stamp(folders: list[str], name: str) -> str:
+    return file_stamp(_find(folders, name))
 
 
 def _bundled_file(name: str) -> str:
     return name.removeprefix(BUNDLED_LORA).replace(" ", "_")
 
 
-def generator_path(name: str) -> Path:
-    """Raises HYWUError when the checkpoint is gone or the name leads out of the folders."""
-    return bundled("generator") if name == BUNDLED else _existing("hywu", name, "models/hywu")
+def _find(folders: list[str], name: str) -> Path | None:
+    for root in folders:
+        path = os.path.join(root, name)
+        if inside(root, path) and os.path.exists(path):
+            return Path(path)
+    return None
 
 
-def condition_path(name: str) -> Path:
-    return _existing("hywu_conditions", name, "models/hywu_conditions, output/conditions or input")
+def inside(root: str, path: str | Path) -> bool:
+    """Whether a path leads no way out of a folder, links not followed."""
+    root = os.path.abspath(root)
+    with contextlib.suppress(ValueError):  # of another drive
+        return os.path.commonpath([root, os.path.abspath(path)]) == root
+    return False
 
 
-def generator_stamp(name: str) -> str:
-    return bundled_stamp("generator") if name == BUNDLED else stamp("hywu", name)
+def _existing(folders: list[str], name: str, where: str) -> Path:
+    found = None if name == NOTHING else _find(folders, name)
+    if found is None:
+        raise HYWUError(f"'{name}': there is no such file in {where}; put it there and press R.")
+    return found
 
 
-def bundled_stamp(name: str) -> str:
-    return _stamp(weights_folder() / f"{name}.safetensors")
-
-
-def stamp(folder: str, name: str) -> str:
-    """Changes when the file does, so that ComfyUI loads it again."""
-    return _stamp(_find(folder, name))
-
-
-def _stamp(found: Path | None) -> str:
-    if found is None or not found.exists():
-        return "missing"
-    files = sorted(found.glob("*")) if found.is_dir() else [found]
-    return ";".join(f"{f.name}:{f.stat().st_mtime_ns}:{f.stat().st_size}" for f in files)
+# -- files to save -----------------------------------------------------------------------------------
 
 
 def save_path(prefix: str, suffix: str) -> tuple[Path, str]:
     """The next free path below the output folder, and its name there. Raises HYWUError on a way out."""
-    output = os.path.realpath(folder_paths.get_output_directory())
-    try:
-        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, output)
-    except Exception as error:
-        raise HYWUError(_outside(prefix)) from error
-    inside = os.path.commonpath([output, os.path.realpath(folder)]) == output
-    if not inside or name in ("", ".", ".."):
-        raise HYWUError(_outside(prefix))
+    folder, name, counter, subfolder = _place(prefix)
     while True:
         path = Path(folder) / f"{name}_{counter:05}_{suffix}"
         if not path.exists():
@@ -133,24 +199,40 @@ def save_path(prefix: str, suffix: str) -> tuple[Path, str]:
         counter += 1
 
 
+def check_prefix(prefix: str | None) -> None:
+    """HYWUError on a prefix that leads out of the output folder or names no file; None is not known yet."""
+    if prefix is not None:
+        _checked(prefix)
+
+
+def _place(prefix: str) -> tuple[str, str, int, str]:
+    """(folder, start of the name, next number, folder below the output folder)."""
+    output = _checked(prefix)
+    try:
+        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, output)
+    except Exception as error:
+        raise HYWUError(_outside(prefix)) from error
+    if not inside(output, os.path.realpath(folder)) or name in ("", ".", ".."):
+        raise HYWUError(_outside(prefix))
+    return folder, name, counter, subfolder
+
+
+def _checked(prefix: str) -> str:
+    """The output folder. Raises HYWUError on a prefix that leads out of it; makes nothing."""
+    output = os.path.realpath(folder_paths.get_output_directory())
+    folder, name = os.path.split(os.path.normpath(prefix))
+    try:
+        target = os.path.realpath(os.path.join(output, folder))
+        fits = inside(output, target) and len(os.fsencode(name)) <= NAME_BYTES
+    except (ValueError, OSError):  # a NUL, half a surrogate pair, too long
+        fits = False
+    if not fits or name in ("", ".", ".."):
+        raise HYWUError(_outside(prefix))
+    return output
+
+
 def _outside(prefix: str) -> str:
     return (
         f"filename_prefix '{prefix}' leads out of ComfyUI's output folder or names no file; use a "
         "name below it, such as 'loras/hywu'."
     )
-
-
-def _find(folder: str, name: str) -> Path | None:
-    for root in folder_paths.get_folder_paths(folder):
-        path = os.path.join(root, name)
-        inside = os.path.commonpath([os.path.abspath(root), os.path.abspath(path)])
-        if inside == os.path.abspath(root) and os.path.exists(path):
-            return Path(path)
-    return None
-
-
-def _existing(folder: str, name: str, where: str) -> Path:
-    found = None if name == NOTHING else _find(folder, name)
-    if found is None:
-        raise HYWUError(f"'{name}': there is no such file in {where}; put it there and press R.")
-    return found

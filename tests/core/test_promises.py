@@ -22,8 +22,8 @@ from hywu_core import Condition, GeneratedLoRA, GeneratorConfig, ParameterGenera
 from hywu_core.bases.bundled.checkpoint import editor_identity, load_editor, save_editor
 from hywu_core.bases.bundled.transformer import TransformerConfig as EditorConfig
 from hywu_core.bases.bundled.transformer import TransformerEditor as Editor
-from hywu_core.conditioning.editor import EditorEncoder
-from hywu_core.conditioning.transformers_encoders import TransformersEncoder
+from hywu_core.encoders.bundled import EditorEncoder
+from hywu_core.encoders.transformers import TransformersEncoder
 from hywu_core.evaluation.bundled_editor import _digest as files_digest
 from hywu_core.evaluation.comfy_editor import ComfyEditor
 from hywu_core.evaluation.generate import write_manifest

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from hywu_core import Condition, HYWUError, ParameterGenerator, save_generator
 from hywu_core.cli import main
-from hywu_core.conditioning.transformers_encoders import TransformersEncoder
+from hywu_core.encoders.transformers import TransformersEncoder
 from hywu_core.generator.config import GeneratorConfig
 from hywu_core.layout import LoRALayout, Module, Stack
 
@@ -202,7 +202,7 @@ def test_several_pictures_of_an_item_follow_one_another(folders, images, name):
     others = [alone, encoder(images, [SHORT, LONG], second), encoder(images, [SHORT, LONG], third)]
     others.append(encoder(images, [SHORT, LONG], third, second))
     assert len({made.fingerprint, *(other.fingerprint for other in others)}) == 5
-    with pytest.raises(HYWUError, match="image3 has 3 pictures for 2 images; give one for all"):
+    with pytest.raises(HYWUError, match="image3 has 3 images for 2 images; give one for all"):
         encoder(images, [SHORT, LONG], second, torch.rand(3, 3, 8, 8))
 
 
@@ -367,9 +367,9 @@ def test_a_second_image_is_one_for_all_items_or_one_for_each(folders, tmp_path, 
     one = tmp_path / "one.safetensors"
     assert main([*args, "--out", str(one)]) == 0
     assert torch.equal(Condition.load(one).parts["vision"], tokens[:, :4])
-    assert "trained with 2 pictures an item, here is 1" in caplog.text
+    assert "trained with 2 images per item, here is 1" in caplog.text
     assert main([*args, "--image", *pictures, "--out", str(tmp_path / "no.safetensors")]) == 1
-    assert "--image number 2 has 3 pictures for 2 images" in capsys.readouterr().err
+    assert "--image number 2 has 3 images for 2 images" in capsys.readouterr().err
 
 
 def test_from_pictures_to_a_lora(folders, tmp_path, capsys):

@@ -26,10 +26,16 @@ def node_classes() -> dict[str, type]:
     package.__path__ = [str(ROOT)]
     sys.modules[_PACKAGE] = package
     host = f"{_PACKAGE}.nodes.host"
-    files = [path.stem for path in (ROOT / "nodes" / "host").glob("*.py")]
-    stand_ins = {f"{host}.{name}": MagicMock() for name in files if name != "__init__"}
-    sys.modules[host] = MagicMock(**{k.rpartition(".")[2]: v for k, v in stand_ins.items()})
-    sys.modules.update(stand_ins)
+    room = ROOT / "nodes" / "host"
+    files = [path.relative_to(room).with_suffix("") for path in room.rglob("*.py")]
+    names = {".".join(path.parts).removesuffix(".__init__") for path in files} - {"__init__"}
+    stand_ins = {name: MagicMock() for name in sorted(names)}
+    for name, stand_in in stand_ins.items():
+        folder, _, last = name.rpartition(".")
+        if folder:  # what a package has is what its modules are
+            setattr(stand_ins[folder], last, stand_in)
+    sys.modules[host] = MagicMock(**{k: v for k, v in stand_ins.items() if "." not in k})
+    sys.modules.update({f"{host}.{name}": value for name, value in stand_ins.items()})
     try:
         return importlib.import_module(f"{_PACKAGE}.nodes").NODE_CLASS_MAPPINGS
     finally:
@@ -40,7 +46,7 @@ def node_classes() -> dict[str, type]:
 def display_names() -> dict[str, str]:
     """Display names by class name, as nodes/__init__.py has them."""
     text = (ROOT / "nodes" / "__init__.py").read_text(encoding="utf-8")
-    return dict(re.findall(r'^    (\w+): "(.+)",$', text, re.MULTILINE))
+    return dict(re.findall(r'^    "(\w+)": "(.+)",$', text, re.MULTILINE))
 
 
 def definitions() -> dict[str, dict]:

@@ -39,10 +39,12 @@ from hywu_nodes.hywu_core.generator.model import ParameterGenerator  # noqa: E40
 from hywu_nodes.hywu_core.layout import LoRALayout  # noqa: E402
 from hywu_nodes.hywu_core.lora import GeneratedLoRA  # noqa: E402
 from hywu_nodes.hywu_core.training.base import frozen_digest  # noqa: E402
-from hywu_nodes.nodes.host import hidden_states, training_files  # noqa: E402
+from hywu_nodes.nodes.host.cache import TensorCache  # noqa: E402
+from hywu_nodes.nodes.host.encode import hidden_states, token_probe  # noqa: E402
 from hywu_nodes.nodes.host.generators import HostGenerator  # noqa: E402
-from hywu_nodes.nodes.host.training_conditions import GraphEncoder  # noqa: E402
-from hywu_nodes.nodes.host.training_data import FixedCrops  # noqa: E402
+from hywu_nodes.nodes.host.train import files  # noqa: E402
+from hywu_nodes.nodes.host.train.conditions import CachedEncoder  # noqa: E402
+from hywu_nodes.nodes.host.train.data import FixedCrops  # noqa: E402
 
 SIDE = tools.SIZE
 PICTURES = torch.rand(3, 80, 48, 3, generator=torch.Generator().manual_seed(0))
@@ -62,8 +64,8 @@ class Model:
 
     def generator(self, **changed: Any) -> HostGenerator:
         """Random weights that read this MODEL's hidden states; `changed` facts of the encoder."""
-        cache = training_files.TensorCache(FOLDER / "cache")
-        encoder = GraphEncoder(self.model, self.clip, None, cache, "model", self.vae, SIDE)
+        cache = TensorCache(FOLDER / "cache")
+        encoder = CachedEncoder(self.model, self.clip, None, cache, "model", self.vae, SIDE)
         facts = {**encoder.identity, "model": {**encoder.identity["model"], **changed}}
         layout = LoRALayout.of(self.network, 2)
         parts = dict(encoder.parts)
@@ -208,7 +210,7 @@ def without_contrast(made: Model, texts: str) -> torch.Tensor:
 
 def image_place(made: Model) -> list[Any]:
     """What was found for the last latent; and how far the place moves tokens of the image only."""
-    found = list(hidden_states._places.get(made.network, {}).values())
+    found = list(token_probe._places.get(made.network, {}).values())
     return [[p.member, p.start, p.stop, list(p.grid)] if p else None for p in found]
 
 
@@ -413,7 +415,7 @@ def trained(wan: Model, reads: str) -> dict[str, Any]:
         wan.model, wan.vae, wan.clip, clip_vision=tools.clip_vision(FOLDER), reads=reads,
         **{**WIDGETS, "name": name, "pairs": "colour" if images == 1 else "references"},
     )["result"]  # fmt: skip
-    cached = len(list((training_files.run_folder(name) / "cache").glob("*.safetensors")))
+    cached = len(list((files.run_folder(name) / "cache").glob("*.safetensors")))
     generator = NODES["HYWULoadGenerator"]().load(f"{name}.safetensors", "auto")[0]
     inputs = {**wan.inputs, "clip_vision": tools.clip_vision(FOLDER), **further}
     picture = PICTURES[:1, :48, :48]
@@ -445,10 +447,10 @@ def trained(wan: Model, reads: str) -> dict[str, Any]:
 def gap_to_training(wan: Model, generator: HostGenerator, name: str) -> float:
     """The condition of a training's crop against that of Condition Encode for the same picture."""
     pairs = "colour" if name != "model" else "references"
-    crop = FixedCrops(training_files.training_pairs(pairs)[0], 1, SIDE, 1, 0).batch([0])
+    crop = FixedCrops(files.training_pairs(pairs)[0], 1, SIDE, 1, 0).batch([0])
     further = crop.references[0] if crop.references else ()
-    cache = training_files.TensorCache(training_files.run_folder(name) / "cache")
-    encoder = GraphEncoder(
+    cache = TensorCache(files.run_folder(name) / "cache")
+    encoder = CachedEncoder(
         wan.model, wan.clip, None, cache, "model", wan.vae, SIDE, images=1 + len(further)
     )
     kept = encoder.condition(crop.source, crop.instruction[0], further).parts[hidden_states.PART]

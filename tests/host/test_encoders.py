@@ -40,11 +40,11 @@ def test_several_pictures_follow_one_another(figures):
 def test_another_number_of_pictures_than_in_the_training_is_said(figures):
     found = figures["several"]
     assert found["warned_1"] == [
-        "The generator was trained with 3 pictures an item, here is 1; give as many as in the training."
+        "The generator was trained with 3 images per item, here is 1; give as many as in the training."
     ]
     assert found["warned_3"] == []
     (warning,) = found["untrained_3"]
-    assert "was trained with 1 picture an item, here are 3" in warning
+    assert "was trained with 1 image per item, here are 3" in warning
 
 
 def test_a_conditioning_is_the_text_in_place_of_clip(figures):
@@ -73,9 +73,9 @@ def test_a_conditioning_is_the_text_in_place_of_clip(figures):
         ("text", "connect clip (or conditioning)."),
         ("width", "connect the encoder that it was trained with"),
         ("part", "which no encoder of a graph makes"),
-        ("image2", "image2 has 3 pictures for 2 images; give one for all images, or one for each."),
+        ("image2", "image2 has 3 images for 2 images; give one for all images, or one per image."),
         ("nothing", "The image3 is 0 x 8 x 8 x 3"),
-        ("bundled", "The bundled editor reads one picture, here are 2; leave image2 and image3"),
+        ("bundled", "The bundled editor reads one image per item, here are 2"),
         ("bundled text", "leave conditioning unconnected and write the instruction"),
         ("texts", "The conditioning holds 3 texts for 2 images; connect one that holds a single"),
         ("no text", "The conditioning is empty"),

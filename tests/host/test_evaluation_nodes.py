@@ -133,7 +133,7 @@ def test_results_of_another_program_are_left_alone(server):
 def test_mistakes_are_one_sentence_and_the_next_prompt_works(server):
     batch = graph()
     batch["edit"] = node("RepeatImageBatch", image=["items", 0], amount=2)
-    with pytest.raises(NodeFailed, match="batch of 2 pictures"):
+    with pytest.raises(NodeFailed, match="batch of 2 images"):
         run_sync(server.url, batch, timeout=180)
     nameless = graph()
     nameless["judge"]["inputs"]["judge"] = "openai"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
+import subprocess
+import sys
 
 import dev
 from hywu_core.headless.local import get_json
@@ -44,7 +45,8 @@ def test_what_is_bundled_comes_first_in_the_lists(server):
 
 
 def test_importing_it_outside_comfyui_is_harmless():
-    spec = importlib.util.spec_from_file_location("hywu_alone", dev.ROOT / "__init__.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert module.NODE_CLASS_MAPPINGS == {}
+    load = "import runpy; print(runpy.run_path('__init__.py')['NODE_CLASS_MAPPINGS'])"
+    done = subprocess.run(
+        [sys.executable, "-c", load], cwd=dev.ROOT, capture_output=True, text=True
+    )
+    assert done.stdout == "{}\n", done.stderr

@@ -137,7 +137,7 @@ def test_a_condition_is_saved_below_the_output_folder_only(server, files):
     kept = Condition.load(server.base / "output" / name)
     assert kept.parts["hidden_states"].shape == (3, 5, 8)
     for prefix in ("../../escaped", "/tmp/escaped"):
-        with pytest.raises(NodeFailed, match="leads out of ComfyUI's output folder"):
+        with pytest.raises(Refused, match="leads out of ComfyUI's output folder"):
             run_sync(server.url, graph(save=save_condition(prefix)), timeout=120)
 
 

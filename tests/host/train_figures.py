@@ -49,11 +49,12 @@ from hywu_nodes.hywu_core.training.schedule import TrainConfig  # noqa: E402
 from hywu_nodes.hywu_core.training.strategies import StaticLoRA  # noqa: E402
 from hywu_nodes.hywu_core.training.trainer import Trainer  # noqa: E402
 from hywu_nodes.nodes.host import layouts  # noqa: E402
-from hywu_nodes.nodes.host import training_files as files  # noqa: E402
-from hywu_nodes.nodes.host.training_base import HostBase  # noqa: E402
-from hywu_nodes.nodes.host.training_conditions import GraphEncoder  # noqa: E402
-from hywu_nodes.nodes.host.training_data import FixedCrops  # noqa: E402
-from hywu_nodes.nodes.host.training_memory import (  # noqa: E402
+from hywu_nodes.nodes.host.cache import TensorCache  # noqa: E402
+from hywu_nodes.nodes.host.train import files  # noqa: E402
+from hywu_nodes.nodes.host.train.base import HostBase  # noqa: E402
+from hywu_nodes.nodes.host.train.conditions import CachedEncoder  # noqa: E402
+from hywu_nodes.nodes.host.train.data import FixedCrops  # noqa: E402
+from hywu_nodes.nodes.host.train.memory import (  # noqa: E402
     HeldNetwork,
     autograd_through_host,
     plain_patcher,
@@ -79,9 +80,9 @@ def checkpoint(name: str) -> Path:
 def make_base(
     model: Any, vae: Any, clip: Any, kind: type[HostBase] = HostBase, reads: str = "encoders"
 ) -> HostBase:
-    cache = files.TensorCache(FOLDER / "cache")
+    cache = TensorCache(FOLDER / "cache")
     patcher = plain_patcher(model)
-    encoder = GraphEncoder(patcher, clip, None, cache, reads, vae, tools.SIZE)
+    encoder = CachedEncoder(patcher, clip, None, cache, reads, vae, tools.SIZE)
     base = kind(patcher, vae, encoder, cache, "none", 2)
     base.load()
     return base
@@ -371,8 +372,8 @@ def references() -> dict[str, Any]:
 def condition_gaps(generator: Any, model: Any, clip: Any, seeing: Any) -> dict[str, float]:
     """A crop's condition in the training against Condition Encode's; and with the references changed."""
     crop = FixedCrops(files.training_pairs("colour")[0], 1, tools.SIZE, 1, 0).batch([0])
-    cache = files.TensorCache(files.run_folder("references") / "cache")
-    encoder = GraphEncoder(model, clip, seeing, cache, images=3)
+    cache = TensorCache(files.run_folder("references") / "cache")
+    encoder = CachedEncoder(model, clip, seeing, cache, images=3)
     kept = encoder.condition(crop.source, crop.instruction[0], crop.references[0])
     places = [crop.source[0], *crop.references[0]]
 

@@ -26,8 +26,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 NODES = load_nodes()
-from hywu_nodes.hywu_core.conditioning.transformers_encoders import TransformersEncoder  # noqa: E402
-from hywu_nodes.nodes.host import graph_encoders  # noqa: E402
+from hywu_nodes.hywu_core.encoders.base import Reads  # noqa: E402
+from hywu_nodes.hywu_core.encoders.transformers import TransformersEncoder  # noqa: E402
+from hywu_nodes.nodes.host.encode.graph import GraphEncoder  # noqa: E402
 
 ROOT = Path(ARGUMENTS[0])
 SIZES = {"hidden_size": 16, "intermediate_size": 64, "num_attention_heads": 2}
@@ -79,12 +80,11 @@ def save(name: str, kind: str, options: dict) -> tuple[Path, dict[str, torch.Ten
 
 def compare(part: str, folder: Path, **more) -> dict[str, object]:
     """Largest differences between ComfyUI's condition and ours, and what must be told of them."""
-    asked = SimpleNamespace(config=SimpleNamespace(condition={part: 16}, encoder={}))
     padding = more.pop("text_padding", 0)
     encoder = TransformersEncoder({part: 16}, folder, folder, text_padding=padding)
     with torch.no_grad():
-        theirs = graph_encoders.encode(asked, [images], TEXTS, more)
-        several = graph_encoders.encode(asked, [images, second, third], TEXTS, more)
+        graph = GraphEncoder(Reads({part: 16}, {}), more)
+        theirs, several = graph(images, TEXTS), graph(images, TEXTS, second, third)
     ours = encoder(images, TEXTS)
     found = {"images": [several.origin["images"]]}
     if part == "vision":

@@ -2,7 +2,7 @@
  * HY-WU in the frontend: after a run, the Generate, Inspect and Load LoRA nodes show the LoRA's norm map
  * and the time taken. The nodes send `hywu_norms` in their ui output: a list with a map for each image
  * and stack of layers {title, item, items, stack, layers: [name], modules: [name],
- * norms: [module][layer], max, seconds, cached}; nodes/reports.py says what they are.
+ * norms: [module][layer], max, seconds, cached}; nodes/ui.py says what they are.
  *
  * Only what both the frontend of ComfyUI 0.3.75 and the current ones offer is used (a DOM widget, which
  * the canvas and the Vue nodes both place), and each piece is asked for before it is used.

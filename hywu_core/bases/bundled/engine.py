@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...conditioning.editor import EditorEncoder
+from ...encoders.bundled import EditorEncoder
 from ...errors import HYWUError
 from ...generator.checkpoints import load_generator
 from ...injection import inject

@@ -61,6 +61,11 @@ class TransformerConfig:
         """Widths of the condition's image tokens and words."""
         return {"image": self.width, "words": self.width}
 
+    @property
+    def multiple(self) -> int:
+        """Pixels along a side for each token."""
+        return self.patch
+
     #: Tiles that run at once.
     tiles_at_once = 32
 

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ...hywu_core.discovery import submodule
-from ...hywu_core.errors import HYWUError
-from ...hywu_core.generator.config import GeneratorConfig
-from ...hywu_core.generator.model import ParameterGenerator
-from ...hywu_core.injection import inject
-from ...hywu_core.layout import LoRALayout
-from ...hywu_core.training.base import Batch
-from ...hywu_core.training.strategies import HyperNetwork
-from .training_base import HostBase
+from ....hywu_core.discovery import submodule
+from ....hywu_core.errors import HYWUError
+from ....hywu_core.generator.config import GeneratorConfig
+from ....hywu_core.generator.model import ParameterGenerator
+from ....hywu_core.injection import inject
+from ....hywu_core.layout import LoRALayout
+from ....hywu_core.training.base import Batch
+from ....hywu_core.training.strategies import HyperNetwork
+from .base import HostBase
 
 #: float32 weight, gradient, AdamW's two moments and the moving average.
 BYTES_A_WEIGHT = 20

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...hywu_core.images import MAX_SIDE, read_image
-from ...hywu_core.training.base import Batch
-from ...hywu_core.training.data import Pair, number_of_references, whole
+from ....hywu_core.images import MAX_SIDE, read_image
+from ....hywu_core.training.base import Batch
+from ....hywu_core.training.data import Pair, number_of_references, whole
 
 #: Bytes of decoded crops that stay in memory.
 IN_MEMORY = 256 << 20

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..hywu_core.errors import HYWUError
-from ..hywu_core.lora import GeneratedLoRA
+from ...hywu_core.errors import HYWUError
+from ...hywu_core.lora import GeneratedLoRA
 
 
 class Refused(dict):

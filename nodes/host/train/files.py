@@ -3,38 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import folder_paths
-from torch import Tensor
 
-from ...hywu_core import fingerprint
-from ...hywu_core.errors import HYWUError
-from ...hywu_core.files import (
-    as_json,
-    check_name,
-    open_tensors,
-    parse_header,
-    read_json,
-    read_json_lines,
-    save_tensors,
-    write_json,
-)
-from ...hywu_core.generator.checkpoints import open_checkpoint
-from ...hywu_core.training.data import Pair, read_pairs
-from .paths import BUNDLED
+from ....hywu_core.errors import HYWUError
+from ....hywu_core.files import as_json, check_name, read_json, read_json_lines, write_json
+from ....hywu_core.generator.checkpoints import open_checkpoint
+from ....hywu_core.training.data import Pair, read_pairs
+from ..paths import BUNDLED
 
 #: The pairs that come with the extension.
 SAMPLES = "samples"
-_SAMPLES = Path(__file__).resolve().parents[2] / "workflows" / "inputs" / "pairs"
+_SAMPLES = Path(__file__).resolve().parents[3] / "workflows" / "inputs" / "pairs"
 #: Folder of all trainings, below ComfyUI's output folder.
 FOLDER = "hywu_training"
 RECORD = "run.json"
-#: Bytes of cached tensors that stay in memory besides.
-IN_MEMORY = 1 << 30
 
 
 # -- the pairs ---------------------------------------------------------------------------------------
@@ -94,6 +80,14 @@ def _named(row: Any) -> list[str]:
 # -- the run -----------------------------------------------------------------------------------------
 
 
+def check_names(name: str | None, pairs: str | None) -> None:
+    """HYWUError on a run's name, or on pairs, that can't be used; None is not known yet."""
+    if name is not None:
+        _checked(name)
+    if pairs is not None:
+        pairs_path(pairs)
+
+
 def run_folder(name: str) -> Path:
     """Folder of state, log, samples and cache. Raises HYWUError on a name that is no file name."""
     return Path(folder_paths.get_output_directory()) / FOLDER / _checked(name)
@@ -147,53 +141,3 @@ def _run_of(target: Path) -> str | None:
         return open_checkpoint(target).config.provenance.get("run")
     except HYWUError:
         return None
-
-
-# -- cached tensors ----------------------------------------------------------------------------------
-
-
-class TensorCache:
-    """Tensors and JSON-safe facts by key: files in `folder`, the latest ones in memory besides."""
-
-    def __init__(self, folder: Path, limit: int = IN_MEMORY) -> None:
-        self.folder, self.limit, self.nbytes = folder, limit, 0
-        self._kept: OrderedDict[str, tuple[dict[str, Tensor], dict[str, Any]]] = OrderedDict()
-
-    def get(
-        self, key: str, make: Callable[[], tuple[dict[str, Tensor], dict[str, Any]]]
-    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What `make` gave for this key, now or in an earlier run; on the CPU."""
-        if key in self._kept:
-            self._kept.move_to_end(key)
-            return self._kept[key]
-        path = self.folder / f"{key}.safetensors"
-        if not path.exists():
-            tensors, facts = make()
-            save_tensors(path, tensors, facts, overwrite=True, durable=False)
-        with open_tensors(path) as file:
-            facts = parse_header(path, file.metadata())
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        self._keep(key, tensors, facts)
-        return tensors, facts
-
-    def _keep(self, key: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        self._kept[key] = tensors, facts
-        self.nbytes += _nbytes(tensors)
-        while self.nbytes > self.limit and len(self._kept) > 1:
-            _, (old, _) = self._kept.popitem(last=False)
-            self.nbytes -= _nbytes(old)
-
-
-def _nbytes(tensors: Mapping[str, Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors.values())
-
-
-def digest(*parts: Any) -> str:
-    """Hash of tensors (their bytes) and of anything else (its repr)."""
-    pieces: list[Any] = []
-    for part in parts:
-        if isinstance(part, Tensor):
-            pieces += [f"{part.dtype}{tuple(part.shape)}", part]
-        else:
-            pieces.append(part if isinstance(part, bytes) else repr(part))
-    return fingerprint.digest(pieces)

@@ -20,14 +20,14 @@ import comfy.samplers
 import torch
 from torch import Tensor, nn
 
-from ...hywu_core.condition import Condition
-from ...hywu_core.training.base import Batch, Draws
-from ...hywu_core.training.editor_base import NAME
-from .bundled_editor import HostEditor
-from .identity import base_fingerprint
-from .latents import CachedLatents
-from .training_conditions import GraphEncoder, pad_texts, stack
-from .training_files import TensorCache
+from ....hywu_core.condition import Condition
+from ....hywu_core.training.base import Batch, Draws
+from ....hywu_core.training.editor_base import NAME
+from ..bundled_editor import HostEditor
+from ..cache import TensorCache
+from ..encode.latents import CachedLatents
+from ..identity import base_fingerprint
+from .conditions import CachedEncoder, pad_texts, stack
 
 #: How the base gets the source image -> names of the conditioning entries with its latent.
 SOURCES = {
@@ -45,7 +45,7 @@ class HostBase:
     """
 
     def __init__(
-        self, patcher: Any, vae: Any, encoder: GraphEncoder, cache: TensorCache, source_input: str,
+        self, patcher: Any, vae: Any, encoder: CachedEncoder, cache: TensorCache, source_input: str,
         sample_steps: int,
     ) -> None:  # fmt: skip
         self.patcher, self.model, self.vae = patcher, patcher.model, vae

@@ -2,7 +2,7 @@
 a graph's CLIP_VISION and CLIP: a generator that was trained in ComfyUI gets the same parts without it.
 
 What ComfyUI does is followed to the letter, also where a model's own processor does something else: every
-picture is cropped to a square of the side that the model was made for, and a CLIP reads its text in windows of
+image is cropped to a square of the side that the model was made for, and a CLIP reads its text in windows of
 77 tokens, all of which count. Only weights in parentheses, "(dark:1.2)", are text like any other here.
 """
 
@@ -22,7 +22,7 @@ from .. import fingerprint
 from ..condition import Condition
 from ..errors import HYWUError, need
 from ..files import read_json
-from . import pictures as several
+from .base import Images, by_item, number_of_images, padded
 
 VISION, TEXT = "vision", "text"
 #: What checkpoints and conditions call the encoders of a graph, whose place these take.
@@ -106,35 +106,33 @@ class TransformersEncoder:
     @torch.inference_mode()
     def __call__(
         self,
-        images: Tensor | Sequence[Tensor],
+        images: Images,
         instructions: Sequence[str],
-        *further: Tensor | Sequence[Tensor],
+        *further: Images,
     ) -> Condition:
         """images: ``[B, 3, H, W]``, or B of ``[3, H, W]`` of any sizes, uint8 or float in 0..1; one
-        instruction an image. further: the items' second pictures, third ones and so on, each like
-        `images`, or a single one for all items; the tokens of an item's pictures follow one another.
+        instruction per image. further: the items' second images, third ones and so on, each like
+        `images`, or a single one for all items; the tokens of an item's images follow one another.
         An item of a batch is as it is alone. Raises HYWUError on a misfit.
         """
         rows = [[_pixels(image) for image in row] for row in (images, *further)]
         if not rows[0] or len(rows[0]) != len(instructions):
             raise HYWUError(
                 f"There are {len(rows[0])} images and {len(instructions)} instructions; give one "
-                "instruction an image."
+                "instruction per image."
             )
-        items = several.by_item(rows, len(instructions))
+        items = by_item(rows, len(instructions))
         parts, masks = {}, {}
         for part, encoder in self._encoders.items():
             if part == VISION:
-                seen = several.by_item(
-                    [[encoder(image) for image in row] for row in rows], len(items)
-                )
+                seen = by_item([[encoder(image) for image in row] for row in rows], len(items))
                 parts[part] = torch.cat([torch.cat(item, dim=1) for item in seen])
             else:
                 known = {text: encoder(text, self.text_padding) for text in set(instructions)}
-                parts[part], masks[part] = _padded([known[text] for text in instructions])
+                parts[part], masks[part] = padded([known[text] for text in instructions])
         fingerprint = self._fingerprint(items, instructions)
         origin = {"instruction": list(instructions), "encoder": TYPE, **self.identity}
-        return Condition(parts, masks, fingerprint, {**origin, **several.facts(len(rows))})
+        return Condition(parts, masks, fingerprint, {**origin, **number_of_images(len(rows))})
 
     def _fingerprint(self, items: Sequence[Sequence[Tensor]], texts: Sequence[str]) -> str:
         facts = [list(self.parts), self.identity, self.text_padding, list(texts)]
@@ -162,7 +160,7 @@ class _Vision:
         return self.model(pixel_values=pixels.to(self.model.device)).last_hidden_state.cpu()
 
     def _square(self, image: Tensor) -> Tensor:
-        """``[1, 3, H, W]`` -> the middle square, in the 256 steps of 0..1 that pictures have."""
+        """``[1, 3, H, W]`` -> the middle square, in the 256 steps of 0..1 that images have."""
         size, (height, width) = self.size, image.shape[2:]
         if (height, width) != (size, size):
             scale = size / min(height, width)
@@ -238,14 +236,6 @@ class _Text:
 
     def _tensor(self, ids: list[int]) -> Tensor:
         return torch.tensor([ids], device=self.model.device)
-
-
-def _padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Rows ``[1, T, C]`` of any lengths -> ``[B, T, C]`` and the mask ``[B, T]`` of what counts."""
-    longest = max(row.shape[1] for row in rows)
-    tokens = torch.cat([F.pad(row, (0, 0, 0, longest - row.shape[1])) for row in rows])
-    lengths = torch.tensor([row.shape[1] for row in rows])
-    return tokens, torch.arange(longest) < lengths[:, None]
 
 
 def _pixels(image: Tensor) -> Tensor:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...hywu_core.errors import HYWUError
-from ...hywu_core.fingerprint import of_module
-from .training_files import TensorCache, digest
+from ....hywu_core.errors import HYWUError
+from ....hywu_core.fingerprint import of_module
+from ..cache import TensorCache, digest
 
 
 @torch.inference_mode()

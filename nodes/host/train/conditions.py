@@ -3,36 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...hywu_core.condition import Condition
-from ...hywu_core.conditioning import pictures as several
-from ...hywu_core.errors import HYWUError
-from ...hywu_core.fingerprint import of_module
-from ...hywu_core.training.editor_base import ONE_PICTURE
-from . import encoders, graph_encoders, hidden_states
-from .bundled_editor import HostEditor
-from .latents import CachedLatents
-from .training_files import TensorCache, digest
+from ....hywu_core.condition import Condition
+from ....hywu_core.encoders.base import Reads, number_of_images, padded
+from ....hywu_core.encoders.bundled import ONE_IMAGE
+from ....hywu_core.errors import HYWUError
+from ....hywu_core.fingerprint import of_module
+from .. import encode
+from ..bundled_editor import HostEditor
+from ..cache import TensorCache, digest
+from ..encode import hidden_states
+from ..encode.graph import GraphEncoder
+from ..encode.latents import CachedLatents
 
 #: Key of a conditioning's main tensor among its cached ones.
 TOKENS = "cross_attn"
 #: What the generator may read of a MODEL that isn't the bundled editor.
 READS = ("encoders", "model", "model and encoders")
-#: A picture by which widths are found.
+#: An image by which widths are found.
 PROBE = torch.zeros(1, 3, 64, 64)
 
 
-class GraphEncoder:
+class CachedEncoder:
     """What the generator reads: the bundled editor's hidden states, or what `reads` says.
 
     reads: one of `READS`. For the MODEL's own hidden states it takes the VAE and the side of the
-    pictures that are trained on. images: pictures of an item, its references among them. identity and
+    images that are trained on. images: images per item, its references among them. identity and
     parts go into the checkpoint, by which Condition Encode makes the same conditions. Raises HYWUError
     where nothing would look at the references.
     """
@@ -42,30 +43,36 @@ class GraphEncoder:
         vae: Any = None, side: int = 0, images: int = 1,
     ) -> None:  # fmt: skip
         self.cache, self.clip = cache, clip
-        self.inputs: dict[str, Any] = {"clip": clip}
         self.text_weights = of_module(clip.cond_stage_model)
-        self.identity: dict[str, Any] = {"type": "comfyui", "clip": self.text_weights}
         diffusion = model.model.diffusion_model
-        self.by_editor = isinstance(diffusion, HostEditor)
-        if self.by_editor:
+        if isinstance(diffusion, HostEditor):
             if images > 1:
-                raise HYWUError(ONE_PICTURE)
-            self.inputs = {"model": model}
-            self.identity = {"type": "bundled_editor", "editor": diffusion.identity}
-            with torch.inference_mode():
-                made = self._by_editor(PROBE, "a")
-            self.parts = {name: tokens.shape[2] for name, tokens in made.parts.items()}
-            return
-        self.identity |= several.facts(images)
-        names = []
+                raise HYWUError(ONE_IMAGE.format(count=images))
+            self.identity: dict[str, Any] = {
+                "type": "bundled_editor",
+                "editor": diffusion.identity,
+            }
+            parts, sockets = dict(diffusion.config.condition_parts), {"model": model}
+        else:
+            self.identity = {"type": "comfyui", "clip": self.text_weights}
+            self.identity |= number_of_images(images)
+            parts, sockets = self._of_graph(model, clip_vision, reads, vae, side, images)
+        self.encoder = encode.encoder(Reads(parts, self.identity), sockets)
+        self.parts = parts
+
+    def _of_graph(
+        self, model: Any, clip_vision: Any, reads: str, vae: Any, side: int, images: int
+    ) -> tuple[dict[str, int], dict[str, Any]]:
+        """(parts, sockets) of a MODEL of the user's; completes the identity."""
+        names, sockets = [], {"clip": self.clip, "said": self._said}
         if "model" in reads:
-            latent = CachedLatents(model.model, vae, cache)
-            self.inputs |= {"model": model, "vae": vae, "said": self._said, "latent": latent}
+            latent = CachedLatents(model.model, vae, self.cache)
+            sockets |= {"model": model, "vae": vae, "latent": latent}
             self.identity["model"] = hidden_states.describe(model, vae, side, self._said, latent)
             names.append(hidden_states.PART)
         if "encoders" in reads:
             if clip_vision is not None:
-                self.inputs["clip_vision"] = clip_vision
+                sockets["clip_vision"] = clip_vision
                 self.identity["clip_vision"] = of_module(clip_vision.model)
                 names.append("vision")
             names.append("text")
@@ -74,14 +81,14 @@ class GraphEncoder:
                 "The rows have references, which a generator that reads the instruction only doesn't see; "
                 "connect clip_vision, let it read the model's hidden states, or take them out of the rows."
             )
-        self.parts = {name: self._width(name) for name in names}
+        return self._widths(names, sockets), sockets
 
     @torch.inference_mode()
-    def _width(self, part: str) -> int:
-        """Found by encoding something small."""
-        said = graph_encoders.entries(["a"], self.inputs)
-        made = graph_encoders.tokens(part, self.identity, [PROBE], said, self.inputs)
-        return made[0].shape[2]
+    def _widths(self, names: Sequence[str], sockets: Mapping[str, Any]) -> dict[str, int]:
+        """Part -> width, found by encoding something small."""
+        probe = GraphEncoder(Reads(dict.fromkeys(names, 0), self.identity), sockets)
+        said = probe.entries(["a"])
+        return {name: probe.tokens(name, [PROBE], said)[0].shape[2] for name in names}
 
     def _said(self, text: str) -> list[Any]:
         """An entry of a CONDITIONING."""
@@ -90,36 +97,22 @@ class GraphEncoder:
 
     def condition(self, pixels: Tensor, text: str, references: Sequence[Tensor] = ()) -> Condition:
         """pixels ``[1, 3, H, W]`` in 0..1, references ``[3, h, w]`` -> the condition of one item, on the CPU."""
-        pictures = [pixels, *(one[None] for one in references)]
-        key = digest("condition", sorted(self.identity.items()), pixels, text, *pictures[1:])
-        tensors, facts = self.cache.get(key, lambda: self._make(pictures, text))
+        rows = [pixels, *(one[None] for one in references)]
+        key = digest("condition", sorted(self.identity.items()), pixels, text, *rows[1:])
+        tensors, facts = self.cache.get(key, lambda: self._make(rows, text))
         parts = {name: tensors[f"parts.{name}"] for name in self.parts}
         masks = {n: tensors[f"masks.{n}"] for n in self.parts if f"masks.{n}" in tensors}
         return Condition(parts, masks, facts["fingerprint"], facts["origin"])
 
     @torch.inference_mode()
-    def _make(
-        self, pictures: Sequence[Tensor], text: str
-    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        pictures = [pixels.cpu().float() for pixels in pictures]
-        if self.by_editor:
-            made = self._by_editor(pictures[0], text)
-        else:
-            asked = SimpleNamespace(
-                config=SimpleNamespace(condition=self.parts, encoder=self.identity)
-            )
-            made = graph_encoders.encode(asked, pictures, [text], self.inputs)
+    def _make(self, rows: Sequence[Tensor], text: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        rows = [row.cpu().float() for row in rows]
+        made = self.encoder(rows[0], [text], *rows[1:])
         if not bool(made.is_finite()):
             raise HYWUError(f"The condition of '{text[:60]}' has NaN or infinite values.")
         tensors = {f"parts.{name}": value for name, value in made.parts.items()}
         tensors |= {f"masks.{name}": value for name, value in made.masks.items()}
         return tensors, {"fingerprint": made.fingerprint, "origin": dict(made.origin)}
-
-    def _by_editor(self, pixels: Tensor, text: str) -> Condition:
-        asked = SimpleNamespace(config=SimpleNamespace(encoder=self.identity))
-        return encoders.ENCODERS["bundled_editor"](asked, [pixels], [text], self.inputs)
-
-    # -- the base model's text -------------------------------------------------------------------
 
     def conditioning(self, text: str) -> dict[str, Any]:
         """What CLIP Text Encode gives for a text, as the dict that a MODEL's `extra_conds` takes."""
@@ -147,15 +140,13 @@ def stack(conditions: Sequence[Condition]) -> Condition:
     parts, masks = {}, {}
     for name in conditions[0].parts:
         rows = [condition.parts[name] for condition in conditions]
-        longest = max(row.shape[1] for row in rows)
         kept = [
             c.masks.get(name, torch.ones(r.shape[:2], dtype=torch.bool, device=r.device))
             for c, r in zip(conditions, rows, strict=True)
         ]
-        kept = [F.pad(keep, (0, longest - keep.shape[1])) for keep in kept]
-        parts[name] = torch.cat([F.pad(r, (0, 0, 0, longest - r.shape[1])) for r in rows])
-        if not all(bool(keep.all()) for keep in kept):
-            masks[name] = torch.cat(kept)
+        parts[name], mask = padded(rows, kept)
+        if not bool(mask.all()):
+            masks[name] = mask
     return Condition(parts, masks)
 
 

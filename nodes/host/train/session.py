@@ -17,23 +17,23 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ...hywu_core.condition import Condition
-from ...hywu_core.errors import HYWUError, out_of_memory
-from ...hywu_core.experiments.conflict.plan import GeneratorSize
-from ...hywu_core.fingerprint import of_file
-from ...hywu_core.generator.config import GeneratorConfig
-from ...hywu_core.images import load_image
-from ...hywu_core.layout import LoRALayout
-from ...hywu_core.training.logs import read_log
-from ...hywu_core.training.schedule import TrainConfig
-from ...hywu_core.training.trainer import STATE, Trainer
-from . import training_files as files
-from .generators import HostGenerator
-from .layouts import generator_config, patterns
-from .training_base import HostBase
-from .training_conditions import READS, GraphEncoder
-from .training_data import FixedCrops
-from .training_memory import (
+from ....hywu_core.condition import Condition
+from ....hywu_core.errors import HYWUError, out_of_memory
+from ....hywu_core.fingerprint import of_file
+from ....hywu_core.generator.config import GeneratorConfig
+from ....hywu_core.images import load_image
+from ....hywu_core.layout import LoRALayout
+from ....hywu_core.training.logs import read_log
+from ....hywu_core.training.schedule import TrainConfig
+from ....hywu_core.training.trainer import STATE, Trainer
+from ..cache import TensorCache
+from ..generators import HostGenerator
+from ..layouts import generator_config, patterns
+from . import files
+from .base import HostBase
+from .conditions import READS, CachedEncoder
+from .data import FixedCrops
+from .memory import (
     HeldNetwork,
     autograd_through_host,
     check_step,
@@ -41,7 +41,7 @@ from .training_memory import (
     plain_patcher,
     recomputed,
 )  # fmt: skip
-from .training_pictures import grid, loss_plot, side_by_side, to_tensor
+from .plot import grid, loss_plot, side_by_side, to_tensor
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +51,10 @@ LEARNING_RATE = 5e-4
 STATISTICS = 64
 #: Examples that are drawn as samples, and seconds between previews on the node.
 SAMPLES, PREVIEW_SECONDS = 4, 5.0
+#: How large a new generator's LoRAs are (see `GeneratorConfig`).
+LORA_SCALES = {"lora_a_scale": 0.05, "lora_b_scale": 0.6}
+#: A report's note, and a warning.
+TEXT_ONLY = "Without clip_vision the generator reads the instruction only."
 #: The bundled editor's text is encoded before its blocks, by the CLIP of the graph.
 EDITOR_TEXT = "text.*"
 
@@ -82,12 +86,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Trained:
-    """What the node gives: the generator, a JSON report, ``[1, H, W, 3]`` of the loss and samples."""
+    """What the node gives: the generator, a JSON report, ``[1, H, W, 3]`` of the loss and samples, warnings."""
 
     generator: HostGenerator
     report: str
     plot: Tensor
     samples: Tensor
+    warnings: list[str]
 
 
 def train(model: Any, vae: Any, clip: Any, clip_vision: Any, request: Request) -> Trained:
@@ -112,9 +117,9 @@ class _Training:
         self.crops = FixedCrops(
             pairs, request.batch_size, request.image_size, request.crops, request.seed
         )
-        cache = files.TensorCache(self.folder / "cache")
+        cache = TensorCache(self.folder / "cache")
         patcher = plain_patcher(model)
-        encoder = GraphEncoder(
+        encoder = CachedEncoder(
             patcher, clip, clip_vision, cache, request.reads, vae, request.image_size,
             images=1 + self.crops.references,
         )  # fmt: skip
@@ -135,10 +140,9 @@ class _Training:
         layout = LoRALayout.of(
             base.module, request.rank, include=patterns(request.include), exclude=exclude or None
         )
-        usual = GeneratorSize()
         return generator_config(
             layout, request.generator_size, dict(base.condition_parts),
-            lora_a_scale=usual.lora_a_scale, lora_b_scale=usual.lora_b_scale,
+            **LORA_SCALES,
             encoder=dict(base.encoder), base=base.name,
         )  # fmt: skip
 
@@ -187,7 +191,8 @@ class _Training:
         self.shown = grid([self.sampled.source, self.sampled.target, edits])
         generator = HostGenerator(path, torch.float32)
         plot = to_tensor(loss_plot(read_log(self.folder / "log.csv"), self.request.steps))
-        return Trained(generator, self._report(trainer, generator), plot, self.shown)
+        report = self._report(trainer, generator)
+        return Trained(generator, report, plot, self.shown, self._warnings())
 
     def _prepare_examples(self) -> None:
         """Encode every crop once: latents, conditions and texts, kept on disk."""
@@ -311,6 +316,14 @@ class _Training:
             "seconds": round(time.perf_counter() - self.started, 1),
             "folder": str(Path(files.FOLDER) / self.folder.name),
         }
-        if set(self.base.condition_parts) == {"text"}:
-            facts["note"] = "Without clip_vision the generator reads the instruction only."
+        if self.reads_text_only:
+            facts["note"] = TEXT_ONLY
         return json.dumps(facts, ensure_ascii=False)
+
+    @property
+    def reads_text_only(self) -> bool:
+        return set(self.base.condition_parts) == {"text"}
+
+    def _warnings(self) -> list[str]:
+        """What of the pairs was left out, and what the generator doesn't see."""
+        return [f"Left out: {row}" for row in self.bad] + [TEXT_ONLY] * self.reads_text_only

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...hywu_core.errors import HYWUError
-from ...hywu_core.fingerprint import of_values
-from .identity import unfold
+from ....hywu_core.errors import HYWUError
+from ....hywu_core.fingerprint import of_values
+from ..identity import unfold
 
 #: A CONDITIONING, and one of its entries: tokens ``[B, T, C]`` and facts.
 Entry = Sequence[Any]

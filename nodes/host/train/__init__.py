@@ -1,0 +1,1 @@
+"""Training a generator through a graph's MODEL."""
