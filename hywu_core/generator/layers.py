@@ -294,11 +294,13 @@ def _residual(
     if not context.in_place:
         return x + linear(branch(lambda: norm(x), x, 0), *out)
     weight, bias = out
+    # autocast leaves in-place products alone, which then meet two types
+    plain = not torch.is_autocast_enabled(x.device.type)
     fitting = context.chunk_rows // rows_each
     step = even_step(x.shape[1], fitting if most is None else min(fitting, most))
     for start in range(0, x.shape[1], step):
         view = x[:, start : start + step]
-        adds = view.is_contiguous() and isinstance(weight, Tensor)
+        adds = plain and view.is_contiguous() and isinstance(weight, Tensor)
         hidden = branch(_normed(norm, view, bias if adds else None, context), view, start)
         if adds:
             rows = view.view(-1, view.shape[-1])

@@ -215,6 +215,18 @@ def test_inference_equals_autograd_whatever_the_chunks():
             torch.testing.assert_close(lora.factors[key], value.detach())
 
 
+def test_inference_under_autocast_is_that_of_training_under_it():
+    generator, condition = random_generator(two_stack_config()), two_part_condition()
+    with torch.autocast("cpu", torch.bfloat16):
+        trained = generator(condition)
+        with torch.no_grad():
+            inferred = generator(condition)
+    for path in trained:
+        for side in "AB":
+            one, other = (getattr(lora[path], side) for lora in (inferred, trained))
+            assert relative(one, other) < 2e-2, (path, side)
+
+
 def test_prefix_cache_follows_the_weights():
     generator = random_generator(two_stack_config())
     condition = two_part_condition(batch=1)
