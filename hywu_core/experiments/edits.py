@@ -12,11 +12,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Generator, Tensor
+
+from ..images import encode_image, load_image, to_pillow, to_tensor
 
 #: clean ``[B, 3, H, W]`` in 0..1, random generator -> (source, target), the same shape and range
 Make = Callable[[Tensor, Generator], tuple[Tensor, Tensor]]
@@ -251,13 +251,8 @@ def reduced(x: Tensor, factor: float) -> Tensor:
 
 def jpeg(x: Tensor, quality: int) -> Tensor:
     """Written as JPEG and read again, through Pillow."""
-    images = []
-    for image in x.detach().cpu().permute(0, 2, 3, 1).numpy():
-        file = io.BytesIO()
-        pixels = (image * 255 + 0.5).clip(0, 255).astype(np.uint8)
-        Image.fromarray(pixels).save(file, "JPEG", quality=quality)
-        images.append(torch.from_numpy(np.array(Image.open(file))))
-    return torch.stack(images).permute(0, 3, 1, 2).to(x) / 255
+    files = (io.BytesIO(encode_image(to_pillow(image), "JPEG", quality)) for image in x)
+    return torch.stack([to_tensor(load_image(file)) for file in files]).to(x) / 255
 
 
 # -- damage -------------------------------------------------------------------------------------------
