@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 
 from hywu_core.bases.bundled.checkpoint import editor_identity, load_editor, save_editor
-from hywu_core.bases.bundled.transformer import TransformerConfig as EditorConfig
-from hywu_core.bases.bundled.transformer import TransformerEditor as Editor
+from hywu_core.bases.bundled.model import Editor, EditorConfig
 from hywu_core.generator.checkpoints import save_generator
 from hywu_core.generator.config import GeneratorConfig
 from hywu_core.generator.model import ParameterGenerator
 from hywu_core.layout import LoRALayout
 from hywu_core.lora import GeneratedLoRA
 
+BASE = "hywu-bundled-editor-2"
 TASKS = ("blur", "deblur", "age", "restore")
 NAMES = ("editor", "generator", "shared", *(f"single_{task}" for task in TASKS))
 
@@ -24,15 +24,25 @@ NAMES = ("editor", "generator", "shared", *(f"single_{task}" for task in TASKS))
 def make_random(folder: Path) -> Path:
     """A small editor, its generator and LoRAs: random, but all of them change the picture."""
     torch.manual_seed(0)
-    editor = Editor(EditorConfig(width=64, depth=3, heads=4, text_depth=1, train_size=32))
+    config = EditorConfig(
+        widths=(8, 16, 32),
+        encode=(0, 1, 0),
+        decode=(1, 1, 2),
+        steer=32,
+        text_width=64,
+        text_depth=1,
+    )
+    editor = Editor(config)
     editor.reset_parameters()
-    torch.nn.init.normal_(editor.image_out.weight, std=0.05)
-    torch.nn.init.normal_(editor.modulate.weight, std=0.05)
+    torch.nn.init.normal_(editor.scales[0].leave.weight, std=0.05)
+    for name, value in editor.named_parameters():
+        if name.endswith("film.weight"):
+            torch.nn.init.normal_(value, std=0.05)
     save_editor(editor, folder / "editor.safetensors", {})
     editor = load_editor(folder / "editor.safetensors")
-    layout = LoRALayout.of(editor, 2, exclude="text.*")
+    layout = LoRALayout.of(editor, 2)
     config = GeneratorConfig(
-        layout, {"image": 64, "words": 64}, 16, 2, 32, 16, 2, base="hywu-bundled-editor",
+        layout, editor.config.condition_parts, 16, 2, 32, 16, 2, base=BASE,
         encoder={"type": "bundled_editor", "editor": editor_identity(editor)},
         provenance={"phrasings": {"blur": ["blur the image"], "deblur": ["sharpen the image"]}},
     )  # fmt: skip
@@ -55,6 +65,4 @@ def _lora(layout: LoRALayout) -> GeneratedLoRA:
         for t in layout.targets()
     }
     layers = {t.path: layout.stacks[t.stack].layers[t.layer] for t in layout.targets()}
-    return GeneratedLoRA.from_pairs(
-        pairs, layout.alpha, layers=layers, provenance={"base": "hywu-bundled-editor"}
-    )
+    return GeneratedLoRA.from_pairs(pairs, layout.alpha, layers=layers, provenance={"base": BASE})

@@ -19,6 +19,16 @@ _COMMON = """
 """
 COMMON = frozenset(_COMMON.split())
 
+#: Words that ask for a part of the image ("blur the background"); the editor knows only the whole.
+_PARTS = """
+    animal animals area background backdrop bottom building buildings car cat centre center child
+    corner dog edge except eye eyes face faces flower flowers foreground grass hair hand hands her
+    him house left man middle mountain mountains nobody object objects only ocean part people
+    person region right road sea selectively side sign skin sky somebody subject text top tree trees
+    wall water window windows woman
+"""
+PARTS = frozenset(_PARTS.split())
+
 
 def similarity(one: str, other: str) -> float:
     """Cosine of the counts of two words' character trigrams, 0..1; deterministic."""
@@ -28,19 +38,31 @@ def similarity(one: str, other: str) -> float:
 
 
 def unknown_instruction(instruction: str, known: Iterable[tuple[str, str]]) -> str:
-    """A warning that lists what the editor knows, or "" when the instruction is near to something.
+    """A warning that says what the editor doesn't know, or "" when the instruction is near to something
+    that it was trained on: of no telling word it lists the tasks; of a known word for a part of the image
+    ("blur the background") it says that the whole is edited.
 
-    known: (task name, phrasing) pairs. It looks at words alone: a known word in a strange request
-    ("blur only the dog") passes.
+    known: (task name, phrasing) pairs. It looks at words alone.
     """
     known = list(known)
     if any(instruction.strip().lower() == text for _, text in known):
         return ""
     words = {word for _, text in known for word in _telling(text)}
-    if any(similarity(w, k) >= THRESHOLD for w in _telling(instruction) for k in words):
-        return ""
+    if any(_near(word, each) for word in _telling(instruction) for each in words):
+        spoken = re.findall(r"[^\W\d_]+", instruction.lower())
+        parts = [word for word in spoken if word in PARTS and word not in words]
+        if not parts:
+            return ""
+        return f"'{instruction}': the editor edits the whole image and can't keep to '{parts[0]}'."
     tasks = ", ".join(dict.fromkeys(name for name, _ in known))
     return f"'{instruction}' is far from everything the editor was trained on. It knows: {tasks}."
+
+
+def _near(word: str, known: str) -> bool:
+    """Whether a word counts as a known one: of short ones ("red", "reduce") only what begins with it."""
+    if min(len(word), len(known)) <= 3 and not word.startswith(known):
+        return False
+    return similarity(word, known) >= THRESHOLD
 
 
 def _telling(text: str) -> set[str]:
