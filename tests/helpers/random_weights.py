@@ -31,6 +31,7 @@ def make_random(folder: Path) -> Path:
         steer=32,
         text_width=64,
         text_depth=1,
+        max_pixels=32 * 32,
     )
     editor = Editor(config)
     editor.reset_parameters()

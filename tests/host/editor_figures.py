@@ -138,7 +138,7 @@ def cache_figures():
 torch.manual_seed(0)
 model, clip, vae = load()
 plain = load_editor()
-small = plain.config.train_size
+small, _ = plain.config.tile(1 << 12, 1 << 12)
 images = torch.rand(2, small, small, 3)
 lora = generated(NODES["HYWULoadGenerator"]().load("bundled", "float32")[0])
 large = torch.rand(1, 2 * small + 8, small + 24, 3)

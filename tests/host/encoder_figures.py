@@ -188,7 +188,7 @@ def refusals() -> dict[str, str]:
 torch.manual_seed(0)
 images = torch.rand(2, 40, 30, 3)
 _, clip, _ = NODES["HYWULoadBundledEditor"]().load()
-seeing, width = vision(), clip.cond_stage_model.config.width
+seeing, width = vision(), clip.cond_stage_model.config.condition_parts["words"]
 both = generator({"vision": 32, "text": width})
 texts = "blur\nmake all of it darker"
 inputs = {"clip": clip, "clip_vision": seeing}

@@ -34,7 +34,7 @@ WIDGETS = {
 def tiny_sd3(server, weights, run_inside) -> None:
     for folder in ("diffusion_models", "vae"):
         (server.base / "models" / folder).mkdir(parents=True, exist_ok=True)
-    width = load_editor(bundled("editor")).config.width
+    width = load_editor(bundled("editor")).config.condition_parts["words"]
     run_inside("train_figures.py", server.base, "files", width)
 
 
@@ -184,7 +184,7 @@ def test_the_shipped_workflow_trains_and_edits_in_one_run(server, weights):
     widgets |= {"steps": 6, "crops": 1, "image_size": 32}  # a few minutes otherwise
     record, _ = run_sync(server.url, graph, timeout=900)
     report = json.loads(record["outputs"][find_node(graph, "Train")]["text"][0])
-    assert report["base"] == "hywu-bundled-editor"
+    assert report["base"] == "hywu-bundled-editor-2"
     assert (report["pairs"], report["steps"], report["parts"]) == (8, 6, 1)
     assert 2e6 < report["generator_weights"] < 4e6
     edits = []

@@ -20,9 +20,10 @@ import comfy.samplers
 import torch
 from torch import Tensor, nn
 
+from ....hywu_core.bases.bundled.checkpoint import architecture
 from ....hywu_core.condition import Condition
 from ....hywu_core.training.base import Batch, Draws
-from ....hywu_core.training.editor_base import NAME
+from ....hywu_core.training.editor_base import NAMES
 from ..bundled_editor import HostEditor
 from ..cache import TensorCache
 from ..encode.latents import CachedLatents
@@ -66,7 +67,9 @@ class HostBase:
 
     @property
     def name(self) -> str:
-        return NAME if self.predicts_clean else f"{type(self.module).__name__}-{self.weights}"
+        if self.predicts_clean:
+            return NAMES[architecture(self.module)]
+        return f"{type(self.module).__name__}-{self.weights}"
 
     @property
     def encoder(self) -> Mapping[str, Any]:
