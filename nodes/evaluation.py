@@ -7,7 +7,6 @@ results can be judged again, reported and compared from the command line, and th
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,30 +17,30 @@ from PIL import Image
 from torch import Tensor
 
 from ..hywu_core.errors import HYWUError
-from ..hywu_core.evaluation.generate import editor_source, save_result, write_manifest
-from ..hywu_core.evaluation.items import Item, ItemList, read_items
-from ..hywu_core.evaluation.judges.base import Judge
-from ..hywu_core.evaluation.judging import judge_results, store_name
-from ..hywu_core.evaluation.questionnaires import NAMES, USUAL, load_questionnaire
-from ..hywu_core.evaluation.report.build import outcome_line
-from ..hywu_core.evaluation.report.chart_image import chart_image
+from ..hywu_core.evaluation.benchmarks import (
+    BENCHMARKS,
+    QUESTIONNAIRES,
+    load_questionnaire,
+    read_items,
+)
+from ..hywu_core.evaluation.items import Item, ItemList
+from ..hywu_core.evaluation.judges import IN_GRAPHS
+from ..hywu_core.evaluation.judges.openai import ENDPOINT
 from ..hywu_core.evaluation.report.markdown import markdown_table
-from ..hywu_core.evaluation.results import BENCHMARKS, MANIFEST, Results, open_results
-from ..hywu_core.evaluation.score_files import write_scores
-from ..hywu_core.evaluation.scores import MethodScores, same_judge, scale, score_results
+from ..hywu_core.evaluation.results import MANIFEST, Results, open_results, write_manifest
+from ..hywu_core.evaluation.run import judge as run_judge
+from ..hywu_core.evaluation.run import store_name
+from ..hywu_core.evaluation.scores import MethodScores, same_judge, score_results, write_scores
 from ..hywu_core.evaluation.store import FAILED, StoreName
-from ..hywu_core.evaluation.tables import bars, comparison_table, summary_table
+from ..hywu_core.evaluation.tables import comparison_table
 from ..hywu_core.files import check_name, folder_lock
 from . import ui
 from .host import benchmarks
+from .host.charts import chart_image
 
 CATEGORY = f"{ui.CATEGORY}/evaluation"
 ITEM = "HYWU_ITEM"
 SCORES = "HYWU_SCORES"
-
-#: Environment variable with the endpoint of the openai judge. Not a widget: a workflow from elsewhere
-#: would choose where the operator's key is sent.
-ENDPOINT = "HYWU_JUDGE_URL"
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ class HYWUBenchmarkItems:
 
     def read(self, benchmark, path, index, count, tasks="", languages=""):
         data = benchmarks.data_folder(benchmark, path)
-        items = read_items(benchmark, data, benchmarks.results_folder("hywu_eval") / "gedit_data")
+        items = read_items(benchmark, data, benchmarks.results_folder("hywu_eval"))
         selection = {"tasks": _listed(tasks), "languages": _listed(languages)}
         selection = {name: value for name, value in selection.items() if value}
         chosen = items.select(**selection).items
@@ -131,8 +130,8 @@ class HYWUBenchmarkItems:
                 "them are done, or start again at 0."
             )
         given = chosen[index : index + count] if count else chosen[index:]
-        layout = Results(data, benchmark)
-        images = [_tensor(editor_source(layout, item)) for item in given]
+        layout = Results(data, BENCHMARKS[benchmark])
+        images = [_tensor(layout.editor_source(item)) for item in given]
         carried = [BenchmarkItem(item, items, data, selection) for item in given]
         lines = [f"{i.key} ({i.task}, {i.language}): {i.instruction}" for i in given]
         lines += [f"not usable: {bad}" for bad in items.bad]
@@ -171,13 +170,13 @@ class HYWUJudge:
                 "earlier run under this name is replaced.",
             ),
             "judge": ui.choice(
-                ["reference", "openai"],
+                list(IN_GRAPHS),
                 "reference: pixels against the known target, no network. openai: the endpoint in the server's "
                 f"environment variable {ENDPOINT}, with the key in OPENAI_API_KEY.",
                 "reference",
             ),
             "questionnaire": ui.choice(
-                ["auto", *NAMES],
+                ["auto", *QUESTIONNAIRES],
                 "What is asked. auto: the benchmark's own; wu-eval for a folder.",
                 "auto",
             ),
@@ -199,12 +198,13 @@ class HYWUJudge:
             return False
 
     def judge(self, image, item, method, judge, questionnaire, model="", folder="hywu_eval"):
-        judging = _make_judge(judge, model)
-        name = USUAL[item.items.benchmark] if questionnaire == "auto" else questionnaire
+        judging = IN_GRAPHS[judge](model)
+        usual = BENCHMARKS[item.items.benchmark].usual
+        name = usual if questionnaire == "auto" else questionnaire
         asked = load_questionnaire(name)
         results = _keep(image, item, benchmarks.results_folder(folder), method)
         one = replace(item.items, items=(item.item,))
-        judge_results(results, one, asked, judging, again=(FAILED,), progress=False)
+        run_judge(results, one, asked, judging, again=(FAILED,), progress=False)
         kept = store_name(judging, asked)
         score = score_results(results, one, asked, kept).scores[0]
         facts = {
@@ -256,12 +256,12 @@ class HYWUScoreTable:
         for method in methods:
             write_scores(method)
         tables = [comparison_table(methods)] if len(methods) > 1 else []
-        tables += [summary_table(method) for method in methods]
+        tables += [method.questionnaire.table(method) for method in methods]
         lines = [f"Judge: {methods[0].name}."]
-        lines += [f"{method.method}: {outcome_line(method)}." for method in methods]
+        lines += [f"{method.method}: {method.outcome_line()}." for method in methods]
         text = "\n\n".join([*lines, *("\n".join(markdown_table(t)) for t in tables)])
-        limits = scale(methods[0].questionnaire)
-        chart = chart_image(bars(methods), limits, f"Overall, {methods[0].questionnaire}")
+        asked = methods[0].questionnaire
+        chart = chart_image(asked.bars(methods), asked.scale, f"Overall, {asked.name}")
         return ui.shown(text, (text, _tensor(chart)))
 
 
@@ -284,19 +284,6 @@ def _pillow(image: Tensor) -> Image.Image:
     return Image.fromarray(pixels.byte().numpy())
 
 
-def _make_judge(judge: str, model: str) -> Judge:
-    if judge == "reference":
-        from ..hywu_core.evaluation.judges.reference import ReferenceJudge
-
-        return ReferenceJudge(parallel=1)
-    from ..hywu_core.evaluation.judges.openai import OpenAIJudge
-
-    if not model.strip():
-        raise HYWUError("judge 'openai' needs model, the model's name at the endpoint.")
-    url = os.environ.get(ENDPOINT) or "https://api.openai.com/v1"
-    return OpenAIJudge(model.strip(), url, parallel=1, retries=3, timeout=60)
-
-
 def _keep(image: Tensor, item: BenchmarkItem, folder: Path, method: str) -> Results:
     """Write the image into the method's folder. Raises HYWUError when it is another program's."""
     try:
@@ -304,11 +291,11 @@ def _keep(image: Tensor, item: BenchmarkItem, folder: Path, method: str) -> Resu
     except HYWUError as error:
         raise HYWUError(f"method can't be used: {error}.") from error
     edited = _pillow(image)
-    results = Results(folder / method, item.items.benchmark)
+    results = Results(folder / method, BENCHMARKS[item.items.benchmark])
     made_by = {"kind": "comfyui-graph"}
     with folder_lock(results.root):
         write_manifest(results, item.items, made_by, item.data, None, item.selection)
-        save_result(results, item.item, edited)
+        results.save(item.item, edited)
     return results
 
 

@@ -1,31 +1,29 @@
 """Benchmark items: what an editor is asked, and where its result belongs.
 
-One Item is one picture, one instruction and (where known) the picture wanted. Readers turn what the
+One Item is one image, one instruction and (where known) the image wanted. Readers turn what the
 benchmarks' authors publish, or a folder of the user's own, into items; rows that can't be used are
 returned by name beside them, never dropped in silence.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .. import fingerprint
 from ..errors import HYWUError
-from ..files import check_name, is_file, read_json, read_json_lines
-from ..fingerprint import of_json
-
-#: Two items of each benchmark, our own.
-SAMPLES = Path(__file__).with_name("samples")
+from ..files import is_file, read_json, read_json_lines
 
 
 @dataclass(frozen=True)
 class Item:
     """One edit to make.
 
-    source: the picture given to the editor; shown_source: the one given to the judge, where a
-    benchmark keeps the two apart (GEdit-Bench), else None; target: the picture wanted, if known;
+    source: the image given to the editor; shown_source: the one given to the judge, where a
+    benchmark keeps the two apart (GEdit-Bench), else None; target: the image wanted, if known;
     intersection: GEdit's mark of the items that every compared system answered; photograph: what
     the source was cut or made from, where several sources share one.
     """
@@ -105,15 +103,15 @@ class ItemList:
     def fingerprint(self) -> str:
         """Hash of what is asked (not of the pixels), so that results of other items are recognized."""
         rows = [[i.id, i.instruction, i.intersection] for i in self.items]
-        return of_json(rows, 16, ensure_ascii=False)
+        return fingerprint.of_json(rows, 16, ensure_ascii=False)
 
 
 def check_image(value: object, root: Path, what: str) -> Path:
     """The path of an existing file inside `root`. Raises HYWUError saying what is wrong."""
     if not isinstance(value, str) or not value or "\0" in value or not _encodable(value):
         raise HYWUError(f"its {what} is {value!r}, not a path")
-    path = (root / value).resolve()
-    if not path.is_relative_to(root.resolve()):
+    path = Path(os.path.realpath(root / value))
+    if not path.is_relative_to(os.path.realpath(root)):
         raise HYWUError(f"its {what} '{value}' lies outside {root}")
     if not is_file(path):
         raise HYWUError(f"its {what} '{value}' does not exist")
@@ -163,89 +161,23 @@ def collect(
 
 def read_rows(path: Path) -> list[tuple[str, Mapping[str, Any] | str]]:
     """Named rows of a JSON list or a JSONL file; a line that is not JSON comes as its complaint."""
-    if path.suffix.lower() == ".jsonl":
-        start = len(f"{path}, line ")
-        return [
-            (f"{path.name} line {n}", _complaint(row, start + len(f"{n}: ")))
-            for n, row in read_json_lines(path)
-        ]
-    return [(f"{path.name} row {n}", row) for n, row in enumerate(read_json(path, list), 1)]
-
-
-def _complaint(row: Any, start: int) -> Any:
-    return f"is {str(row)[start:]}" if isinstance(row, HYWUError) else row
-
-
-# -- a folder of the user's own ------------------------------------------------------------------
-
-FOLDER_FILES = ("items.jsonl", "metadata.jsonl", "items.json")
-
-
-def read_folder(path: str | Path) -> ItemList:
-    """Own data: a JSONL file, or a folder with ``items.jsonl`` (or metadata.jsonl, items.json).
-
-    Each row: ``source`` and ``instruction``, optional ``target``, ``task`` (default "edit"),
-    ``language`` (default "en"), ``key`` (default: the row's number, five digits) and ``photograph``
-    (a name that sources cut from one photograph share, for the intervals; default: the source).
-    Paths are relative to the file.
-    """
-    path = Path(path)
-    file = path if path.is_file() else first_file(path, FOLDER_FILES, "items")
-    root = file.parent
-    rows = read_rows(file)
-    numbered = [
-        (name, row if isinstance(row, str) or not isinstance(row, Mapping) else {"key": key, **row})
-        for key, (name, row) in zip((f"{n:05d}" for n in range(len(rows))), rows, strict=True)
-    ]
-
-    def parse(row: Mapping[str, Any]) -> Item:
-        target, photograph = row.get("target"), row.get("photograph", "")
-        if not isinstance(photograph, str):
-            raise HYWUError(f"its photograph is {photograph!r}, not a name")
-        return Item(
-            key=check_name(row["key"], "key"),
-            task=check_name(row.get("task", "edit"), "task"),
-            instruction=check_instruction(row.get("instruction")),
-            source=check_image(row.get("source"), root, "source"),
-            language=check_name(row.get("language", "en"), "language"),
-            target=None if target is None else check_image(target, root, "target"),
-            photograph=photograph,
-        )
-
-    return collect("folder", numbered, parse)
+    if path.suffix.lower() != ".jsonl":
+        rows = read_json(path, list, "export it again")
+        return [(f"{path.name} row {n}", row) for n, row in enumerate(rows, 1)]
+    rows = []
+    for number, row in read_json_lines(path):
+        if isinstance(row, HYWUError):
+            row = "is " + str(row).removeprefix(f"{path}, line {number}: ").rstrip(".")
+        rows.append((f"{path.name} line {number}", row))
+    return rows
 
 
 def first_file(folder: Path, names: Iterable[str], what: str) -> Path:
+    """The first of the names that lies in the folder. Raises HYWUError listing them."""
     if not folder.is_dir():
         raise HYWUError(f"{folder}: there is no such file or folder.")
     names = list(names)
     for name in names:
-        if (folder / name).is_file():
+        if is_file(folder / name):
             return folder / name
     raise HYWUError(f"{folder}: holds none of {', '.join(names)}, which list the {what}.")
-
-
-def read_items(benchmark: str, path: str | Path, unpack_to: Path | None = None) -> ItemList:
-    """Items of "gedit", "imgedit" or "folder" from the user's path.
-
-    unpack_to: where the pictures of a GEdit parquet or arrow folder are written.
-    """
-    from .gedit import read_gedit
-    from .imgedit import read_imgedit
-
-    if benchmark == "gedit":
-        return read_gedit(path, unpack_to)
-    if benchmark == "imgedit":
-        return read_imgedit(path)
-    if benchmark == "folder":
-        return read_folder(path)
-    raise HYWUError(f"There is no benchmark '{benchmark}'; choose gedit, imgedit or folder.")
-
-
-def data_path(benchmark: str | None, data: str | None) -> Path | None:
-    """Where a benchmark's items lie; "samples" stands for our own. Raises HYWUError."""
-    if data == "samples":
-        if benchmark is None:
-            raise HYWUError("--data samples needs --benchmark, to say which sample.")
-        return SAMPLES / benchmark
-    return None if data is None else Path(data)

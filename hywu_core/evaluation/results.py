@@ -1,26 +1,32 @@
-"""A folder of one method's results: where pictures lie, and the notes kept beside them.
+"""A folder of one method's results: where images lie, and the notes kept beside them.
 
-The pictures lie exactly where the benchmark's authors put them, so that their scripts read ours and
+The images lie exactly where the benchmark's authors put them, so that their scripts read ours and
 ours read theirs. Beside them: ``hywu_run.json`` (what made them), ``failures.jsonl`` (what is still
 missing, and why) and ``judgements/`` (raw answers of judges).
 """
 
 from __future__ import annotations
 
+import json
+import os
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from ..errors import HYWUError
-from ..files import read_json
-from . import gedit, imgedit
-from .items import Item, ItemList, read_items
+from ..files import atomic_path, read_json, write_json
+from ..images import load_image, write_image
+from .benchmarks import BENCHMARKS, find_benchmark
+from .benchmarks.base import Benchmark
+from .items import Item, ItemList
 
 MANIFEST = "hywu_run.json"
 FAILURES = "failures.jsonl"
 JUDGEMENTS = "judgements"
-
-BENCHMARKS = ("gedit", "imgedit", "folder")
+FORMAT = "hywu-results-1"
 
 
 @dataclass(frozen=True)
@@ -28,38 +34,81 @@ class Results:
     """One method's results on one benchmark."""
 
     root: Path
-    benchmark: str
+    benchmark: Benchmark
 
     @property
     def method(self) -> str:
         return self.root.resolve().name
 
-    def picture(self, item: Item) -> Path:
+    def image(self, item: Item) -> Path:
         """Where the item's result lies, or should."""
-        if self.benchmark == "gedit":
-            return gedit.result_path(self.root, item)
-        if self.benchmark == "imgedit":
-            return imgedit.result_path(self.root, item)
-        return self.root / f"{item.key}.png"
+        return self.benchmark.result_path(self.root, item)
 
     def judged_source(self, item: Item) -> Path:
-        """The source a judge is shown: GEdit's copy beside the result where there is one."""
-        if self.benchmark == "gedit":
-            copy = gedit.source_path(self.root, item)
-            return copy if copy.is_file() else item.judged_source
-        return item.judged_source
+        """The source a judge is shown: the copy beside the result where the benchmark keeps one."""
+        copy = self.benchmark.source_path(self.root, item)
+        return copy if copy is not None and copy.is_file() else item.judged_source
 
     def missing(self, items: ItemList) -> list[Item]:
         """Items without a result."""
-        return [item for item in items.items if not self.picture(item).is_file()]
+        return [item for item in items.items if not self.image(item).is_file()]
+
+    def editor_source(self, item: Item) -> Image.Image:
+        """The image given to the editor. Raises HYWUError when it can't be read."""
+        return self.benchmark.editor_source(load_image(item.source))
+
+    def save(self, item: Item, edited: Image.Image) -> None:
+        """Write one result where its benchmark wants it, over an earlier one."""
+        if (copy := self.benchmark.source_path(self.root, item)) is not None:
+            write_image(load_image(item.judged_source), copy)
+        write_image(edited.convert("RGB"), self.image(item))
+
+
+# -- what made the results -------------------------------------------------------------------------
 
 
 def read_manifest(root: Path) -> dict[str, Any]:
     """What made these results; empty when another program did. Raises HYWUError naming the file."""
     path = root / MANIFEST
-    if not path.is_file():
-        return {}
-    return read_json(path, dict, "remove it to start anew")
+    return read_json(path, dict, "remove it to start anew") if path.is_file() else {}
+
+
+def write_manifest(
+    results: Results,
+    items: ItemList,
+    editor: dict[str, Any],
+    data: str | Path,
+    seed: int | None,
+    selection: dict[str, Any],
+) -> None:
+    """Say in the folder what makes its results; `editor` as Editor.describe gives it.
+
+    Raises HYWUError when the folder holds results that something else made.
+    """
+    fixed = {
+        "format": FORMAT,
+        "benchmark": results.benchmark.name,
+        "items": items.fingerprint(),
+        "editor": editor,
+        "seed": seed,
+    }
+    before = read_manifest(results.root)
+    for name, value in fixed.items():
+        if before and before.get(name) != json.loads(json.dumps(value)):
+            raise HYWUError(
+                f"{results.root}: holds results with {name} {before.get(name)!r}, now it is "
+                f"{value!r}; choose another name for the method, or remove the folder."
+            )
+    write_json(
+        results.root / MANIFEST,
+        {
+            **fixed,
+            "method": results.method,
+            "data": str(Path(data).resolve()),
+            "selection": selection,
+            "bad_items": [str(bad) for bad in items.bad],
+        },
+    )
 
 
 def open_results(
@@ -80,10 +129,58 @@ def open_results(
         raise HYWUError(
             f"{root}: has no {MANIFEST}, so say --benchmark ({', '.join(BENCHMARKS)}) and --data."
         )
-    items = read_items(benchmark, data, unpack_to=root.parent / "gedit_data")
+    found = find_benchmark(benchmark)
+    items = found.read(Path(data), root.parent)
     if manifest.get("items") not in (None, items.fingerprint()):
         raise HYWUError(
             f"{root}: was made for other items than {data} holds now; give the --data it was made "
             "for, or generate anew under another --method."
         )
-    return Results(root, benchmark), items.select(**manifest.get("selection", {}))
+    return Results(root, found), items.select(**manifest.get("selection", {}))
+
+
+# -- what is missing -------------------------------------------------------------------------------
+
+
+class Failures:
+    """The list of items without a result: appended at once, settled at the end of a run."""
+
+    def __init__(self, results: Results) -> None:
+        self.results = results
+        self.path = results.root / FAILURES
+        self._lock = threading.Lock()
+
+    def add(self, item: Item, reason: str) -> None:
+        """Write one line and wait until the disk has it."""
+        with self._lock, self.path.open("ab") as file:
+            file.write(_line(item.id, reason))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def settle(self, items: ItemList) -> None:
+        """Leave one line, the latest, for each item that has still no result."""
+        reasons = read_failures(self.results.root)
+        missing = self.results.missing(items)
+        lines = [_line(item.id, reasons[item.id]) for item in missing if item.id in reasons]
+        if lines:
+            with atomic_path(self.path, overwrite=True) as part:
+                part.write_bytes(b"".join(lines))
+        else:
+            self.path.unlink(missing_ok=True)
+
+
+def _line(item: str, reason: str) -> bytes:
+    return json.dumps({"item": item, "error": reason}, ensure_ascii=False).encode() + b"\n"
+
+
+def read_failures(root: Path) -> dict[str, str]:
+    """Items without a result and the latest reason; lines cut short by a crash are passed over."""
+    path = root / FAILURES
+    reasons = {}
+    for line in path.read_bytes().split(b"\n") if path.is_file() else ():
+        try:
+            row = json.loads(line)
+            reasons[str(row["item"])] = str(row["error"])
+        except (ValueError, KeyError, TypeError):
+            continue
+    return reasons

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import math
+import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..errors import HYWUError
-from . import gedit, imgedit, wu_eval
+from ..files import atomic_path, slug, write_json
+from .benchmarks import load_questionnaire
+from .benchmarks.base import Questionnaire
 from .items import Item, ItemList
-from .judging import pictures_hash
-from .questionnaires import USUAL, Questionnaire, load_questionnaire
 from .results import JUDGEMENTS, Results, open_results
-from .store import (
-    ANSWERED,
-    FAILED,
-    REFUSED,
-    Judgement,
-    JudgementStore,
-    StoreName,
-    choose_store,
-)
+from .run import ImageHashes
+from .store import ANSWERED, FAILED, REFUSED, Judgement, JudgementStore, StoreName, choose_store
 
 SCORED, UNPARSABLE, MISSING, UNJUDGED = "scored", "unparsable", "missing", "unjudged"
 
@@ -46,6 +40,7 @@ class MethodScores:
 
     results: Results
     items: ItemList
+    questionnaire: Questionnaire
     name: StoreName
     scores: tuple[ItemScore, ...]
     models: Mapping[str, int]
@@ -56,35 +51,34 @@ class MethodScores:
     def method(self) -> str:
         return self.results.method
 
-    @property
-    def questionnaire(self) -> str:
-        return self.name.questionnaire
-
     def scored(self) -> list[ItemScore]:
         """The items with a score, in the benchmark's order."""
         return [score for score in self.scores if score.outcome == SCORED]
+
+    def answered(self) -> list[ItemScore]:
+        """The items with an answer to every question, whether it could be parsed or not."""
+        return [score for score in self.scores if score.outcome in (SCORED, UNPARSABLE)]
+
+    def by_task(self) -> dict[str, list[ItemScore]]:
+        """The items with a score by task, in the benchmark's order; also tasks without any."""
+        found: dict[str, list[ItemScore]] = {task: [] for task in self.tasks()}
+        for score in self.scored():
+            found[score.item.task].append(score)
+        return found
 
     def outcomes(self) -> dict[str, int]:
         """How many items came to each outcome; they add up to the number of items."""
         return {name: sum(s.outcome == name for s in self.scores) for name in OUTCOMES}
 
+    def outcome_line(self) -> str:
+        """For instance "98 scored, 2 unparsable of 100 items"."""
+        counts = self.outcomes()
+        told = [f"{counts[name]} {name}" for name in OUTCOMES if counts[name] or name == SCORED]
+        return f"{', '.join(told)} of {len(self.scores)} items"
+
     def tasks(self) -> list[str]:
         """Tasks in the benchmark's order."""
         return self.items.tasks()
-
-
-def dimensions(questionnaire: str) -> tuple[str, ...]:
-    """The numbers of one item's score, "overall" last."""
-    return {
-        "wu-eval": (*wu_eval.DIMENSIONS, "overall"),
-        "gedit": ("semantics", "quality", "overall"),
-        "imgedit": ("overall",),
-    }[questionnaire]
-
-
-def scale(questionnaire: str) -> tuple[float, float]:
-    """The least and the greatest score."""
-    return (0, 10) if questionnaire == "gedit" else (1, 5)
 
 
 def score_results(
@@ -94,7 +88,7 @@ def score_results(
     name: StoreName,
     model: str | None = None,
 ) -> MethodScores:
-    """Parse the stored answers about the pictures as they are now.
+    """Parse the stored answers about the images as they are now.
 
     model: count only answers of this model, where an endpoint served several under one name.
     Raises HYWUError when answers of several models would be mixed, or the prompts are not those
@@ -109,10 +103,11 @@ def score_results(
             f"{questionnaire.title}; give the same --prompts as when judging."
         )
     with JudgementStore(results.root / JUDGEMENTS, name) as store:
-        found = [(item, _judgements(results, item, questionnaire, store)) for item in items.items]
+        hashes = ImageHashes(results)
+        found = [(item, _judgements(item, questionnaire, store, hashes)) for item in items.items]
         models: dict[str, int] = {}
-        for judgement in (j for _, js in found for j in js.values() if j.status == ANSWERED):
-            if model in (None, judgement.model):
+        for judgement in (j for _, js in found for j in (js or {}).values()):
+            if judgement.status == ANSWERED and model in (None, judgement.model):
                 models[judgement.model] = models.get(judgement.model, 0) + 1
         if len(models) > 1:
             counts = ", ".join(f"{key or 'unnamed'} ({n})" for key, n in models.items())
@@ -123,8 +118,9 @@ def score_results(
         return MethodScores(
             results,
             items,
+            questionnaire,
             name,
-            tuple(_score(results, item, questionnaire, js, model) for item, js in found),
+            tuple(_score(item, questionnaire, js, model) for item, js in found),
             models,
             sum(j.tokens_in for j in store),
             sum(j.tokens_out for j in store),
@@ -132,83 +128,61 @@ def score_results(
 
 
 def _judgements(
-    results: Results, item: Item, questionnaire: Questionnaire, store: JudgementStore
-) -> dict[str, Judgement]:
-    if not results.picture(item).is_file():
-        return {}
-    pictures = pictures_hash(results, item)
+    item: Item, questionnaire: Questionnaire, store: JudgementStore, hashes: ImageHashes
+) -> dict[str, Judgement] | None:
+    """The judgements of an item by question; None when it has no result."""
+    if not hashes.results.image(item).is_file():
+        return None
+    images = hashes.of(item)
     pairs = (
-        (question.name, store.get(item.id, question.name, pictures, question.digest))
+        (question.name, store.get(item.id, question.name, images, question.digest))
         for question in questionnaire.questions(item)
     )
     return {name: judgement for name, judgement in pairs if judgement}
 
 
 def _score(
-    results: Results,
     item: Item,
     questionnaire: Questionnaire,
-    judgements: Mapping[str, Judgement],
+    judgements: Mapping[str, Judgement] | None,
     model: str | None,
 ) -> ItemScore:
-    asked = [question.name for question in questionnaire.questions(item)]
+    if judgements is None:
+        return ItemScore(item, MISSING)
     kept = {
         name: j
         for name, j in judgements.items()
         if j.status != ANSWERED or model in (None, j.model)
     }
     answers = {name: judgement.text for name, judgement in kept.items()}
-    if not results.picture(item).is_file():
-        return ItemScore(item, MISSING)
     for status in (FAILED, REFUSED):
         if any(judgement.status == status for judgement in kept.values()):
             return ItemScore(item, status, {}, answers)
-    if set(kept) != set(asked):
+    if set(kept) != {question.name for question in questionnaire.questions(item)}:
         return ItemScore(item, UNJUDGED, {}, answers)
-    values = parse(questionnaire.name, answers)
+    values = questionnaire.parse(answers)
     return ItemScore(item, UNPARSABLE if values is None else SCORED, values or {}, answers)
 
 
-def parse(questionnaire: str, answers: Mapping[str, str]) -> dict[str, float] | None:
-    """The numbers of an item's answers, "overall" among them; None when one can't be parsed."""
-    if questionnaire == "wu-eval":
-        values = wu_eval.parse_answer(answers["wu-eval"])
-        return None if values is None else {**values, "overall": wu_eval.overall(values)}
-    if questionnaire == "imgedit":
-        score = imgedit.item_score(answers["imgedit"])
-        return None if score is None else {"overall": score}
-    pair = [gedit.parse_scores(answers[name]) for name in gedit.QUESTIONS]
-    if pair[0] is None or pair[1] is None:
-        return None
-    return {
-        "semantics": pair[0],
-        "quality": pair[1],
-        "overall": math.sqrt(pair[0] * pair[1]),
-    }
+def open_scores(
+    root: str | Path,
+    benchmark: str | None = None,
+    data: str | Path | None = None,
+    questionnaire: str | None = None,
+    prompts: str | Path | None = None,
+    judged_by: str | None = None,
+    answered_by: str | None = None,
+) -> MethodScores:
+    """One method's scores from its stored answers.
 
-
-def gedit_rows(scores: MethodScores) -> list[gedit.Row]:
-    """The scored items as rows of the authors' CSV."""
-    return [
-        gedit.Row(
-            score.item.task,
-            _posix(scores.results.judged_source(score.item)),
-            _posix(scores.results.picture(score.item)),
-            score.item.instruction,
-            score.values["semantics"],
-            score.values["quality"],
-            score.item.intersection,
-            score.item.language,
-        )
-        for score in scores.scored()
-    ]
-
-
-def imgedit_scores(scores: MethodScores) -> tuple[dict[str, float], dict[str, float]]:
-    """The authors' two tables: key -> item score, and edit type -> mean."""
-    items = {score.item.key: score.values["overall"] for score in scores.scored()}
-    types = {item.key: item.task for item in scores.items.items}
-    return items, imgedit.type_scores(items, types)
+    benchmark, data: see `open_results`; questionnaire, judged_by: which answers, where there are several
+    judges'; prompts: the questionnaire's file, where it isn't ours. Raises HYWUError.
+    """
+    results, items = open_results(root, benchmark, data)
+    chosen = questionnaire or results.benchmark.usual
+    name = choose_store(results.root / JUDGEMENTS, chosen, judged_by)
+    asked = load_questionnaire(name.questionnaire, prompts)
+    return score_results(results, items, asked, name, answered_by)
 
 
 def same_judge(methods: Sequence[MethodScores]) -> StoreName:
@@ -230,26 +204,62 @@ def same_judge(methods: Sequence[MethodScores]) -> StoreName:
     return names[0]
 
 
-def _posix(path: Path) -> str:
-    return path.as_posix()
+# -- files ---------------------------------------------------------------------------------------
 
 
-def open_scores(
-    root: str | Path,
-    benchmark: str | None = None,
-    data: str | Path | None = None,
-    questionnaire: str | None = None,
-    prompts: str | Path | None = None,
-    judged_by: str | None = None,
-    answered_by: str | None = None,
-) -> tuple[MethodScores, Questionnaire]:
-    """One method's scores from its stored answers, and by which questions.
+def scores_folder(scores: MethodScores) -> Path:
+    """``<method>/scores/<questionnaire>__<judge>__<version>/``"""
+    name = scores.name
+    parts = (name.questionnaire, name.judge, name.judge_version, name.questionnaire_version)
+    return scores.results.root / "scores" / "__".join(map(slug, parts))
 
-    benchmark, data: see `open_results`; questionnaire, judged_by: which answers, where there are several
-    judges'; prompts: the questionnaire's file, where it isn't ours. Raises HYWUError.
+
+def write_scores(scores: MethodScores, price_in: float = 0.0, price_out: float = 0.0) -> Path:
+    """Write items.csv, summary.json and the benchmark authors' files; returns the folder.
+
+    price_in, price_out: money per million tokens, for the cost in the summary.
     """
-    results, items = open_results(root, benchmark, data)
-    chosen = questionnaire or USUAL[results.benchmark]
-    name = choose_store(results.root / JUDGEMENTS, chosen, judged_by)
-    questions = load_questionnaire(name.questionnaire, prompts)
-    return score_results(results, items, questions, name, answered_by), questions
+    folder = scores_folder(scores)
+    _write_items(folder / "items.csv", scores)
+    write_json(folder / "summary.json", summarize(scores, price_in, price_out))
+    scores.questionnaire.write_files(folder, scores)
+    return folder
+
+
+def summarize(
+    scores: MethodScores, price_in: float = 0.0, price_out: float = 0.0
+) -> dict[str, Any]:
+    """Everything a report prints about one method, JSON-safe."""
+    name = scores.name
+    cost = (scores.tokens_in * price_in + scores.tokens_out * price_out) / 1e6
+    return {
+        "method": scores.method,
+        "benchmark": scores.items.benchmark,
+        "judge": {
+            "name": name.judge,
+            "version": name.judge_version,
+            "answered_by": dict(scores.models),
+        },
+        "questionnaire": {"name": name.questionnaire, "version": name.questionnaire_version},
+        "items": len(scores.scores),
+        "outcomes": scores.outcomes(),
+        "unusable_rows": [str(bad) for bad in scores.items.bad],
+        "tokens": {"in": scores.tokens_in, "out": scores.tokens_out, "cost": round(cost, 6)},
+        "table": scores.questionnaire.table(scores).as_json(),
+    }
+
+
+def _write_items(path: Path, scores: MethodScores) -> None:
+    names = scores.questionnaire.dimensions
+    with (
+        atomic_path(path, overwrite=True) as part,
+        part.open("w", encoding="utf-8", newline="") as file,
+    ):
+        writer = csv.writer(file)
+        writer.writerow(["item", "task", "language", "instruction", "outcome", *names])
+        for score in scores.scores:
+            item = score.item
+            values = [score.values.get(name, "") for name in names]
+            writer.writerow(
+                [item.id, item.task, item.language, item.instruction, score.outcome, *values]
+            )

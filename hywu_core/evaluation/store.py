@@ -1,7 +1,7 @@
 """Judgements: raw answers, one JSON line each, on disk before the next is asked.
 
 One file per judge, version and questionnaire. A line is found again by the item, the question, the
-prompt and the pixels judged, so a changed picture or prompt is judged anew and nothing is asked
+prompt and the pixels judged, so a changed image or prompt is judged anew and nothing is asked
 twice. A line cut short by a crash is dropped when the file is opened next.
 """
 
@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import fingerprint
 from ..errors import HYWUError
 from ..files import slug
-from ..fingerprint import of_json
 
 FORMAT = "hywu-judgements-1"
 
@@ -26,7 +26,7 @@ ANSWERED, REFUSED, FAILED = "answered", "refused", "failed"
 
 @dataclass(frozen=True)
 class Judgement:
-    """One answer to one question. pictures: hash of the pictures shown; prompt: of the prompt."""
+    """One answer to one question. pictures: hash of the images judged; prompt: of the prompt."""
 
     item: str
     question: str
@@ -57,7 +57,7 @@ class StoreName:
     def file_name(self) -> str:
         # The hash keeps apart what the readable part maps onto each other
         readable = [slug(part) for part in (self.questionnaire, self.judge, self.judge_version)]
-        digest = of_json(asdict(self), 8)
+        digest = fingerprint.of_json(asdict(self), 8)
         return "__".join(readable)[:100] + f"__{digest}.jsonl"
 
     def __str__(self) -> str:
@@ -122,9 +122,9 @@ class JudgementStore:
     def __len__(self) -> int:
         return len(self._latest)
 
-    def get(self, item: str, question: str, pictures: str, prompt: str) -> Judgement | None:
-        """The latest judgement of exactly this question about exactly these pictures."""
-        return self._latest.get((item, question, pictures, prompt))
+    def get(self, item: str, question: str, images: str, prompt: str) -> Judgement | None:
+        """The latest judgement of exactly this question about exactly these images."""
+        return self._latest.get((item, question, images, prompt))
 
     def append(self, judgement: Judgement) -> None:
         """Write one line and wait until the disk has it."""

@@ -18,10 +18,11 @@ from tqdm import tqdm
 
 from ..bases.bundled.checkpoint import bundled, editor_identity, load_editor
 from ..errors import HYWUError
-from ..evaluation.bundled_editor import EngineEditor
+from ..evaluation.benchmarks.wu_eval import dimension_bars
+from ..evaluation.editors.bundled import EngineEditor
 from ..evaluation.scores import MethodScores
 from ..evaluation.statistics import Estimate, bootstrap_mean
-from ..evaluation.tables import Table, comparison_table, dimension_bars
+from ..evaluation.tables import Table, comparison_table
 from ..files import atomic_path, read_json, slug, write_json
 from ..images import write_image
 from .conflict.evaluate import EvaluationSet, evaluation_set

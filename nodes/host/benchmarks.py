@@ -8,12 +8,11 @@ from pathlib import Path
 import folder_paths
 
 from ...hywu_core.errors import HYWUError
-from ...hywu_core.evaluation.gedit_unpack import packed_files
-from ...hywu_core.evaluation.items import data_path
+from ...hywu_core.evaluation.benchmarks import find_benchmark
+from ...hywu_core.evaluation.benchmarks.base import SAMPLES
 
 #: Key of extra_model_paths.yaml under which the operator names further folders.
 EXTRA = "hywu_benchmarks"
-SAMPLES = "samples"
 
 
 def data_folder(benchmark: str, path: str) -> Path:
@@ -24,7 +23,7 @@ def data_folder(benchmark: str, path: str) -> Path:
     """
     path = path.strip()
     if path == SAMPLES:
-        return data_path(benchmark, SAMPLES)
+        return find_benchmark(benchmark).sample
     roots = _roots()
     for root in roots:
         found = Path(os.path.realpath(os.path.join(root, path)))
@@ -45,7 +44,7 @@ def data_stamp(benchmark: str, path: str) -> str:
         return "missing"
     files = [found]
     if found.is_dir():
-        files += sorted(found.glob("*.json*")) or packed_files(found)
+        files += find_benchmark(benchmark).index_files(found)
     return ";".join(f"{file.name}:{file.stat().st_mtime_ns}" for file in files)
 
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import dev
-from hywu_core.evaluation.items import SAMPLES
+from hywu_core.evaluation.benchmarks import BENCHMARKS
 from workflows.build import NEWER
 
 MAP = ".hywu-norm-map"
@@ -23,7 +23,9 @@ MAP = ".hywu-norm-map"
 def photo(server) -> Path:
     """photo.png in the server's input folder."""
     path = server.base / "input" / "photo.png"
-    Image.open(SAMPLES / "folder" / "sources" / "astronaut.jpg").resize((64, 64)).save(path)
+    Image.open(BENCHMARKS["folder"].sample / "sources" / "astronaut.jpg").resize((64, 64)).save(
+        path
+    )
     return path
 
 

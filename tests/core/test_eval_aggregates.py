@@ -23,17 +23,16 @@ import numpy as np
 import pytest
 
 from hywu_core.errors import HYWUError
-from hywu_core.evaluation import gedit, imgedit, wu_eval
-from hywu_core.evaluation.gsb import statistics as gsb_statistics
+from hywu_core.evaluation import statistics
+from hywu_core.evaluation.benchmarks import BENCHMARKS, imgedit, load_questionnaire, wu_eval
+from hywu_core.evaluation.benchmarks.gedit import reference_size
+from hywu_core.evaluation.benchmarks.gedit import scoring as gedit
 from hywu_core.evaluation.items import Item, ItemList
-from hywu_core.evaluation.judging import pictures_hash
-from hywu_core.evaluation.questionnaires import load_questionnaire
 from hywu_core.evaluation.results import JUDGEMENTS, Results
-from hywu_core.evaluation.score_files import their_gedit, their_imgedit, write_scores
-from hywu_core.evaluation.scores import MethodScores, score_results
+from hywu_core.evaluation.run import ImageHashes
+from hywu_core.evaluation.scores import MethodScores, score_results, write_scores
 from hywu_core.evaluation.statistics import SEED, bootstrap_mean, bootstrap_mean_of_means
 from hywu_core.evaluation.store import FORMAT, StoreName
-from hywu_core.evaluation.tables import summary_table
 
 FILES = 1000
 
@@ -49,7 +48,8 @@ class Benchmark:
     ) -> None:
         self.answer, self.rng = answer, random.Random(name)
         self.questionnaire = load_questionnaire(name)
-        self.results = Results(root / "mine", "folder" if name == "wu-eval" else name)
+        self.results = Results(root / "mine", BENCHMARKS["folder" if name == "wu-eval" else name])
+        self.hashes = ImageHashes(self.results)
         self.name = StoreName("judge", "1", name, self.questionnaire.version)
         sources = [root / f"{number}.png" for number in range(4)]
         for source in sources:
@@ -65,14 +65,14 @@ class Benchmark:
                 self._add(Item(f"{task}{number}", task, 'say "a, b"\nand 你好', source, **fields))
 
     def _add(self, item: Item) -> None:
-        picture = self.results.picture(item)
+        picture = self.results.image(item)
         if self.rng.random() < 0.05:
             self.missing.add(item.id)
         else:
             picture.parent.mkdir(parents=True, exist_ok=True)
             picture.write_bytes(item.key.encode())
         self.items[item.task].append(item)
-        key = {"item": item.id, "pictures": pictures_hash(self.results, item)}
+        key = {"item": item.id, "pictures": self.hashes.of(item)}
         self.lines[item.id] = [
             {**key, "question": question.name, "prompt": question.digest}
             for question in self.questionnaire.questions(item)
@@ -103,7 +103,7 @@ class Benchmark:
         header = {"format": FORMAT, **vars(self.name)}
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in (header, *rows))
         path.write_text(text, encoding="utf-8")
-        items = ItemList(self.results.benchmark, tuple(chosen))
+        items = ItemList(self.results.benchmark.name, tuple(chosen))
         scores = score_results(self.results, items, self.questionnaire, self.name)
         assert scores.outcomes() == {**dict.fromkeys(scores.outcomes(), 0), **outcomes}
         return scores, said, outcomes
@@ -222,10 +222,10 @@ def test_gedit_agrees_on_random_files(tmp_path: Path):
     for number in range(FILES):
         scores, said, outcomes = benchmark.random_file()
         seen += outcomes
-        table = summary_table(scores)
+        table = scores.questionnaire.table(scores)
         assert list(table.rows) == gedit_rows(scores.items.items, said)
         if number % 10 == 0 and said:  # through the authors' files and back
-            assert their_gedit(write_scores(scores))[0].rows == table.rows
+            assert gedit.their_tables(write_scores(scores))[0].rows == table.rows
     assert len(seen) == 6
     assert min(seen.values()) > 100
 
@@ -260,7 +260,7 @@ def test_gedit_csv_is_the_authors_layout(tmp_path: Path):
     ],
 )
 def test_gedit_reference_size(size, expected):
-    assert gedit.reference_size(*size) == expected
+    assert reference_size(*size) == expected
 
 
 # -- ImgEdit-Bench -------------------------------------------------------------------------------
@@ -318,11 +318,11 @@ def test_imgedit_agrees_on_random_files(tmp_path: Path):
     for number in range(FILES):
         scores, said, outcomes = benchmark.random_file()
         seen += outcomes
-        table = summary_table(scores)
+        table = scores.questionnaire.table(scores)
         assert list(table.rows) == imgedit_rows(scores.items.items, said)
         if number % 10 == 0:
             file = write_scores(scores) / "result.json"
-            assert their_imgedit(file, scores.items).rows == table.rows
+            assert imgedit.their_table(file, scores.items).rows == table.rows
     assert len(seen) == 6
     assert min(seen.values()) > 100
 
@@ -339,7 +339,7 @@ BETWEEN = (3.67, 4.33, 5, 4.67, 3.67, 4.67)
 
 
 def test_sums_are_the_same_on_every_python(monkeypatch):
-    for module in (imgedit, wu_eval, gsb_statistics):  # as if `sum` were another Python's
+    for module in (imgedit, wu_eval, statistics):  # as if `sum` were another Python's
         monkeypatch.setattr(module, "sum", math.fsum, raising=False)
     keys = dict(zip("abcdef", BETWEEN, strict=True))
     assert imgedit.type_scores(keys, dict.fromkeys(keys, "add")) == {"add": 4.34}
@@ -347,7 +347,7 @@ def test_sums_are_the_same_on_every_python(monkeypatch):
     answer = dict(zip(wu_eval.DIMENSIONS, (4.824, 4.791, 1.226, 1.339), strict=True))
     assert wu_eval.overall(answer) == 3.0450000000000004
     votes = ("bgbgg", "sgbggg", "ggbsbs", "gsb")
-    assert gsb_statistics.krippendorff_alpha(votes) == -0.10322580645161272
+    assert statistics.krippendorff_alpha(votes) == -0.10322580645161272
 
 
 # -- WU-Eval -------------------------------------------------------------------------------------
@@ -421,7 +421,7 @@ def test_wu_eval_agrees_on_random_files(tmp_path: Path, monkeypatch):
         scores, said, outcomes = benchmark.random_file()
         seen += outcomes
         items = scores.items.items
-        rows = summary_table(scores).rows
+        rows = scores.questionnaire.table(scores).rows
         assert [row[0] for row in rows] == ["all tasks", *dict.fromkeys(i.task for i in items)]
         for task, count, *cells in rows:
             chosen = [i for i in items if i.id in said and task in ("all tasks", i.task)]

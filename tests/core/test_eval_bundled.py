@@ -13,8 +13,8 @@ from PIL import Image
 from hywu_core.bases.bundled.checkpoint import VARIABLE
 from hywu_core.bases.bundled.engine import BundledEditor
 from hywu_core.cli import main
-from hywu_core.evaluation.generate import read_failures
-from hywu_core.evaluation.items import SAMPLES
+from hywu_core.evaluation.benchmarks import BENCHMARKS
+from hywu_core.evaluation.results import read_failures
 
 
 @pytest.fixture
@@ -40,8 +40,8 @@ def test_each_item_gets_the_edit_that_the_engine_makes(weights, tmp_path):
     made = pictures(out, "hywu")
     assert list(made) == ["astronaut", "rocket"]
     engine = BundledEditor.load(weights / "editor.safetensors", weights / "generator.safetensors")
-    row = json.loads((SAMPLES / "folder" / "items.jsonl").read_text().splitlines()[0])
-    source = np.array(Image.open(SAMPLES / "folder" / row["source"]).convert("RGB"))
+    row = json.loads((BENCHMARKS["folder"].sample / "items.jsonl").read_text().splitlines()[0])
+    source = np.array(Image.open(BENCHMARKS["folder"].sample / row["source"]).convert("RGB"))
     pixels = torch.from_numpy(source).permute(2, 0, 1)
     wanted = engine.edit(pixels, row["instruction"], seed=0, steps=1).image
     wanted = (wanted * 255).round().byte().permute(1, 2, 0).numpy()

@@ -10,17 +10,16 @@ from pathlib import Path
 import pytest
 
 from hywu_core.cli import main
-from hywu_core.evaluation import gedit, imgedit
-from hywu_core.evaluation.items import SAMPLES, read_items
+from hywu_core.evaluation.benchmarks import BENCHMARKS, read_items
+from hywu_core.evaluation.benchmarks.gedit import scoring as gedit
 
 
 def evaluated(out: Path, benchmark: str) -> Path:
     """The samples' targets as results, judged and scored."""
     given = ["--benchmark", benchmark, "--data", "samples", "--out", str(out)]
     assert main(["eval", "generate", *given, "--method", "mine", "--editor", "copy"]) == 0
-    for item in read_items(benchmark, SAMPLES / benchmark).items:
-        place = gedit if benchmark == "gedit" else imgedit
-        shutil.copy(item.target, place.result_path(out / "mine", item))
+    for item in read_items(benchmark, BENCHMARKS[benchmark].sample).items:
+        shutil.copy(item.target, BENCHMARKS[benchmark].result_path(out / "mine", item))
     assert main(["eval", "judge", str(out / "mine")]) == 0
     assert main(["eval", "score", str(out / "mine")]) == 0
     return next((out / "mine" / "scores").iterdir())
@@ -77,7 +76,7 @@ def test_imgedit_scores_lie_in_the_authors_files_and_are_read_from_them(tmp_path
     assert "needs --data" in capsys.readouterr().err
     first = next(iter(answers))
     file.write_text(json.dumps({**answers, first: "A: 1\nB: 2\nC: 2"}))
-    assert main(["eval", "score", str(file), "--data", str(SAMPLES / "imgedit")]) == 0
+    assert main(["eval", "score", str(file), "--data", str(BENCHMARKS["imgedit"].sample)]) == 0
     assert cells(capsys.readouterr().out, "Total") == ["2", "3.33"]  # (1.67 + 5) / 2, as rounded
 
 
@@ -99,7 +98,7 @@ def test_a_tree_of_another_program_is_judged_and_scored(tmp_path, benchmark, cap
 
 def test_an_instruction_is_text_in_both_reports(tmp_path):
     data = tmp_path / "data"
-    shutil.copytree(SAMPLES / "folder", data)
+    shutil.copytree(BENCHMARKS["folder"].sample, data)
     hostile = "<script>alert(1)</script> | `x` <img src=http://example.org onerror=alert(2)>"
     rows = [json.loads(line) for line in (data / "items.jsonl").read_text().splitlines()]
     (data / "items.jsonl").write_text(

@@ -20,14 +20,15 @@ from PIL import Image
 
 from hywu_core.cli import main
 from hywu_core.errors import HYWUError
-from hywu_core.evaluation.comfy_editor import ComfyEditor
-from hywu_core.evaluation.editors import CommandEditor, CopyEditor
-from hywu_core.evaluation.generate import generate_results, read_failures
-from hywu_core.evaluation.items import read_items
-from hywu_core.evaluation.results import Results
+from hywu_core.evaluation.benchmarks import BENCHMARKS, read_items
+from hywu_core.evaluation.editors.comfy import ComfyEditor
+from hywu_core.evaluation.editors.command import CommandEditor
+from hywu_core.evaluation.editors.copy import CopyEditor
+from hywu_core.evaluation.results import Results, read_failures
+from hywu_core.evaluation.run import generate
 from hywu_core.files import folder_lock
 
-ROOT = Path(read_items.__code__.co_filename).parents[2]
+ROOT = Path(__file__).parents[2]
 
 PROGRAM = """
 import sys
@@ -69,18 +70,18 @@ def command(tmp_path):
 def test_failures_are_listed_and_retried(tmp_path, command):
     data = make_data(tmp_path / "data", ["blur {out}; rm -rf $HOME", "fail", "nothing", "more"])
     items = read_items("folder", data)
-    results = Results(tmp_path / "out" / "mine", "folder")
+    results = Results(tmp_path / "out" / "mine", BENCHMARKS["folder"])
     editor = CommandEditor(command, parallel=2)
-    count = generate_results(results, items, editor, data, progress=False)
+    count = generate(results, items, editor, data, progress=False)
     assert (count.made, count.kept) == (2, 0)
     assert read_failures(results.root) == {
         "t1/en/00001": "the command ended with 1: it is too hard",
-        "t2/en/00002": "the command wrote no picture",
+        "t2/en/00002": "the command wrote no image",
     }
     (tmp_path / "edit.py").write_text(
         PROGRAM.replace('"fail" in', '"x" in').replace("nothing", "-")
     )
-    count = generate_results(results, items, editor, data, progress=False)
+    count = generate(results, items, editor, data, progress=False)
     assert (count.made, count.kept, count.failed) == (2, 2, {})
     assert read_failures(results.root) == {}
     assert not results.missing(items)
@@ -89,12 +90,12 @@ def test_failures_are_listed_and_retried(tmp_path, command):
 def test_another_editors_results_are_not_mixed_in(tmp_path, command):
     data = make_data(tmp_path / "data", ["a", "b"])
     items = read_items("folder", data)
-    results = Results(tmp_path / "out" / "mine", "folder")
-    generate_results(results, items, CopyEditor(), data, progress=False)
+    results = Results(tmp_path / "out" / "mine", BENCHMARKS["folder"])
+    generate(results, items, CopyEditor(), data, progress=False)
     with pytest.raises(HYWUError, match="holds results with editor"):
-        generate_results(results, items, CommandEditor(command), data, progress=False)
+        generate(results, items, CommandEditor(command), data, progress=False)
     with pytest.raises(HYWUError, match="holds results with seed 0, now it is 1"):
-        generate_results(results, items, CopyEditor(), data, seed=1, progress=False)
+        generate(results, items, CopyEditor(), data, seed=1, progress=False)
 
 
 def test_two_runs_do_not_work_on_one_folder(tmp_path):

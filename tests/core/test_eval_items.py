@@ -10,12 +10,9 @@ import pytest
 from PIL import Image
 
 from hywu_core.errors import HYWUError
-from hywu_core.evaluation.gedit import read_gedit
-from hywu_core.evaluation.gedit_unpack import packed_files
-from hywu_core.evaluation.items import read_folder, read_items
+from hywu_core.evaluation.benchmarks import BENCHMARKS, read_items
+from hywu_core.evaluation.benchmarks.gedit.unpack import packed_files
 from hywu_core.evaluation.results import Results
-
-SAMPLES = Path(read_items.__code__.co_filename).with_name("samples")
 
 
 @pytest.mark.parametrize(
@@ -33,11 +30,11 @@ SAMPLES = Path(read_items.__code__.co_filename).with_name("samples")
     ],
 )
 def test_samples_in_each_layout(benchmark, paths):
-    items = read_items(benchmark, SAMPLES / benchmark)
+    items = read_items(benchmark, BENCHMARKS[benchmark].sample)
     assert not items.bad
     assert all(item.target is not None and item.source.is_file() for item in items.items)
-    results = Results(Path("out/method"), benchmark)
-    assert [results.picture(i).relative_to(results.root).as_posix() for i in items.items] == paths
+    results = Results(Path("out/method"), BENCHMARKS[benchmark])
+    assert [results.image(i).relative_to(results.root).as_posix() for i in items.items] == paths
 
 
 def picture(path: Path, colour=(200, 30, 30), size=(8, 6)) -> None:
@@ -66,7 +63,7 @@ def test_every_bad_row_of_a_folder_is_named(tmp_path: Path):
         json.dumps({**good, "source": "a\0b"}),
     ]
     (tmp_path / "items.jsonl").write_text("\n".join(rows), encoding="utf-8")
-    items = read_folder(tmp_path)
+    items = read_items("folder", tmp_path)
     assert [item.instruction for item in items.items] == ["blur \u2028 it"]
     told = [str(bad) for bad in items.bad]
     expected = [
@@ -92,9 +89,9 @@ def test_every_bad_row_of_a_folder_is_named(tmp_path: Path):
 def test_nothing_usable_is_one_error(tmp_path: Path):
     (tmp_path / "items.jsonl").write_text('{"source": "x"}\n')
     with pytest.raises(HYWUError, match=r"No usable item of folder: items.jsonl line 1: its inst"):
-        read_folder(tmp_path)
+        read_items("folder", tmp_path)
     with pytest.raises(HYWUError, match="holds none of gedit.jsonl"):
-        read_gedit(tmp_path)
+        read_items("gedit", tmp_path)
     with pytest.raises(HYWUError, match=r"holds no basic_edit.json"):
         read_items("imgedit", tmp_path)
 
@@ -153,8 +150,8 @@ def test_gedit_as_published(tmp_path: Path, form: str):
             writer.write_table(table)
     assert len(packed_files(tmp_path / "hub")) == 1
     with pytest.raises(HYWUError, match="unpack"):
-        read_gedit(tmp_path / "hub")
-    items = read_gedit(tmp_path / "hub", tmp_path / "unpacked")
+        read_items("gedit", tmp_path / "hub")
+    items = read_items("gedit", tmp_path / "hub", tmp_path)
     assert [i.id for i in items.items] == [
         "ps_human/en/k0",
         "ps_human/cn/k1",
@@ -169,12 +166,12 @@ def test_gedit_as_published(tmp_path: Path, form: str):
         "gedit.jsonl line 4: it has neither input_image nor input_image_raw"
     ]
     before = items.items[0].source.stat().st_mtime_ns
-    assert read_gedit(tmp_path / "hub", tmp_path / "unpacked") == items
+    assert read_items("gedit", tmp_path / "hub", tmp_path) == items
     assert items.items[0].source.stat().st_mtime_ns == before
 
 
 def test_selection():
-    items = read_items("folder", SAMPLES / "folder")
+    items = read_items("folder", BENCHMARKS["folder"].sample)
     assert [i.task for i in items.select(tasks=["blur"]).items] == ["blur"]
     with pytest.raises(HYWUError, match="no items of the task fly; the tasks are blur, brighten"):
         items.select(tasks=["fly"])

@@ -16,19 +16,19 @@ import pytest
 from PIL import Image, ImageFilter
 
 from hywu_core.errors import HYWUError
+from hywu_core.evaluation.benchmarks import BENCHMARKS, load_questionnaire
+from hywu_core.evaluation.benchmarks.wu_eval import DIMENSIONS
 from hywu_core.evaluation.items import Item, ItemList
 from hywu_core.evaluation.judges.base import Failure, JudgeRequest, Refusal
 from hywu_core.evaluation.judges.openai import OpenAIJudge
 from hywu_core.evaluation.judges.reference import ReferenceJudge, shares_done
-from hywu_core.evaluation.judging import judge_results, store_name
-from hywu_core.evaluation.questionnaires import load_questionnaire
 from hywu_core.evaluation.report.build import build_report
 from hywu_core.evaluation.report.html import write_html
 from hywu_core.evaluation.results import JUDGEMENTS, Results
-from hywu_core.evaluation.score_files import summarize
-from hywu_core.evaluation.scores import score_results
+from hywu_core.evaluation.run import judge as run_judge
+from hywu_core.evaluation.run import store_name
+from hywu_core.evaluation.scores import score_results, summarize
 from hywu_core.evaluation.store import ANSWERED, FAILED, REFUSED, JudgementStore, choose_store
-from hywu_core.evaluation.wu_eval import DIMENSIONS
 from hywu_core.images import write_image
 
 KEY = "sk-test-0123456789"
@@ -134,7 +134,7 @@ def benchmark(root: Path, instructions: list[str]) -> tuple[Results, ItemList]:
         write_image(source.filter(ImageFilter.GaussianBlur(1)), paths[1])
         items.append(Item(f"k{number}", "blur", instruction, paths[0], target=paths[1]))
         write_image(source.filter(ImageFilter.GaussianBlur(0.5)), root / "mine" / f"k{number}.png")
-    return Results(root / "mine", "folder"), ItemList("folder", tuple(items))
+    return Results(root / "mine", BENCHMARKS["folder"]), ItemList("folder", tuple(items))
 
 
 def judge_at(url: str, **options) -> OpenAIJudge:
@@ -193,12 +193,12 @@ def test_a_misbehaving_endpoint_is_counted_exactly(tmp_path, stub, caplog):
     server = stub(lambda prompt, n: MISBEHAVIOUR[kind_of(prompt)](n))
     kinds = [f"do {kind} #{i}" for kind in MISBEHAVIOUR for i in range(2)]
     results, items = benchmark(tmp_path, [*kinds, "do fine #missing"])
-    results.picture(items.items[-1]).unlink()
+    results.image(items.items[-1]).unlink()
     questionnaire = load_questionnaire("wu-eval")
     judge = judge_at(server.url, parallel=8)
-    count = judge_results(results, items, questionnaire, judge, progress=False)
+    count = run_judge(results, items, questionnaire, judge, progress=False)
     expected = {name: 2 * len(kinds) for name, kinds in EXPECTED.items()}
-    assert (count.answered, count.refused, count.failed, count.without_picture) == (16, 8, 14, 1)
+    assert (count.answered, count.refused, count.failed, count.without_result) == (16, 8, 14, 1)
 
     scores = score_results(results, items, questionnaire, store_name(judge, questionnaire))
     assert scores.outcomes() == {**expected, "unjudged": 0, "missing": 1}
@@ -207,7 +207,7 @@ def test_a_misbehaving_endpoint_is_counted_exactly(tmp_path, stub, caplog):
     assert scores.models == {"judge-2026-01-01": 16}
     assert scores.tokens_in == 1600
 
-    report = build_report([scores], questionnaire)
+    report = build_report([scores])
     write_html(report, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert "10 scored, 6 unparsable, 8 refused, 14 failed, 1 missing of 39 items" in page
@@ -217,7 +217,7 @@ def test_a_misbehaving_endpoint_is_counted_exactly(tmp_path, stub, caplog):
     # Nothing is asked twice but what failed; then an endpoint that works again completes the run
     asked = sum(server.seen.values())
     server.behave = lambda prompt, n: GOOD
-    again = judge_results(results, items, questionnaire, judge_at(server.url), progress=False)
+    again = run_judge(results, items, questionnaire, judge_at(server.url), progress=False)
     assert (again.answered, again.kept, again.failed) == (14, 24, 0)
     assert sum(server.seen.values()) == asked + 14
     # The key went to the endpoint and nowhere else
@@ -232,7 +232,7 @@ def test_cost_is_counted(tmp_path, stub):
     results, items = benchmark(tmp_path, ["do fine #1", "do fine #2"])
     questionnaire = load_questionnaire("wu-eval")
     judge = judge_at(server.url)
-    judge_results(results, items, questionnaire, judge, progress=False)
+    run_judge(results, items, questionnaire, judge, progress=False)
     scores = score_results(results, items, questionnaire, store_name(judge, questionnaire))
     tokens = summarize(scores, price_in=2.0, price_out=8.0)["tokens"]
     assert tokens == {"in": 200, "out": 14, "cost": round((200 * 2 + 14 * 8) / 1e6, 6)}
@@ -242,11 +242,11 @@ def test_concurrency_and_rate_limit(tmp_path, stub):
     server = stub(lambda prompt, n: GOOD)
     results, items = benchmark(tmp_path, [f"do fine #{i}" for i in range(12)])
     questionnaire = load_questionnaire("wu-eval")
-    judge_results(results, items, questionnaire, judge_at(server.url, parallel=4), progress=False)
+    run_judge(results, items, questionnaire, judge_at(server.url, parallel=4), progress=False)
     assert 2 <= server.most <= 4
     server.times.clear()
     limited = judge_at(server.url, parallel=4, per_minute=1200)
-    judge_results(results, items, questionnaire, limited, again=(ANSWERED,), progress=False)
+    run_judge(results, items, questionnaire, limited, again=(ANSWERED,), progress=False)
     gaps = np.diff(server.times)
     assert server.times[-1] - server.times[0] >= 11 * 0.05 * 0.9
     assert gaps.mean() >= 0.045
@@ -286,7 +286,7 @@ def test_what_can_never_succeed_stops_the_run(tmp_path, stub, status):
     results, items = benchmark(tmp_path, [f"do fine #{i}" for i in range(30)])
     judge = judge_at(server.url, parallel=2)
     with pytest.raises(HYWUError, match=f"HTTP {status} .*OPENAI_API_KEY") as caught:
-        judge_results(results, items, load_questionnaire("wu-eval"), judge, progress=False)
+        run_judge(results, items, load_questionnaire("wu-eval"), judge, progress=False)
     assert KEY not in str(caught.value)
     assert sum(server.seen.values()) <= 6
 
@@ -327,14 +327,14 @@ def test_answers_of_two_models_are_not_mixed(tmp_path, stub):
     results, items = benchmark(tmp_path, ["do fine #1", "do fine #2"])
     questionnaire = load_questionnaire("wu-eval")
     judge = judge_at(server.url)
-    judge_results(results, items, questionnaire, judge, progress=False)
+    run_judge(results, items, questionnaire, judge, progress=False)
     name = store_name(judge, questionnaire)
     with pytest.raises(HYWUError, match=r"several models: .*--answered-by"):
         score_results(results, items, questionnaire, name)
     scores = score_results(results, items, questionnaire, name, model="a")
     assert scores.outcomes()["scored"] == 1
     assert scores.outcomes()["unjudged"] == 1
-    assert "answered by a." in " ".join(build_report([scores], questionnaire).facts)
+    assert "answered by a." in " ".join(build_report([scores]).facts)
 
 
 def test_a_changed_picture_or_prompt_is_judged_anew(tmp_path, stub):
@@ -342,17 +342,17 @@ def test_a_changed_picture_or_prompt_is_judged_anew(tmp_path, stub):
     results, items = benchmark(tmp_path, ["do fine #1", "do fine #2"])
     questionnaire = load_questionnaire("wu-eval")
     judge = judge_at(server.url)
-    judge_results(results, items, questionnaire, judge, progress=False)
-    write_image(Image.new("RGB", (32, 24)), results.picture(items.items[0]))
+    run_judge(results, items, questionnaire, judge, progress=False)
+    write_image(Image.new("RGB", (32, 24)), results.image(items.items[0]))
     name = store_name(judge, questionnaire)
     before = score_results(results, items, questionnaire, name)
     assert before.outcomes()["unjudged"] == 1
-    count = judge_results(results, items, questionnaire, judge, progress=False)
+    count = run_judge(results, items, questionnaire, judge, progress=False)
     assert (count.answered, count.kept) == (1, 1)
     prompts = tmp_path / "prompts.json"
     prompts.write_text(json.dumps({"wu-eval": "Rate. do fine\n<instruction>"}))
     other = load_questionnaire("wu-eval", prompts)
-    assert judge_results(results, items, other, judge, progress=False).answered == 2
+    assert run_judge(results, items, other, judge, progress=False).answered == 2
     with pytest.raises(HYWUError, match="same --prompts"):
         score_results(results, items, other, name)
 
@@ -372,12 +372,12 @@ def test_store_drops_a_line_cut_short_and_names_a_damaged_one(tmp_path, stub):
     results, items = benchmark(tmp_path, ["do fine #1", "do fine #2"])
     questionnaire = load_questionnaire("wu-eval")
     judge = judge_at(server.url, parallel=1)
-    judge_results(results, items, questionnaire, judge, progress=False)
+    run_judge(results, items, questionnaire, judge, progress=False)
     name = store_name(judge, questionnaire)
     path = results.root / JUDGEMENTS / name.file_name
     whole = path.read_bytes()
     path.write_bytes(whole[:-20])
-    count = judge_results(results, items, questionnaire, judge, progress=False)
+    count = run_judge(results, items, questionnaire, judge, progress=False)
     assert (count.answered, count.kept) == (1, 1)
     with JudgementStore(results.root / JUDGEMENTS, name) as store:
         assert Counter(j.status for j in store) == {ANSWERED: 2}
@@ -439,18 +439,17 @@ def test_reference_takes_any_size(size):
 
 @pytest.mark.parametrize("questionnaire", ["wu-eval", "gedit", "imgedit"])
 def test_reference_answers_every_questionnaire(questionnaire):
-    from hywu_core.evaluation.scores import parse
-
     source = photograph()
     target = source.filter(ImageFilter.GaussianBlur(2))
     item = Item("k", "style", "blur it", Path("s.png"))
+    asked = load_questionnaire(questionnaire)
     found = []
     for edited in (source, target):
         answers = {
             q.name: ReferenceJudge().score(JudgeRequest(q, source, edited, target)).text
-            for q in load_questionnaire(questionnaire).questions(item)
+            for q in asked.questions(item)
         }
-        found.append(parse(questionnaire, answers)["overall"])
+        found.append(asked.parse(answers)["overall"])
     assert found == ([0, 10] if questionnaire == "gedit" else [1, 5])
 
 
@@ -472,12 +471,12 @@ def test_methods_by_two_judges_or_on_two_sets_are_in_no_report(tmp_path, stub):
     scores = []
     for folder, judge in (("a", ReferenceJudge()), ("b", judge_at(server.url))):
         results, items = benchmark(tmp_path / folder, ["do fine #1", "do fine #2"])
-        judge_results(results, items, questionnaire, judge, progress=False)
+        run_judge(results, items, questionnaire, judge, progress=False)
         name = store_name(judge, questionnaire)
         scores.append(score_results(results, items, questionnaire, name))
     with pytest.raises(HYWUError, match=r"One report has one judge.*reference \(pixels-1\).*judge"):
-        build_report(scores, questionnaire)
-    judge_results(results, items, questionnaire, ReferenceJudge(), progress=False)
+        build_report(scores)
+    run_judge(results, items, questionnaire, ReferenceJudge(), progress=False)
     with pytest.raises(HYWUError, match="never mixed.*--judged-by"):
         choose_store(results.root / JUDGEMENTS)
     assert choose_store(results.root / JUDGEMENTS, judge="reference").judge == "reference"
@@ -485,12 +484,12 @@ def test_methods_by_two_judges_or_on_two_sets_are_in_no_report(tmp_path, stub):
     name = store_name(ReferenceJudge(), questionnaire)
     both = [score_results(results, given, questionnaire, name) for given in (items, fewer)]
     with pytest.raises(HYWUError, match="given different items"):
-        build_report(both, questionnaire)
+        build_report(both)
 
 
 def test_reference_refuses_without_a_target(tmp_path):
     request = request_for(tmp_path)
-    with pytest.raises(Refusal, match="no target picture"):
+    with pytest.raises(Refusal, match="no target image"):
         ReferenceJudge().score(JudgeRequest(request.question, request.source, request.edited))
 
 
@@ -589,7 +588,7 @@ def test_local_model_of_a_real_architecture(tmp_path):
 
     results, items = benchmark(tmp_path, ["do fine #1", "do fine #2"])
     questionnaire = load_questionnaire("wu-eval")
-    count = judge_results(results, items, questionnaire, judge, progress=False)
+    count = run_judge(results, items, questionnaire, judge, progress=False)
     assert count.answered == 2
     scores = score_results(results, items, questionnaire, store_name(judge, questionnaire))
     assert scores.outcomes()["unparsable"] == 2  # random weights say nothing sensible
@@ -598,7 +597,7 @@ def test_local_model_of_a_real_architecture(tmp_path):
         raise RuntimeError("out of memory")
 
     judge._model.generate = no_memory
-    count = judge_results(results, items, questionnaire, judge, again=(ANSWERED,), progress=False)
+    count = run_judge(results, items, questionnaire, judge, again=(ANSWERED,), progress=False)
     assert (count.answered, count.failed) == (0, 2)
 
 

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from hywu_core.cli import main
-from hywu_core.evaluation.comfy_editor import ComfyEditor
-from hywu_core.evaluation.editors import CommandEditor, CopyEditor
-from hywu_core.evaluation.items import Item, read_items
-from hywu_core.evaluation.questionnaires import load_questionnaire
+from hywu_core.evaluation.benchmarks import load_questionnaire, read_items
+from hywu_core.evaluation.editors.comfy import ComfyEditor
+from hywu_core.evaluation.editors.command import CommandEditor
+from hywu_core.evaluation.editors.copy import CopyEditor
+from hywu_core.evaluation.items import Item
 from hywu_core.evaluation.store import StoreName
 
 FIXTURE = Path(__file__).with_name("fixtures") / "evaluation"

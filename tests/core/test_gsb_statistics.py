@@ -8,7 +8,7 @@ import random
 import pytest
 from scipy.stats import binomtest
 
-from hywu_core.evaluation.gsb.statistics import (
+from hywu_core.evaluation.statistics import (
     krippendorff_alpha,
     percent_agreement,
     wilson,

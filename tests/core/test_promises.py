@@ -24,14 +24,14 @@ from hywu_core.bases.bundled.transformer import TransformerConfig as EditorConfi
 from hywu_core.bases.bundled.transformer import TransformerEditor as Editor
 from hywu_core.encoders.bundled import EditorEncoder
 from hywu_core.encoders.transformers import TransformersEncoder
-from hywu_core.evaluation.bundled_editor import _digest as files_digest
-from hywu_core.evaluation.comfy_editor import ComfyEditor
-from hywu_core.evaluation.generate import write_manifest
+from hywu_core.evaluation.benchmarks import BENCHMARKS, load_questionnaire
+from hywu_core.evaluation.benchmarks.base import Question
+from hywu_core.evaluation.editors.bundled import _digest as files_digest
+from hywu_core.evaluation.editors.comfy import ComfyEditor
 from hywu_core.evaluation.items import Item, ItemList
 from hywu_core.evaluation.judges.local import _folder_hash
-from hywu_core.evaluation.judging import pictures_hash
-from hywu_core.evaluation.questionnaires import Question, load_questionnaire
-from hywu_core.evaluation.results import Results
+from hywu_core.evaluation.results import Results, write_manifest
+from hywu_core.evaluation.run import ImageHashes
 from hywu_core.evaluation.store import Judgement, JudgementStore, StoreName
 from hywu_core.experiments.conflict.plan import ConflictPlan
 from hywu_core.experiments.conflict.runs import Runs
@@ -195,7 +195,7 @@ def test_fingerprints_of_items(tmp_path):
 def test_places_of_results(tmp_path):
     places = {
         name: [
-            Results(tmp_path / "m", name).picture(item).relative_to(tmp_path).as_posix()
+            Results(tmp_path / "m", BENCHMARKS[name]).image(item).relative_to(tmp_path).as_posix()
             for item in items(tmp_path).items
         ]
         for name in ("gedit", "imgedit", "folder")
@@ -209,12 +209,12 @@ def test_places_of_results(tmp_path):
 
 
 def test_pictures_hash(tmp_path):
-    results, item = Results(tmp_path / "m", "folder"), items(tmp_path).items[0]
+    results, item = Results(tmp_path / "m", BENCHMARKS["folder"]), items(tmp_path).items[0]
     item.source.write_bytes(b"source")
-    assert pictures_hash(results, item) == "6306457e6ee491982a6743c5"
+    assert ImageHashes(results).of(item) == "6306457e6ee491982a6743c5"
     results.root.mkdir()
-    results.picture(item).write_bytes(b"edited")
-    assert pictures_hash(results, item) == "86cc8024fbf724373c2cb601"
+    results.image(item).write_bytes(b"edited")
+    assert ImageHashes(results).of(item) == "86cc8024fbf724373c2cb601"
 
 
 def test_judgement_stores(tmp_path):
@@ -239,7 +239,7 @@ def test_questions(tmp_path):
 
 
 def test_manifest(tmp_path):
-    results = Results(tmp_path / "mine", "folder")
+    results = Results(tmp_path / "mine", BENCHMARKS["folder"])
     results.root.mkdir()
     write_manifest(results, items(tmp_path), {"kind": "é"}, tmp_path, 3, {"tasks": None})
     text = (results.root / "hywu_run.json").read_text("utf-8")

@@ -12,7 +12,7 @@ from PIL import Image, ImageStat
 
 import dev
 from hywu_core.cli import main
-from hywu_core.evaluation.items import SAMPLES
+from hywu_core.evaluation.benchmarks import BENCHMARKS
 from hywu_core.evaluation.results import open_results
 from hywu_core.headless.client import NodeFailed, Refused, run_sync
 from hywu_core.headless.graph import read_graph
@@ -86,7 +86,7 @@ def test_items_come_one_a_run_and_the_table_counts_what_is_missing(server):
 
 def test_methods_are_compared_and_the_target_scores_five(server, tmp_path):
     data = server.base / "input" / "own"
-    shutil.copytree(SAMPLES / "folder", data, dirs_exist_ok=True)
+    shutil.copytree(BENCHMARKS["folder"].sample, data, dirs_exist_ok=True)
     # as PNG: ComfyUI 0.33.0 decodes JPEGs by FFmpeg, a few levels off what the judge reads
     with Image.open(data / "targets" / "astronaut.jpg") as target:
         target.save(server.base / "input" / "target.png")
@@ -102,7 +102,7 @@ def test_methods_are_compared_and_the_target_scores_five(server, tmp_path):
 
 
 def test_paths_stay_inside_the_folders_of_comfyui(server, tmp_path):
-    shutil.copytree(SAMPLES / "folder", tmp_path / "elsewhere")
+    shutil.copytree(BENCHMARKS["folder"].sample, tmp_path / "elsewhere")
     link = server.base / "input" / "link_out"
     link.symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     for path in (str(tmp_path / "elsewhere"), "../../elsewhere", "link_out", ""):

@@ -19,10 +19,11 @@ from pathlib import Path
 from urllib.parse import quote, urlsplit
 
 from ...errors import HYWUError
+from ...evaluation.benchmarks import BENCHMARKS
 from ...evaluation.gsb.report import report
 from ...evaluation.gsb.session import Entry, create_session
 from ...evaluation.gsb.store import Store
-from ...evaluation.results import BENCHMARKS, open_results
+from ...evaluation.results import open_results
 from ...files import atomic_path, write_json
 from ..console import say, table
 
@@ -35,7 +36,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     create.add_argument("second", type=Path, help="the method it is compared with")
     create.add_argument("--out", type=Path, required=True, help="folder of the new session")
     create.add_argument(
-        "--benchmark", choices=BENCHMARKS, help="only for results without hywu_run.json"
+        "--benchmark", choices=tuple(BENCHMARKS), help="only for results without hywu_run.json"
     )
     create.add_argument("--data", type=Path, help="items (JSONL or the benchmark's folder)")
     create.add_argument("--name", default="Which edit is better?", help="the page's title")
@@ -85,10 +86,8 @@ def _create(args: argparse.Namespace) -> int:
     second, others = open_results(args.second, args.benchmark, args.data)
     theirs = {item.id for item in others.items}
     both = [i for i in items.items if i.id in theirs]
-    whole = [i for i in both if first.picture(i).is_file() and second.picture(i).is_file()]
-    entries = [
-        Entry(i.id, i.instruction, i.source, first.picture(i), second.picture(i)) for i in whole
-    ]
+    whole = [i for i in both if first.image(i).is_file() and second.image(i).is_file()]
+    entries = [Entry(i.id, i.instruction, i.source, first.image(i), second.image(i)) for i in whole]
     create_session(
         args.out,
         entries,

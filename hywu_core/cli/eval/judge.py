@@ -4,7 +4,7 @@
   OPENAI_API_KEY=... hywu eval judge results/hywu --judge openai --model gpt-4.1 --parallel 8
   hywu eval judge results/hywu --judge local --folder models/Qwen2.5-VL-7B-Instruct --device cuda
 
-Answered questions are not asked again; a changed picture or prompt is. Failures are asked again by
+Answered questions are not asked again; a changed image or prompt is. Failures are asked again by
 the next run. Exit code 3: finished, but some questions got no answer.
 """
 
@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import argparse
 
-from ...evaluation.items import data_path
-from ...evaluation.judging import JudgingCount, judge_results
-from ...evaluation.questionnaires import USUAL, load_questionnaire
+from ...evaluation.benchmarks import load_questionnaire
+from ...evaluation.judges import JUDGES
 from ...evaluation.results import open_results
+from ...evaluation.run import JudgingCount
+from ...evaluation.run import judge as run_judge
 from ...evaluation.store import ANSWERED, FAILED, REFUSED
 from ..console import say
 from . import shared
@@ -26,7 +27,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("results", nargs="+", metavar="OUT/METHOD", help="results to judge")
     shared.add_data(parser, required=False)
     shared.add_questionnaire(parser)
-    shared.add_judge(parser)
+    shared.add_kinds(parser, JUDGES, default=next(iter(JUDGES)))
     parser.add_argument(
         "--again",
         nargs="+",
@@ -38,14 +39,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Judge every method; exit code 0, or 3 when a question got no answer."""
-    judge = shared.make_judge(args)
+    judge = JUDGES[args.judge].build(vars(args))
     code = 0
     for root in args.results:
-        data = data_path(args.benchmark, args.data)
+        data = shared.data_path(args.benchmark, args.data)
         results, items = open_results(root, args.benchmark, data)
-        name = args.questionnaire or USUAL[results.benchmark]
+        name = args.questionnaire or results.benchmark.usual
         questionnaire = load_questionnaire(name, args.prompts)
-        count = judge_results(results, items, questionnaire, judge, tuple(args.again))
+        count = run_judge(results, items, questionnaire, judge, tuple(args.again))
         say(f"{root}: {tell(count)}")
         if count.failed or count.refused:
             code = shared.INCOMPLETE
@@ -56,5 +57,5 @@ def tell(count: JudgingCount) -> str:
     """One line on what a run did."""
     return (
         f"{count.answered} answered, {count.refused} refused, {count.failed} failed, "
-        f"{count.kept} known already; {count.without_picture} items have no result"
+        f"{count.kept} known already; {count.without_result} items have no result"
     )

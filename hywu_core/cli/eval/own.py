@@ -25,17 +25,18 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...errors import HYWUError
-from ...evaluation.generate import generate_results
-from ...evaluation.items import ItemList, read_folder
+from ...evaluation.benchmarks import BENCHMARKS, load_questionnaire
+from ...evaluation.benchmarks.base import Questionnaire
+from ...evaluation.items import ItemList
 from ...evaluation.judges.reference import ReferenceJudge
-from ...evaluation.judging import judge_results, store_name
-from ...evaluation.questionnaires import Questionnaire, load_questionnaire
 from ...evaluation.report.markdown import markdown_table
 from ...evaluation.results import Results, read_manifest
-from ...evaluation.score_files import write_scores
-from ...evaluation.scores import MethodScores, score_results
+from ...evaluation.run import generate as run_generate
+from ...evaluation.run import judge as run_judge
+from ...evaluation.run import store_name
+from ...evaluation.scores import MethodScores, score_results, write_scores
 from ...experiments.own import LABELS, OwnSet, experiment_plan, own_editors, own_table, write_items
-from ...files import atomic_path, write_json
+from ...files import write_json, write_text
 from ..console import say
 from ..console import table as show_table
 from . import generate, judge, report, shared
@@ -72,17 +73,18 @@ def run(args: argparse.Namespace) -> int:
     editors = own_editors(methods, plan.sampling_steps, args.device, args.experiment)
     base = next(iter(editors.values())).editor
     items = write_items(args.out, plan, base.config.train_size)
-    questionnaire = load_questionnaire("wu-eval")
+    benchmark = BENCHMARKS["folder"]
+    questionnaire = load_questionnaire(benchmark.usual)
     scores: dict[str, list[MethodScores]] = {}
     for phrasing, file in items.files.items():
-        rows = read_folder(file)
+        rows = benchmark.read(file)
         scores[phrasing] = []
         for method, editor in editors.items():
-            results = Results(args.out / phrasing / method, "folder")
-            generate.tell(results, generate_results(results, rows, editor, file, args.seed))
+            results = Results(args.out / phrasing / method, benchmark)
+            generate.tell(results, run_generate(results, rows, editor, file, args.seed))
             scores[phrasing].append(_judged(results, rows, questionnaire))
         path = args.out / f"report_{phrasing}.html"
-        report.write_reports(scores[phrasing], questionnaire, path, args.each)
+        report.write_reports(scores[phrasing], path, args.each)
     _write_table(args.out, scores, items, sum(p.numel() for p in base.parameters()), questionnaire)
     whole = all(len(s.scored()) == len(s.scores) for group in scores.values() for s in group)
     return 0 if whole else shared.INCOMPLETE
@@ -91,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
 def _judged(results: Results, items: ItemList, questionnaire: Questionnaire) -> MethodScores:
     """Judge and score one method; what is there is kept."""
     pixels = ReferenceJudge()
-    judged = judge_results(results, items, questionnaire, pixels)
+    judged = run_judge(results, items, questionnaire, pixels)
     say(f"{results.root}: {judge.tell(judged)}")
     name = store_name(pixels, questionnaire)
     scores = score_results(results, items, questionnaire, name)
@@ -107,8 +109,7 @@ def _write_table(
     questionnaire: Questionnaire,
 ) -> None:
     table = own_table(scores["seen"], scores["held_out"], items, parameters, questionnaire.title)
-    with atomic_path(out / "own.md", overwrite=True) as part:
-        part.write_text("\n".join(markdown_table(table)), encoding="utf-8")
+    write_text(out / "own.md", "\n".join(markdown_table(table)))
     made_by = {s.method: read_manifest(s.results.root)["editor"] for s in scores["seen"]}
     write_json(out / "own.json", {**items.facts, "methods": made_by, "table": table.as_json()})
     show_table(table.rows, table.header)

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...errors import HYWUError
-from ...evaluation.questionnaires import Questionnaire
 from ...evaluation.report.build import build_report
 from ...evaluation.report.html import write_html
 from ...evaluation.report.markdown import write_markdown
@@ -34,20 +33,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write both files."""
-    loaded = [shared.load_scores(root, args) for root in args.results]
-    write_reports([scores for scores, _ in loaded], loaded[0][1], Path(args.out), args.each)
+    methods = [shared.load_scores(root, args) for root in args.results]
+    write_reports(methods, Path(args.out), args.each)
     return 0
 
 
-def write_reports(
-    methods: Sequence[MethodScores], questionnaire: Questionnaire, out: Path, each: int
-) -> None:
+def write_reports(methods: Sequence[MethodScores], out: Path, each: int) -> None:
     """Write ``out`` and the Markdown beside it."""
     if out.suffix.lower() not in (".html", ".htm"):
         raise HYWUError(f"{out}: must end in .html.")
     if len({scores.method for scores in methods}) != len(methods):
         raise HYWUError("Two methods have the same name; a report tells them apart by it.")
-    report = build_report(methods, questionnaire, each)
+    report = build_report(methods, each)
     write_html(report, out)
     write_markdown(report, out.with_suffix(".md"))
     say(f"written to {out} and {out.with_suffix('.md')}")

@@ -16,12 +16,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ...errors import HYWUError
-from ...evaluation.imgedit import read_imgedit
-from ...evaluation.items import data_path
-from ...evaluation.report.build import outcome_line
-from ...evaluation.score_files import their_gedit, their_imgedit, write_scores
-from ...evaluation.tables import Table, summary_table
+from ...evaluation.benchmarks import QUESTIONNAIRES
+from ...evaluation.scores import write_scores
+from ...evaluation.tables import Table
 from ..console import say, table
 from . import shared
 
@@ -41,29 +38,28 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Score every method and print its table."""
     for root in args.results:
-        if theirs := _theirs(Path(root), args):
+        if theirs := _theirs(Path(root), args.data):
             for each in theirs:
                 say(f"{each.title} (scores from {root})")
                 table(each.rows, each.header)
                 say(each.note)
             continue
-        scores, questionnaire = shared.load_scores(root, args)
+        scores = shared.load_scores(root, args)
         folder = write_scores(scores, args.price_in, args.price_out)
-        summary = summary_table(scores)
-        say(f"{summary.title}: {outcome_line(scores)}")
-        say(f"judge {scores.name.judge} ({scores.name.judge_version}); {questionnaire.title}")
+        summary = scores.questionnaire.table(scores)
+        say(f"{summary.title}: {scores.outcome_line()}")
+        say(
+            f"judge {scores.name.judge} ({scores.name.judge_version}); {scores.questionnaire.title}"
+        )
         table(summary.rows, summary.header)
         say(summary.note)
         say(f"written to {folder}")
     return 0
 
 
-def _theirs(path: Path, args: argparse.Namespace) -> list[Table]:
+def _theirs(path: Path, data: str | None) -> list[Table]:
     """Tables of files that other programs scored; empty for a folder of results."""
-    if path.is_dir():
-        return their_gedit(path)
-    if path.name != "result.json":
-        return []
-    if args.data is None:
-        raise HYWUError(f"{path}: needs --data, the ImgEdit-Bench folder, to know the edit types.")
-    return [their_imgedit(path, read_imgedit(data_path("imgedit", args.data)))]
+    for kind in QUESTIONNAIRES.values():
+        if tables := kind.their_tables(path, data):
+            return tables
+    return []

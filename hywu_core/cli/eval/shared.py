@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ...errors import HYWUError
-from ...evaluation.items import data_path
-from ...evaluation.judges.base import Judge
-from ...evaluation.questionnaires import NAMES, Questionnaire
-from ...evaluation.results import BENCHMARKS
+from ...evaluation.benchmarks import BENCHMARKS, QUESTIONNAIRES, find_benchmark
+from ...evaluation.benchmarks.base import SAMPLES
+from ...evaluation.options import Kind, Option
 from ...evaluation.scores import MethodScores, open_scores
 
 #: Exit code of a step that finished, but not for every item.
@@ -20,7 +21,7 @@ def add_data(parser: argparse.ArgumentParser, required: bool) -> None:
     """--benchmark and --data."""
     optional = "" if required else " (default: what the results were made for)"
     parser.add_argument(
-        "--benchmark", choices=BENCHMARKS, required=required, help=f"whose items{optional}"
+        "--benchmark", choices=tuple(BENCHMARKS), required=required, help=f"whose items{optional}"
     )
     parser.add_argument(
         "--data",
@@ -30,11 +31,20 @@ def add_data(parser: argparse.ArgumentParser, required: bool) -> None:
     )
 
 
+def data_path(benchmark: str | None, data: str | None) -> Path | None:
+    """The path of --data; "samples" stands for our own."""
+    if benchmark is not None and data is not None:
+        return find_benchmark(benchmark).locate(data)
+    if data == SAMPLES:
+        raise HYWUError("--data samples needs --benchmark, to say which sample.")
+    return None if data is None else Path(data)
+
+
 def add_questionnaire(parser: argparse.ArgumentParser) -> None:
     """--questionnaire and --prompts."""
     parser.add_argument(
         "--questionnaire",
-        choices=NAMES,
+        choices=tuple(QUESTIONNAIRES),
         help="what is asked (default: the benchmark's own; wu-eval for a folder)",
     )
     parser.add_argument(
@@ -45,61 +55,32 @@ def add_questionnaire(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_judge(parser: argparse.ArgumentParser) -> None:
-    """--judge and its options."""
-    parser.add_argument(
-        "--judge",
-        choices=("reference", "openai", "local"),
-        default="reference",
-        help="reference: computes from pixels, for items with a target; openai: any OpenAI-compatible "
-        "endpoint; local: a transformers vision-language model's folder",
-    )
-    group = parser.add_argument_group("judge at an endpoint (openai)")
-    group.add_argument("--url", default="https://api.openai.com/v1", help="base URL (%(default)s)")
-    group.add_argument("--model", help="the model's name there, for instance gpt-4.1")
-    group.add_argument(
-        "--key-env",
-        default="OPENAI_API_KEY",
-        help="environment variable with the key (%(default)s); it is written nowhere",
-    )
-    group.add_argument("--parallel", type=int, default=4, help="requests at once (%(default)s)")
-    group.add_argument("--per-minute", type=float, default=0, help="rate limit; 0 for none")
-    group.add_argument("--retries", type=int, default=6, help="further tries (%(default)s)")
-    group.add_argument("--timeout", type=float, default=120, help="seconds a request (%(default)s)")
-    local = parser.add_argument_group("judge on this machine (local)")
-    local.add_argument("--folder", help="folder of the model, safetensors and processor")
-    local.add_argument("--device", default="cpu", help="torch device (%(default)s)")
-    parser.add_argument(
-        "--max-tokens", type=int, default=512, help="of an answer, openai and local (%(default)s)"
-    )
+def add_kinds(parser: argparse.ArgumentParser, kinds: Mapping[str, Kind], **options: Any) -> None:
+    """The option that chooses one of some kinds, and a group of each one's own options.
 
-
-def make_judge(args: argparse.Namespace) -> Judge:
-    """The judge that the arguments describe. Raises HYWUError naming what is missing."""
-    if args.judge == "openai":
-        from ...evaluation.judges.openai import OpenAIJudge
-
-        if not args.model:
-            raise HYWUError("--judge openai needs --model, the model's name at the endpoint.")
-        return OpenAIJudge(
-            args.model,
-            args.url,
-            key_env=args.key_env,
-            parallel=args.parallel,
-            retries=args.retries,
-            per_minute=args.per_minute,
-            timeout=args.timeout,
-            max_tokens=args.max_tokens,
+    options: further arguments of ``add_argument`` for the choosing option.
+    """
+    told = "; ".join(f"{kind.name}: {kind.summary}" for kind in kinds.values())
+    flag = next(iter(kinds.values())).what
+    parser.add_argument(flag, choices=tuple(kinds), help=told, **options)
+    users: dict[Option, list[str]] = {}
+    for kind in kinds.values():
+        for option in kind.options:
+            users.setdefault(option, []).append(kind.name)
+    groups: dict[tuple[str, ...], Any] = {}
+    known = {}
+    for option, names in users.items():
+        if known.setdefault(option.name, option) != option:
+            raise ValueError(f"{option.flag} means two things: {', '.join(names)}")
+        group = groups.get(tuple(names)) or parser.add_argument_group(", ".join(names))
+        groups[tuple(names)] = group
+        group.add_argument(
+            option.flag,
+            type=option.type,
+            default=option.default,
+            metavar=option.metavar,
+            help=option.help,
         )
-    if args.judge == "local":
-        from ...evaluation.judges.local import LocalJudge
-
-        if not args.folder:
-            raise HYWUError("--judge local needs --folder, a transformers model's folder.")
-        return LocalJudge(Path(args.folder), args.device, max_tokens=args.max_tokens)
-    from ...evaluation.judges.reference import ReferenceJudge
-
-    return ReferenceJudge()
 
 
 def add_choice(parser: argparse.ArgumentParser) -> None:
@@ -116,7 +97,7 @@ def add_choice(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_scores(root: str, args: argparse.Namespace) -> tuple[MethodScores, Questionnaire]:
+def load_scores(root: str, args: argparse.Namespace) -> MethodScores:
     """One method's scores from its stored answers."""
     return open_scores(
         root, args.benchmark, data_path(args.benchmark, args.data), args.questionnaire, args.prompts,

@@ -1,4 +1,4 @@
-"""Write GEdit-Bench's parquet or arrow files as pictures and gedit.jsonl, once.
+"""Write a benchmark's packed files (GEdit-Bench: parquet, arrow) as images and their list, once.
 
 `generate` does this by itself beside the results; this step is for looking at the data, or for using
 it from several places.
@@ -10,8 +10,7 @@ import argparse
 from pathlib import Path
 
 from ...errors import HYWUError
-from ...evaluation.gedit import read_gedit
-from ...evaluation.gedit_unpack import packed_files, unpack
+from ...evaluation.benchmarks import BENCHMARKS
 from ..console import say
 
 
@@ -23,11 +22,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Unpack, then read what was written and say what is in it."""
-    files = packed_files(Path(args.data))
-    if not files:
-        raise HYWUError(f"{args.data}: holds no parquet or arrow file.")
-    out = unpack(files, Path(args.out))
-    items = read_gedit(out)
+    data, out = Path(args.data), Path(args.out)
+    for benchmark in BENCHMARKS.values():
+        if files := benchmark.packed_files(data):
+            items = benchmark.read(benchmark.unpack(files, out))
+            break
+    else:
+        raise HYWUError(f"{data}: holds no parquet or arrow file.")
     say(f"{out}: {len(items.items)} items in {len(items.tasks())} tasks, {len(items.bad)} unusable")
     for bad in items.bad:
         say(f"  {bad}")

@@ -76,13 +76,13 @@ def create_session(
 
 
 def _copy(path: Path, folder: Path) -> str:
-    # Serving votes needs none of what reading results brings in (torch, numpy).
-    from ...images import load_image, write_image
+    # Serving votes needs none of what reading images brings in (torch, numpy).
+    from ...images import load_image
 
     image_id = secrets.token_hex(12)
-    image = load_image(path)
+    image = load_image(path).convert("RGB")
     image.info.clear()
-    write_image(image, folder / f"{image_id}.png")
+    image.save(folder / f"{image_id}.png")
     return image_id
 
 

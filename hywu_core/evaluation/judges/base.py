@@ -8,12 +8,15 @@ from typing import Protocol
 from PIL import Image
 
 from ...errors import HYWUError
-from ..questionnaires import Question
+from ..benchmarks.base import Question
+from ..options import Option
+
+MAX_TOKENS = Option("max_tokens", "of an answer (%(default)s)", 512, int)
 
 
 @dataclass(frozen=True)
 class JudgeRequest:
-    """One question with its pictures (RGB). `target` is for judges that compute, where it is known."""
+    """One question with its images (RGB). `target` is for judges that compute, where it is known."""
 
     question: Question
     source: Image.Image
@@ -22,7 +25,7 @@ class JudgeRequest:
 
     @property
     def images(self) -> list[Image.Image]:
-        """The pictures the question shows, in its order."""
+        """The images the question shows, in its order."""
         return [getattr(self, role) for role in self.question.roles]
 
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
+from ... import fingerprint
 from ...errors import HYWUError, need
-from ...fingerprint import digest
-from .base import Failure, JudgeRequest, Reply
+from ..options import Kind, Option
+from .base import MAX_TOKENS, Failure, JudgeRequest, Reply
 
 
 @dataclass
@@ -52,7 +53,7 @@ class LocalJudge:
         content.append({"type": "text", "text": request.question.prompt})
         try:
             return self._answer(content)
-        except (RuntimeError, ValueError) as error:  # no memory for these pictures, for instance
+        except (RuntimeError, ValueError) as error:  # no memory for these images, for instance
             raise Failure(f"the model failed: {str(error).strip()[:300]}") from error
 
     def _answer(self, content: list[dict[str, Any]]) -> Reply:
@@ -99,6 +100,23 @@ def _dtype_word(transformers: Any) -> str:
 
 
 def _folder_hash(folder: Path) -> str:
-    files = sorted(folder.glob("*.safetensors"))
-    sizes = (f"{file.name}{file.stat().st_size}" for file in files)
-    return digest([(folder / "config.json").read_bytes(), *sizes], 8)
+    weights = sorted(folder.glob("*.safetensors"))
+    sizes = (f"{file.name}{file.stat().st_size}" for file in weights)
+    return fingerprint.digest([(folder / "config.json").read_bytes(), *sizes], 8)
+
+
+KIND = Kind(
+    "--judge",
+    "local",
+    "a transformers vision-language model's folder",
+    LocalJudge,
+    (
+        Option(
+            "folder",
+            "folder of the model, safetensors and processor",
+            needed="a transformers model's folder",
+        ),
+        Option("device", "torch device (%(default)s)", "cpu"),
+        MAX_TOKENS,
+    ),
+)

@@ -25,7 +25,8 @@ from PIL import Image
 
 from ...errors import HYWUError
 from ...images import encode_image
-from .base import Failure, JudgeRequest, Refusal, Reply
+from ..options import Kind, Option
+from .base import MAX_TOKENS, Failure, JudgeRequest, Refusal, Reply
 
 #: Worth another try: timeouts, conflicts, too many requests, and whatever is the server's fault.
 RETRIED = frozenset({408, 409, 425, 429})
@@ -202,7 +203,7 @@ class OpenAIJudge:
 
 
 def data_url(image: Image.Image) -> str:
-    """The picture as PNG in a data URL: pixels exactly as judged."""
+    """The image as PNG in a data URL: pixels exactly as judged."""
     return "data:image/png;base64," + base64.b64encode(encode_image(image)).decode()
 
 
@@ -223,3 +224,43 @@ def _retry_after(value: str | None) -> float:
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
     except (TypeError, ValueError):
         return 0.0
+
+
+#: Environment variable with the endpoint for judges inside a graph. Not a widget: a workflow from
+#: elsewhere would choose where the operator's key is sent.
+ENDPOINT = "HYWU_JUDGE_URL"
+OPENAI = "https://api.openai.com/v1"
+
+
+def in_graph(model: str) -> OpenAIJudge:
+    """The judge inside a ComfyUI graph: the operator's endpoint, one request at a time."""
+    if not model.strip():
+        raise HYWUError("judge 'openai' needs model, the model's name at the endpoint.")
+    url = os.environ.get(ENDPOINT) or OPENAI
+    return OpenAIJudge(model.strip(), url, parallel=1, retries=3, timeout=60)
+
+
+KIND = Kind(
+    "--judge",
+    "openai",
+    "any OpenAI-compatible endpoint",
+    OpenAIJudge,
+    (
+        Option("url", "base URL (%(default)s)", OPENAI),
+        Option(
+            "model",
+            "the model's name there, for instance gpt-4.1",
+            needed="the model's name at the endpoint",
+        ),
+        Option(
+            "key_env",
+            "environment variable with the key (%(default)s); it is written nowhere",
+            "OPENAI_API_KEY",
+        ),
+        Option("parallel", "requests at once (%(default)s)", 4, int),
+        Option("per_minute", "rate limit; 0 for none", 0, float),
+        Option("retries", "further tries (%(default)s)", 6, int),
+        Option("timeout", "seconds a request (%(default)s)", 120, float),
+        MAX_TOKENS,
+    ),
+)

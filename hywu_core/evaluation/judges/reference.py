@@ -1,6 +1,6 @@
 """The reference judge: computes from pixels, for items whose target is known. No model, no network.
 
-Four measures of the distance d to the target, each between the edited picture and the target, in
+Four measures of the distance d to the target, each between the edited image and the target, in
 relation to the same distance of the unchanged source::
 
     instruction alignment    root mean square error of RGB values in 0..1 (PSNR is its logarithm)
@@ -14,22 +14,21 @@ relation to the same distance of the unchanged source::
 
 So 5 (or 10) is the target itself and 1 (or 0) the unchanged source or anything farther from the
 target than it; half the distance is 3 (or 5). Where the source is already at the target in a measure
-(distance under 1e-4), staying there is 5 and leaving it is 1. Pictures of another size are resized
+(distance under 1e-4), staying there is 5 and leaving it is 1. Images of another size are resized
 to the target's (Lanczos). The mapping was fixed and committed before any reported result; the sharpness
 floor was changed once, after two throw-away samples. A change makes a new version.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
 from ...errors import need
-from .. import imgedit
-from ..wu_eval import DIMENSIONS
+from ..benchmarks.wu_eval import DIMENSIONS
+from ..options import Kind
 from .base import JudgeRequest, Refusal, Reply
 
 #: Under this a distance counts as none.
@@ -53,10 +52,10 @@ class ReferenceJudge:
 
     def score(self, request: JudgeRequest) -> Reply:
         if request.target is None:
-            raise Refusal("the item has no target picture, which the reference judge compares with")
+            raise Refusal("the item has no target image, which the reference judge compares with")
         share = shares_done(request.source, request.edited, request.target)
         told = measures(request.edited, request.target)
-        return Reply(_answer(request.question.name, share, told), self.name)
+        return Reply(request.question.answer(share, told), self.name)
 
 
 def measures(edited: Image.Image, target: Image.Image) -> str:
@@ -69,8 +68,8 @@ def measures(edited: Image.Image, target: Image.Image) -> str:
 def shares_done(source: Image.Image, edited: Image.Image, target: Image.Image) -> dict[str, float]:
     """For each WU-Eval dimension, how much of the way from source to target was gone, 0..1."""
     size = target.size
-    pictures = [_array(image, size) for image in (source, edited, target)]
-    s, e, t = (_features(picture) for picture in pictures)
+    images = [_array(image, size) for image in (source, edited, target)]
+    s, e, t = (_features(image) for image in images)
     unchanged, changed = _distances(s, t), _distances(e, t)
     return {name: _share(changed[name], unchanged[name]) for name in DIMENSIONS}
 
@@ -115,7 +114,7 @@ def _gradient(luminance: np.ndarray) -> np.ndarray:
 
 
 def local_sharpness(luminance: np.ndarray) -> np.ndarray:
-    """log10 of the Laplacian's variance in blocks of 8x8 (the whole picture when it is smaller)."""
+    """log10 of the Laplacian's variance in blocks of 8x8 (the whole image when it is smaller)."""
     p = np.pad(luminance, 1, mode="edge")
     laplacian = p[:-2, 1:-1] + p[2:, 1:-1] + p[1:-1, :-2] + p[1:-1, 2:] - 4 * luminance
     height, width = (max(1, n // _BLOCK) for n in laplacian.shape)
@@ -143,21 +142,9 @@ def _share(changed: float, unchanged: float) -> float:
     return 1.0 - min(1.0, changed / unchanged)
 
 
-def _answer(question: str, share: dict[str, float], told: str) -> str:
-    alignment, consistency, structure, quality = (share[name] for name in DIMENSIONS)
-    if question in ("semantics", "quality"):
-        pair = (alignment, consistency) if question == "semantics" else (structure, quality)
-        return json.dumps({"score": [round(10 * value, 2) for value in pair], "reasoning": told})
-    if question in imgedit.QUESTIONS:
-        # The authors' lines hold whole numbers, and the first caps the others
-        first = _whole(alignment)
-        values = (first, min(first, _whole(consistency)), min(first, _whole(quality)))
-        names = ("Prompt Compliance", "Content Preservation", "Rendering Quality")
-        lines = [f"{name}: {value}" for name, value in zip(names, values, strict=True)]
-        return "\n".join([f"Brief reasoning: {told}", *lines])
-    scores = {name: round(1 + 4 * value, 3) for name, value in share.items()}
-    return json.dumps({**scores, "reason": told})
+def in_graph(model: str) -> ReferenceJudge:
+    """The judge inside a ComfyUI graph: one request at a time; it needs no model."""
+    return ReferenceJudge(parallel=1)
 
 
-def _whole(share: float) -> int:
-    return int(1 + 4 * share + 0.5)
+KIND = Kind("--judge", "reference", "computes from pixels, for items with a target", ReferenceJudge)

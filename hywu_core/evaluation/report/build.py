@@ -4,16 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from ..generate import read_failures
-from ..questionnaires import Questionnaire
-from ..scores import OUTCOMES, SCORED, MethodScores, same_judge, scale
+from ..results import read_failures
+from ..scores import SCORED, MethodScores, same_judge
 from ..store import StoreName
-from ..tables import Bar, Table, bars, comparison_table, dimension_bars, summary_table
-from .gallery import Exhibit, exhibits
-from .published import BY_QUESTIONNAIRE
+from ..tables import Bar, Table, comparison_table
 
-TITLES = {"wu-eval": "WU-Eval", "gedit": "GEdit-Bench", "imgedit": "ImgEdit-Bench"}
+
+@dataclass(frozen=True)
+class Panel:
+    """One image with the line under it; no image where there is none."""
+
+    caption: str
+    image: Path | None
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """One item: its place (best, median, worst), instruction and panels."""
+
+    place: str
+    item: str
+    instruction: str
+    panels: tuple[Panel, ...]
 
 
 @dataclass(frozen=True)
@@ -30,53 +44,40 @@ class Report:
     theirs: tuple[Table, ...]
 
 
-def build_report(
-    methods: Sequence[MethodScores], questionnaire: Questionnaire, each: int = 2
-) -> Report:
+def build_report(methods: Sequence[MethodScores], each: int = 2) -> Report:
     """Compare methods judged alike. each: exhibits per place.
 
     Raises HYWUError when judges, questionnaires or items differ.
     """
     name = same_judge(methods)
-    charts = [("Overall by task", tuple(bars(methods)))]
-    if name.questionnaire == "wu-eval":
-        charts.insert(0, ("Dimensions", tuple(dimension_bars(methods))))
+    asked = methods[0].questionnaire
     return Report(
-        title=f"{TITLES[name.questionnaire]}: {', '.join(scores.method for scores in methods)}",
-        facts=tuple(_facts(methods, name, questionnaire)),
-        tables=(comparison_table(methods), *map(summary_table, methods)),
-        charts=tuple(charts),
-        scale=scale(name.questionnaire),
+        title=f"{asked.heading}: {', '.join(scores.method for scores in methods)}",
+        facts=tuple(_facts(methods, name)),
+        tables=(comparison_table(methods), *map(asked.table, methods)),
+        charts=tuple(asked.charts(methods)),
+        scale=asked.scale,
         exhibits=tuple(exhibits(methods, each)),
         unscored=tuple(line for scores in methods for line in _unscored(scores)),
-        theirs=(BY_QUESTIONNAIRE[name.questionnaire],),
+        theirs=(asked.published,),
     )
 
 
-def _facts(
-    methods: Sequence[MethodScores], name: StoreName, questionnaire: Questionnaire
-) -> list[str]:
+def _facts(methods: Sequence[MethodScores], name: StoreName) -> list[str]:
     first = methods[0]
     models = {model for scores in methods for model in scores.models if model}
     answered = f", answered by {', '.join(sorted(models))}" if models - {name.judge} else ""
     tokens = sum(s.tokens_in for s in methods), sum(s.tokens_out for s in methods)
     facts = [
         f"Judge: {name.judge}, version {name.judge_version}{answered}.",
-        f"Questionnaire: {questionnaire.title}.",
+        f"Questionnaire: {first.questionnaire.title}.",
         f"Items: {len(first.scores)} of the benchmark '{first.items.benchmark}' in "
         f"{len(first.tasks())} tasks; {len(first.items.bad)} rows could not be used.",
     ]
     if any(tokens):
         facts.append(f"Tokens: {tokens[0]:,} in, {tokens[1]:,} out.")
-    facts += [f"{s.method}: {outcome_line(s)}." for s in methods]
+    facts += [f"{s.method}: {s.outcome_line()}." for s in methods]
     return facts
-
-
-def outcome_line(scores: MethodScores) -> str:
-    """For instance "98 scored, 2 unparsable of 100 items"."""
-    counts = scores.outcomes()
-    told = [f"{counts[name]} {name}" for name in OUTCOMES if counts[name] or name == SCORED]
-    return f"{', '.join(told)} of {len(scores.scores)} items"
 
 
 def _unscored(scores: MethodScores) -> list[str]:
@@ -90,3 +91,34 @@ def _unscored(scores: MethodScores) -> list[str]:
                 f"{scores.method}: {score.item.id}: {score.outcome}{': ' + shown if shown else ''}"
             )
     return lines
+
+
+def exhibits(methods: Sequence[MethodScores], each: int = 2) -> list[Exhibit]:
+    """`each` best, median and worst items by the first method's overall; ties by the items' order."""
+    ranked = sorted(methods[0].scored(), key=lambda s: -s.values["overall"])
+    if not ranked:
+        return []
+    each = min(each, max(1, len(ranked) // 3))
+    middle = (len(ranked) - each) // 2
+    places = [("best", ranked[:each]), ("median", ranked[middle : middle + each])]
+    places.append(("worst", ranked[::-1][:each]))
+    chosen, seen = [], set()
+    for place, scores in places:
+        for score in scores:
+            if score.item.id not in seen:
+                seen.add(score.item.id)
+                chosen.append(_exhibit(place, score.item.id, methods))
+    return chosen
+
+
+def _exhibit(place: str, item_id: str, methods: Sequence[MethodScores]) -> Exhibit:
+    rows = [next(s for s in scores.scores if s.item.id == item_id) for scores in methods]
+    item = rows[0].item
+    panels = [Panel("source", item.judged_source)]
+    if item.target is not None:
+        panels.append(Panel("target", item.target))
+    for scores, row in zip(methods, rows, strict=True):
+        told = f"{row.values['overall']:.2f}" if row.values else row.outcome
+        image = scores.results.image(item)
+        panels.append(Panel(f"{scores.method}: {told}", image if image.is_file() else None))
+    return Exhibit(place, item_id, item.instruction, tuple(panels))

@@ -1,26 +1,32 @@
-"""A report as one HTML file: pictures and charts inside, no request to anywhere when opened."""
+"""A report as one HTML file: images and charts inside, no request to anywhere when opened."""
 
 from __future__ import annotations
 
+import base64
 from html import escape
 from pathlib import Path
 from string import Template
 
-from ...files import atomic_path
+from PIL import Image
+
+from ...errors import HYWUError
+from ...files import write_text
+from ...images import encode_image, load_image
 from ..tables import Table
-from .build import Report
+from .build import Exhibit, Panel, Report
 from .charts import bar_chart
-from .gallery import Exhibit, Panel, data_uri
 
 PAGE = Path(__file__).with_name("page.html")
+
+#: Longest side of an embedded image, in pixels.
+SIDE = 320
 
 
 def write_html(report: Report, path: Path) -> None:
     """Write the page atomically, over an earlier one."""
     page = Template(PAGE.read_text(encoding="utf-8"))
     text = page.substitute(title=escape(report.title), body="\n".join(_body(report)))
-    with atomic_path(path, overwrite=True) as part:
-        part.write_text(text, encoding="utf-8")
+    write_text(path, text)
 
 
 def _body(report: Report) -> list[str]:
@@ -66,7 +72,17 @@ def _exhibit(exhibit: Exhibit) -> str:
 
 
 def _panel(panel: Panel) -> str:
-    uri = data_uri(panel.picture) if panel.picture else None
+    uri = data_uri(panel.image) if panel.image else None
     caption = escape(panel.caption)
-    picture = f'<img src="{uri}" alt="{caption}">' if uri else '<div class="none">no picture</div>'
-    return f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"
+    image = f'<img src="{uri}" alt="{caption}">' if uri else '<div class="none">no image</div>'
+    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
+
+
+def data_uri(path: Path) -> str | None:
+    """A small JPEG of the image for embedding; None when it can't be read."""
+    try:
+        image = load_image(path)
+    except HYWUError:
+        return None
+    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    return "data:image/jpeg;base64," + base64.b64encode(encode_image(image, "JPEG", 88)).decode()

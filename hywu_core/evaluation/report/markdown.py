@@ -1,10 +1,10 @@
-"""A report as Markdown: the same tables; pictures stay in the HTML."""
+"""A report as Markdown: the same tables; images stay in the HTML."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from ...files import atomic_path
+from ...files import write_text
 from ..tables import Table
 from .build import Report
 
@@ -28,8 +28,7 @@ def write_markdown(report: Report, path: Path) -> None:
     lines += ["## Published by others", ""]
     for table in report.theirs:
         lines += markdown_table(table)
-    with atomic_path(path, overwrite=True) as part:
-        part.write_text("\n".join(lines), encoding="utf-8")
+    write_text(path, "\n".join(lines))
 
 
 def markdown_table(table: Table) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ....hywu_core.evaluation.report.chart_image import font
+from ..charts import font
 
 WIDTH, HEIGHT = 640, 360
 _LEFT, _TOP, _RIGHT, _BOTTOM = 70, 34, 14, 40

@@ -12,20 +12,21 @@ from typing import Any
 
 from PIL import Image
 
-from ..errors import HYWUError
-from ..fingerprint import of_json
-from ..headless.client import Client, ServerError, outputs
-from ..headless.graph import find_node, read_graph
-from ..images import load_image, write_image
-from .editors import EditFailed
-from .items import Item
+from ... import fingerprint
+from ...errors import HYWUError
+from ...headless.client import Client, ServerError, outputs
+from ...headless.graph import find_node, read_graph
+from ...images import load_image, write_image
+from ..items import Item
+from ..options import Kind, Option
+from .base import ITEM_TIMEOUT, WORKERS, EditFailed
 
 
 class ComfyEditor:
     """Runs an API-format workflow for each item.
 
-    image, instruction, seed: ``NODE.input`` that takes the uploaded picture's name, the text and
-    the seed (NODE by id, title or class; seed may be None); output: the node whose picture counts,
+    image, instruction, seed: ``NODE.input`` that takes the uploaded image's name, the text and
+    the seed (NODE by id, title or class; seed may be None); output: the node whose image counts,
     None where only one gives any; timeout: seconds an item. Raises HYWUError when the workflow
     lacks one of them.
     """
@@ -60,7 +61,7 @@ class ComfyEditor:
         """The workflow's hash and what is put where; the server's address changes nothing."""
         return {
             "kind": "comfy",
-            "workflow": of_json(self._graph, 16, sort_keys=True),
+            "workflow": fingerprint.of_json(self._graph, 16, sort_keys=True),
             "inputs": {role: ".".join(place) for role, place in self._inputs.items()},
             "output": self._output,
         }
@@ -80,7 +81,7 @@ class ComfyEditor:
             async with Client(self.server, timeout=self.timeout) as client:
                 values = {"image": await client.upload(path), "instruction": item.instruction}
                 record = await client.run(self._filled({**values, "seed": seed}))
-                data = await client.fetch(self._picture(record))
+                data = await client.fetch(self._image(record))
         return load_image(io.BytesIO(data))
 
     def _filled(self, values: dict[str, Any]) -> dict[str, Any]:
@@ -89,7 +90,7 @@ class ComfyEditor:
             graph[node]["inputs"][key] = values[role]
         return graph
 
-    def _picture(self, record: dict[str, Any]) -> dict[str, str]:
+    def _image(self, record: dict[str, Any]) -> dict[str, str]:
         found = [
             (node, value)
             for node, name, value in outputs(record)
@@ -97,8 +98,35 @@ class ComfyEditor:
         ]
         saved = [pair for pair in found if pair[1].get("type") == "output"] or found
         if not saved:
-            raise EditFailed("the workflow gave no picture")
+            raise EditFailed("the workflow gave no image")
         if len({node for node, _ in saved}) > 1:
             nodes = ", ".join(sorted({node for node, _ in saved}))
-            raise EditFailed(f"the nodes {nodes} all give pictures; choose with --comfy-output")
+            raise EditFailed(f"the nodes {nodes} all give images; choose with --comfy-output")
         return saved[0][1]
+
+
+def _make(
+    server: str, workflow: str, comfy_image: str, comfy_instruction: str, comfy_seed: str | None,
+    comfy_output: str | None, workers: int, item_timeout: float,
+) -> ComfyEditor:  # fmt: skip
+    places = {"image": comfy_image, "instruction": comfy_instruction, "seed": comfy_seed}
+    options = {"output": comfy_output, "parallel": workers, "timeout": item_timeout}
+    return ComfyEditor(server, Path(workflow), **places, **options)
+
+
+KIND = Kind(
+    "--editor",
+    "comfy",
+    "a workflow on a ComfyUI server",
+    _make,
+    (
+        Option("server", "%(default)s", "http://127.0.0.1:8188"),
+        Option("workflow", "the workflow in API format (JSON)", needed=""),
+        Option("comfy_image", "takes the source's file name", metavar="NODE.INPUT", needed=""),
+        Option("comfy_instruction", "takes the instruction", metavar="NODE.INPUT", needed=""),
+        Option("comfy_seed", "takes the seed (optional)", metavar="NODE.INPUT"),
+        Option("comfy_output", "whose image (default: the only one)", metavar="NODE"),
+        WORKERS,
+        ITEM_TIMEOUT,
+    ),
+)

@@ -14,17 +14,18 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..bases.bundled.checkpoint import bundled, bundled_loras, editor_identity, load_editor
-from ..bases.bundled.engine import BundledEditor
-from ..bases.bundled.sampling import edit
-from ..errors import HYWUError
-from ..files import read_tensors
-from ..fingerprint import of_files
-from ..formats import load_lora
-from ..injection import inject
-from ..lora import GeneratedLoRA
-from .editors import EditFailed
-from .items import Item
+from ... import fingerprint
+from ...bases.bundled.checkpoint import bundled, bundled_loras, editor_identity, load_editor
+from ...bases.bundled.engine import BundledEditor
+from ...bases.bundled.sampling import edit
+from ...errors import HYWUError
+from ...files import read_tensors
+from ...formats import load_lora
+from ...injection import inject
+from ...lora import GeneratedLoRA
+from ..items import Item
+from ..options import Kind, Option
+from .base import EditFailed
 
 #: In a LoRA's name: the item's task.
 TASK = "{task}"
@@ -88,7 +89,7 @@ class EngineEditor:
         return self._editor
 
     def edit(self, source: Image.Image, item: Item, seed: int) -> Image.Image:
-        """The edited picture, of the source's size. Raises EditFailed when the task has no LoRA."""
+        """The edited image, of the source's size. Raises EditFailed when the task has no LoRA."""
         pixels = torch.from_numpy(np.array(source.convert("RGB"))).permute(2, 0, 1)
         with self._lock:
             result = self._edit(pixels, item, seed)
@@ -153,4 +154,27 @@ def _lora_files(name: str) -> Mapping[str, Path]:
 
 def _digest(paths: Iterable[Path]) -> str:
     files = (sorted(p.rglob("*.safetensors")) if p.is_dir() else [p] for p in paths)
-    return of_files(itertools.chain.from_iterable(files), 16)
+    return fingerprint.of_files(itertools.chain.from_iterable(files), 16)
+
+
+KIND = Kind(
+    "--editor",
+    "bundled",
+    "the editor that comes along, with a LoRA generated for each item",
+    EngineEditor,
+    (
+        Option(
+            "lora",
+            "in place of generating: a bundled LoRA (shared, single_blur, ...), a LoRA file, or "
+            "'none' for the editor alone; {task} in it stands for the item's task ('single_{task}')",
+        ),
+        Option(
+            "fine_tuned",
+            "all of the editor's weights, fine-tuned: weights/sft.safetensors of `hywu conflict`",
+            metavar="FILE",
+        ),
+        Option("steps", "sampling steps (%(default)s)", 4, int),
+        Option("strength", "of the LoRA (%(default)s)", 1.0, float),
+        Option("device", "torch device (%(default)s)", "cpu"),
+    ),
+)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..tables import Bar
-from .charts import COLOURS
+from ...hywu_core.evaluation.report.charts import COLOURS
+from ...hywu_core.evaluation.tables import Bar
 
 _LEFT, _PLOT, _RIGHT, _ROW = 190, 440, 70, 22
 _INK, _GRID = "#222222", "#dddddd"

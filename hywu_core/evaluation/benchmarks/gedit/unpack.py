@@ -11,11 +11,11 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from ..errors import HYWUError, need
-from ..files import atomic_path, check_name, read_json, write_json
+from ....errors import HYWUError, need
+from ....files import atomic_path, check_name, read_json, write_json, write_text
 
 FIELDS = ("task_type", "key", "instruction", "instruction_language", "Intersection_exist")
-PICTURES = ("input_image", "input_image_raw")
+IMAGES = ("input_image", "input_image_raw")
 
 
 def packed_files(folder: Path) -> list[Path]:
@@ -28,9 +28,9 @@ def packed_files(folder: Path) -> list[Path]:
 
 
 def unpack(files: Sequence[Path], out: Path) -> Path:
-    """Write ``gedit.jsonl`` and the pictures under `out`; returns `out`. Done once, then reused.
+    """Write ``gedit.jsonl`` and the images under `out`; returns `out`. Done once, then reused.
 
-    Pictures keep their encoded bytes. Raises HYWUError naming the file when a field is missing.
+    Images keep their encoded bytes. Raises HYWUError naming the file when a field is missing.
     """
     index = out / "gedit.jsonl"
     stamp = [[str(file), file.stat().st_size] for file in files]
@@ -44,11 +44,10 @@ def unpack(files: Sequence[Path], out: Path) -> Path:
         except HYWUError:
             name = f"row_{number:05d}"
         entry: dict[str, Any] = {field: row[field] for field in FIELDS}
-        for field in PICTURES:
-            entry[field] = _write_picture(row[field], out / field, f"{number:05d}_{name}")
+        for field in IMAGES:
+            entry[field] = _write_image(row[field], out / field, f"{number:05d}_{name}")
         lines.append(json.dumps(entry, ensure_ascii=False))
-    with atomic_path(index, overwrite=True) as part:
-        part.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(index, "\n".join(lines) + "\n")
     write_json(done, stamp, indent=None, ascii=True, end="")
     return out
 
@@ -61,9 +60,9 @@ def _rows(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
                 raise HYWUError(
                     f"{file}: lacks the columns {', '.join(sorted(missing))}; is it GEdit-Bench?"
                 )
-            columns = [name for name in (*FIELDS, *PICTURES) if name in batch.schema.names]
+            columns = [name for name in (*FIELDS, *IMAGES) if name in batch.schema.names]
             for row in batch.select(columns).to_pylist():
-                yield {**dict.fromkeys(PICTURES), **row}
+                yield {**dict.fromkeys(IMAGES), **row}
 
 
 def _batches(file: Path) -> Iterator[Any]:
@@ -86,7 +85,7 @@ def _batches(file: Path) -> Iterator[Any]:
         raise HYWUError(f"{file}: not a whole parquet or arrow file ({error}).") from error
 
 
-def _write_picture(value: Any, folder: Path, name: str) -> str | None:
+def _write_image(value: Any, folder: Path, name: str) -> str | None:
     data = value.get("bytes") if isinstance(value, dict) else value
     if not isinstance(data, bytes):
         return None

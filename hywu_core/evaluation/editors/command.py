@@ -1,8 +1,4 @@
-"""Editors that a benchmark can call: the bundled engine, a ComfyUI workflow, a command.
-
-Each takes a picture, an instruction and a seed and gives a picture back; `describe` says what it is,
-for the results' manifest: a change there means other results.
-"""
+"""Any program as an editor for benchmarks."""
 
 from __future__ import annotations
 
@@ -13,45 +9,15 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from PIL import Image
 
-from ..errors import HYWUError
-from ..images import load_image, write_image
-from .items import Item
-
-
-class EditFailed(Exception):
-    """This item got no picture; the text says why. Other items may succeed."""
-
-
-class Editor(Protocol):
-    """parallel: how many edits it takes at once."""
-
-    parallel: int
-
-    def describe(self) -> dict[str, Any]:
-        """JSON-safe facts that decide what comes out, beside picture, instruction and seed."""
-        ...
-
-    def edit(self, source: Image.Image, item: Item, seed: int) -> Image.Image:
-        """The edited picture. Raises EditFailed (this item) or HYWUError."""
-        ...
-
-
-@dataclass
-class CopyEditor:
-    """Changes nothing: the lower anchor of every table."""
-
-    parallel: int = 1
-
-    def describe(self) -> dict[str, Any]:
-        return {"kind": "copy"}
-
-    def edit(self, source: Image.Image, item: Item, seed: int) -> Image.Image:
-        return source
-
+from ...errors import HYWUError
+from ...images import load_image, write_image
+from ..items import Item
+from ..options import Kind, Option
+from .base import ITEM_TIMEOUT, WORKERS, EditFailed
 
 _PLACEHOLDER = re.compile(r"\{(source|out|instruction|seed)\}")
 
@@ -90,7 +56,7 @@ class CommandEditor:
             values = {"source": given, "out": out, "instruction": item.instruction, "seed": seed}
             self._run([self._fill(word, values) for word in self._words])
             if not out.is_file():
-                raise EditFailed("the command wrote no picture")
+                raise EditFailed("the command wrote no image")
             return load_image(out)
 
     @staticmethod
@@ -110,3 +76,20 @@ class CommandEditor:
             raise EditFailed(
                 f"the command ended with {done.returncode}: {text[-1] if text else ''}"
             )
+
+
+KIND = Kind(
+    "--editor",
+    "command",
+    "any program",
+    lambda command, workers, item_timeout: CommandEditor(command, workers, item_timeout),
+    (
+        Option(
+            "command",
+            "with {source}, {out}, {instruction} and {seed}; no shell",
+            needed="",
+        ),
+        WORKERS,
+        ITEM_TIMEOUT,
+    ),
+)
