@@ -116,13 +116,23 @@ def read_json(path: str | Path, kind: type | None = None, way_out: str = "", fin
 
 
 def parse_json(
-    text: str | bytes, name: str, kind: type | None = None, way_out: str = "", finite: bool = True
+    text: str | bytes,
+    name: str,
+    kind: type | None = None,
+    way_out: str = "",
+    finite: bool = True,
+    unique: bool = False,
 ):
-    """JSON text -> Python values; see `read_json`. name: whose text it is, for the error."""
+    """JSON text -> Python values; see `read_json`.
+
+    name: whose text it is, for the error; unique: a key that an object gives twice is an error.
+    """
     way_out = f"; {way_out}" if way_out else ""
     try:
         text = text.decode("utf-8-sig") if isinstance(text, bytes) else text.removeprefix("\ufeff")
-        options = {"parse_constant": _not_finite, "parse_float": _finite} if finite else {}
+        options: dict[str, Any] = {"object_pairs_hook": _unique} if unique else {}
+        if finite:
+            options |= {"parse_constant": _not_finite, "parse_float": _finite}
         data = json.loads(text, **options)
     except RecursionError as error:
         raise HYWUError(f"{name}: not JSON (nested too deeply){way_out}.") from error
@@ -181,6 +191,12 @@ def _finite(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"the number {text[:40]} is too large")
     return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len({key for key, _ in pairs}) != len(pairs):
+        raise ValueError("a key is given twice")
+    return dict(pairs)
 
 
 def _not_finite(text: str) -> NoReturn:

@@ -60,6 +60,15 @@ def image_size(path: str | Path) -> tuple[int, int]:
     return load_image(path).size
 
 
+def image_format(file: str | Path | BinaryIO) -> str | None:
+    """Pillow's name of the format that a file claims to have; None where it claims none."""
+    try:
+        with Image.open(file) as opened:
+            return opened.format
+    except OSError:
+        return None
+
+
 def to_tensor(image: Image.Image) -> Tensor:
     """uint8 ``[3, H, W]`` of a Pillow image."""
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()

@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image
 
 from ..errors import HYWUError
-from ..files import atomic_path, read_json, write_json
+from ..files import atomic_path, parse_json, read_json, read_json_lines, write_json
 from ..images import load_image, write_image
 from .benchmarks import BENCHMARKS, find_benchmark
 from .benchmarks.base import Benchmark
@@ -94,7 +94,7 @@ def write_manifest(
     }
     before = read_manifest(results.root)
     for name, value in fixed.items():
-        if before and before.get(name) != json.loads(json.dumps(value)):
+        if before and before.get(name) != _stored(value):
             raise HYWUError(
                 f"{results.root}: holds results with {name} {before.get(name)!r}, now it is "
                 f"{value!r}; choose another name for the method, or remove the folder."
@@ -109,6 +109,11 @@ def write_manifest(
             "bad_items": [str(bad) for bad in items.bad],
         },
     )
+
+
+def _stored(value: Any) -> Any:
+    """A value as JSON gives it back: tuples as lists."""
+    return parse_json(json.dumps(value), "the manifest")
 
 
 def open_results(
@@ -177,10 +182,7 @@ def read_failures(root: Path) -> dict[str, str]:
     """Items without a result and the latest reason; lines cut short by a crash are passed over."""
     path = root / FAILURES
     reasons = {}
-    for line in path.read_bytes().split(b"\n") if path.is_file() else ():
-        try:
-            row = json.loads(line)
+    for _, row in read_json_lines(path) if path.is_file() else ():
+        if isinstance(row, dict) and {"item", "error"} <= row.keys():
             reasons[str(row["item"])] = str(row["error"])
-        except (ValueError, KeyError, TypeError):
-            continue
     return reasons

@@ -17,7 +17,7 @@ from typing import Any
 
 from .. import fingerprint
 from ..errors import HYWUError
-from ..files import slug
+from ..files import parse_json, slug
 
 FORMAT = "hywu-judgements-1"
 
@@ -87,19 +87,16 @@ class JudgementStore:
         data = self.path.read_bytes()
         whole = data.rfind(b"\n") + 1
         for number, line in enumerate(data[:whole].splitlines(), 1):
+            name = f"{self.path}: line {number}"
+            row = parse_json(line, name, dict, "remove that line")
+            if number == 1:
+                self._check_header(row)
+                continue
             try:
-                row = json.loads(line)
-                if number == 1:
-                    self._check_header(row)
-                else:
-                    judgement = Judgement(**row)
-                    self._latest[judgement.key] = judgement
-            except (ValueError, TypeError) as error:
-                if isinstance(error, HYWUError):
-                    raise
-                raise HYWUError(
-                    f"{self.path}: line {number} is damaged ({error}); remove that line."
-                ) from error
+                judgement = Judgement(**row)
+                self._latest[judgement.key] = judgement
+            except TypeError as error:
+                raise HYWUError(f"{name} is damaged ({error}); remove that line.") from error
         return whole
 
     def _check_header(self, row: dict[str, Any]) -> None:
@@ -145,7 +142,7 @@ def read_name(path: Path, header: dict[str, Any] | None = None) -> StoreName:
     try:
         if header is None:
             with path.open("rb") as file:
-                header = json.loads(file.readline())
+                header = parse_json(file.readline(), "its first line", dict)
         if header.pop("format") != FORMAT:
             raise KeyError("format")
         return StoreName(**header)

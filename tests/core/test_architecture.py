@@ -59,19 +59,12 @@ STILL_TO_MOVE: dict[str, set[str]] = {
     "hywu_core/headless/client.py": {"reading JSON (json.load)"},
     "hywu_core/headless/graph.py": {"reading JSON (json.load)"},
     "hywu_core/headless/local.py": {"reading JSON (json.load)"},
-    "hywu_core/evaluation/gedit.py": {"reading JSON (json.load)"},
-    "hywu_core/evaluation/gedit_unpack.py": {"opening images (Image.open)"},
-    "hywu_core/evaluation/generate.py": {"reading JSON (json.load)"},
     "hywu_core/evaluation/gsb/server.py": {"reading JSON (json.load)"},
-    "hywu_core/evaluation/judges/openai.py": {"reading JSON (json.load)"},
-    "hywu_core/evaluation/store.py": {"reading JSON (json.load)"},
-    "hywu_core/evaluation/wu_eval.py": {"reading JSON (json.load)"},
 }
 
 #: Modules that import each other yet; shrinks likewise.
 STILL_CIRCULAR: tuple[set[str], ...] = (
     {f"hywu_core.generator.{name}" for name in ("model", "speed.fp8", "tensors")},
-    {f"hywu_core.evaluation.{name}" for name in ("items", "gedit", "imgedit")},
 )
 
 #: What only certain files do: what -> where.

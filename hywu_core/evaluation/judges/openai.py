@@ -24,6 +24,7 @@ from typing import Any
 from PIL import Image
 
 from ...errors import HYWUError
+from ...files import parse_json
 from ...images import encode_image
 from ..options import Kind, Option
 from .base import MAX_TOKENS, Failure, JudgeRequest, Refusal, Reply
@@ -151,7 +152,7 @@ class OpenAIJudge:
         request = urllib.request.Request(target, body, headers)
         try:
             with self._opener.open(request, timeout=self.timeout) as response:
-                answer = json.load(response)
+                answer = parse_json(response.read(), "the endpoint's answer", finite=False)
         except urllib.error.HTTPError as error:
             return self._refused(error), _retry_after(error.headers.get("Retry-After"))
         except (OSError, http.client.HTTPException) as error:
@@ -159,7 +160,7 @@ class OpenAIJudge:
                 f"no answer: {getattr(error, 'reason', None) or error or type(error).__name__}",
                 0,
             )
-        except (ValueError, RecursionError):
+        except HYWUError:
             return "the endpoint's answer is not JSON", 0
         return (answer, 0) if isinstance(answer, dict) else ("the answer is not an object", 0)
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ....errors import HYWUError
-from ....files import atomic_path
+from ....files import atomic_path, parse_json
 from ...items import Item
 from ...tables import Table
 from ..base import THEIRS, Question, Questionnaire
@@ -145,11 +145,11 @@ def parse_scores(text: str) -> float | None:
     try:
         if start >= 0 and end > start:
             # VIEScore removes line breaks first: models break strings across lines
-            answer = json.loads(text[start:end].replace("\n", ""))
+            answer = parse_json(text[start:end].replace("\n", ""), "the answer", finite=False)
             scores = answer.get("score") if isinstance(answer, dict) else None
         else:
-            scores = json.loads(text)
-    except (ValueError, RecursionError):  # ValueError: not JSON, or a number of thousands of digits
+            scores = parse_json(text, "the answer", finite=False)
+    except HYWUError:
         return None
     scores = scores if isinstance(scores, list) else [scores]
     if not scores or not all(_is_score(value) for value in scores):

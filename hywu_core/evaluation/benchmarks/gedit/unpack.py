@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from ....errors import HYWUError, need
 from ....files import atomic_path, check_name, read_json, write_json, write_text
+from ....images import image_format
 
 FIELDS = ("task_type", "key", "instruction", "instruction_language", "Intersection_exist")
 IMAGES = ("input_image", "input_image_raw")
@@ -89,11 +89,8 @@ def _write_image(value: Any, folder: Path, name: str) -> str | None:
     data = value.get("bytes") if isinstance(value, dict) else value
     if not isinstance(data, bytes):
         return None
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            ending = (image.format or "png").lower()
-    except (UnidentifiedImageError, OSError):
-        ending = "broken"  # the row is kept; reading the item will name this file
+    # "broken": the row is kept; reading the item will name this file
+    ending = (image_format(io.BytesIO(data)) or "broken").lower()
     path = folder / f"{name}.{ending}"
     if not path.is_file() or path.stat().st_size != len(data):
         with atomic_path(path, overwrite=True) as part:

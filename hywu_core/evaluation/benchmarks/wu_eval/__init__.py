@@ -11,8 +11,10 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ....errors import HYWUError
+from ....files import parse_json
 from ...items import Item
 from ...statistics import Estimate, bootstrap_mean, total
 from ...tables import Bar, Table
@@ -108,20 +110,14 @@ def parse_answer(text: str) -> dict[str, float] | None:
     if fenced := _FENCE.match(text):
         text = fenced[1]
     try:
-        answer = json.loads(text, object_pairs_hook=_unique)
-    except (ValueError, RecursionError):
+        answer = parse_json(text, "the answer", dict, finite=False, unique=True)
+    except HYWUError:
         return None
-    if not isinstance(answer, dict) or not isinstance(answer.pop("reason", ""), str):
+    if not isinstance(answer.pop("reason", ""), str):
         return None
     if set(answer) != set(DIMENSIONS) or not all(map(_is_score, answer.values())):
         return None
     return {name: float(answer[name]) for name in DIMENSIONS}
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len({key for key, _ in pairs}) != len(pairs):
-        raise ValueError("a key is given twice")
-    return dict(pairs)
 
 
 def _is_score(value: object) -> bool:
