@@ -51,7 +51,7 @@ ALLOWED: dict[str, set[str]] = {
 FACES = {("lora", "formats"), ("layout", "discovery")}
 
 #: Rooms that lie under a former name: they count as the one that they become.
-MOVING = {"conditioning": "encoders"}
+MOVING: dict[str, str] = {}
 
 #: Importing file -> what it shouldn't need: a module, or one of the names of `ONE_PLACE`.
 STILL_TO_MOVE: dict[str, set[str]] = {
