@@ -26,7 +26,7 @@ from ....hywu_core.layout import LoRALayout
 from ....hywu_core.training.logs import read_log
 from ....hywu_core.training.schedule import TrainConfig
 from ....hywu_core.training.trainer import STATE, Trainer
-from ..cache import TensorCache
+from ..cache import TensorCache, digest
 from ..generators import HostGenerator
 from ..layouts import generator_config, patterns
 from . import files
@@ -157,7 +157,7 @@ class _Training:
             "VAE": self.base.vae_weights,
             "encoder": [dict(self.base.encoder), self.base.graph_encoder.text_weights],
             "generator": self.config.to_json(),
-            "list of pairs": files.digest(rows),
+            "list of pairs": digest(rows),
             "image_size": self.request.image_size,
             "number of crops": self.request.crops,
             "source_input": self.request.source_input,
