@@ -19,9 +19,9 @@ from hywu_core.cli.console import say, table
 from hywu_core.experiments.conflict.plan import ConflictPlan, Run
 from hywu_core.experiments.conflict.runs import Runs
 from hywu_core.experiments.images import ImagePool, split_files
+from hywu_core.precision import usual_precision
 from hywu_core.training.base import Batch
 from hywu_core.training.editor_base import EditorBase
-from hywu_core.training.schedule import usual_precision
 from hywu_core.training.strategies import Strategy, count_parameters
 from hywu_core.training.trainer import Trainer
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .schedule import usual_precision
+from ..precision import usual_precision
 
 #: Coefficients of the quintic Newton-Schulz iteration and how often it is done (Jordan et al.).
 QUINTIC, ITERATIONS = (3.4445, -4.7750, 2.0315), 5

@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-BASICS = {"errors", "atomic", "files", "fingerprint", "images"}
+BASICS = {"errors", "atomic", "files", "fingerprint", "images", "precision"}
 VALUES = {"batch", "layout", "discovery", "tokens", "condition", "grouped"}
 PARTS = {"encoders", "injection", "generator", "formats"}
 ENGINE = BASICS | VALUES | {"lora"} | PARTS | {"bases"}
@@ -23,6 +23,7 @@ ENGINE = BASICS | VALUES | {"lora"} | PARTS | {"bases"}
 #: Room of hywu_core (a file or folder in it), or nodes -> rooms that it may import.
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
+    "precision": set(),
     "atomic": {"errors"},
     "fingerprint": {"errors"},
     "files": {"errors", "atomic"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -136,10 +137,24 @@ def test_large_images_are_edited_in_tiles():
     source, x = images(1, 3, 90, 40), images(1, 3, 90, 40, seed=2)
     text, mask = editor.encode_text(["a"])
     tiled = tiled_velocity(editor, x, 0.5, source, text, mask)
-    whole = editor(x, torch.tensor([0.5]), source, text, mask)
+    same = random_editor(replace(SMALL, max_pixels=1 << 20))
+    whole = tiled_velocity(same, x, 0.5, source, text, mask)
     difference = (tiled - whole).abs().mean(dim=(0, 1, 3))
     assert difference[:8].max() < 1e-4, "far from the first seam"
     assert difference.mean() < 0.1 * (whole - whole.mean()).abs().mean()
+
+
+@pytest.mark.parametrize("hardware", [True, False])
+def test_products_in_bfloat16_where_the_processor_has_them(monkeypatch, hardware):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: hardware)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    editor, source = random_editor(), images(1, 3, 24, 24)
+    x, (text, mask) = images(1, 3, 24, 24, seed=5), editor.encode_text(["a"])
+    fast = tiled_velocity(editor, x, 0.5, source, text, mask)
+    exact = editor(x, torch.tensor([0.5]), source, text, mask)
+    assert fast.dtype == torch.float32
+    assert torch.equal(fast, exact) != hardware
+    assert (fast - exact).square().mean() < 1e-3 * exact.var()
 
 
 def test_the_condition_has_image_tokens_of_the_coarsest_scale_and_words():

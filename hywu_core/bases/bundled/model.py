@@ -89,6 +89,8 @@ class EditorConfig:
         """Widths of the condition's image tokens and words."""
         return {"image": self.widths[-1], "words": self.text_width}
 
+    #: Whether it is sampled in bfloat16 where that is fast.
+    autocast = True
     #: Tiles that run at once.
     tiles_at_once = 1
 

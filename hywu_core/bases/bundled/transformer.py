@@ -66,6 +66,8 @@ class TransformerConfig:
         """Pixels along a side for each token."""
         return self.patch
 
+    #: Whether it is sampled in bfloat16 where that is fast.
+    autocast = False
     #: Tiles that run at once.
     tiles_at_once = 32
 
