@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 #: All files of a checkout together, in bytes.
-LIMIT = 40_000_000
+LIMIT = 48_000_000
 
 
 @pytest.mark.skipif(

@@ -1,0 +1,7 @@
+"""HunyuanImage-3.0-Instruct, the base model of the published HY-WU, as own code."""
+
+from .checkpoint import Folder, open_folder
+from .pipeline import Pipeline, Request
+from .thinking import Sampler
+
+__all__ = ["Folder", "Pipeline", "Request", "Sampler", "open_folder"]

@@ -1,0 +1,397 @@
+"""HunyuanImage-3 with HY-WU: think, condition, edit.
+
+pipeline = Pipeline.load("HunyuanImage-3.0-Instruct", device="cuda", dtype=torch.bfloat16)
+request = Request("make it night", [image])
+request = pipeline.think(request)                          # pass 1, without a LoRA
+condition = pipeline.condition([request])                  # pass 2, without a LoRA
+images = pipeline.edit([request], lora=generator(condition))    # pass 3
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ...condition import OFFICIAL_PART, Condition
+from ...errors import HYWUError
+from ...injection import inject
+from ...layout import LoRALayout
+from ...lora import GeneratedLoRA
+from . import vision
+from .checkpoint import Folder, open_folder
+from .config import read_json
+from .editing import Denoiser, OnStep, Sampling, sample
+from .embed import Aligner
+from .images import Size, align, buckets, check_source, parse_size, to_image
+from .layers import RouterPrecision
+from .model import HunyuanImage3, Progress
+from .passes import prefill
+from .sequence import Prompt, TokenSequence, check_length
+from .sources import Source, SourceEncoder, check_count
+from .system_prompt import system_prompt
+from .thinking import OnToken, Sampler, think
+from .tokens import Tokens, load_tokens
+from .vae import VAE, draw
+
+
+@dataclass(frozen=True)
+class Request:
+    """One edit, or, without images, one image from text.
+
+    images: RGB. cot: a chain of thought with its tags, or "". size: "auto", "height x width", "w:h".
+    seed: of the VAE's noise, the text and the initial noise. ratio: index of the bucket that pass 1
+    chose, for an automatic size.
+    """
+
+    instruction: str
+    images: Sequence[Image.Image] = ()
+    cot: str = ""
+    size: str = "auto"
+    seed: int = 0
+    ratio: int | None = None
+
+
+@dataclass
+class Parts:
+    """The networks of a folder. Each has its own name in the files: see PREFIXES."""
+
+    model: HunyuanImage3
+    vae: VAE
+    tower: nn.Module
+    aligner: Aligner
+
+
+PREFIXES = {"model": "", "vae": "vae.", "tower": vision.PREFIX, "aligner": "vision_aligner."}
+
+
+def build(folder: Folder) -> Parts:
+    """The folder's networks without weights; every tensor of the files is checked against them."""
+    config = folder.config
+    with torch.device("meta"):
+        parts = Parts(
+            HunyuanImage3(config),
+            VAE(config.vae),
+            vision.build_tower(config.vision),
+            Aligner(config.vision.hidden_size, config.hidden_size),
+        )
+    folder.check({prefix: getattr(parts, name) for name, prefix in PREFIXES.items()})
+    return parts
+
+
+class Pipeline:
+    """The three passes over one checkpoint; each can be used without the others."""
+
+    def __init__(self, folder: Folder, parts: Parts, tokens: Tokens, system: str) -> None:
+        self.folder, self.config, self.settings = folder, folder.config, folder.settings
+        self.model, self.vae = parts.model, parts.vae
+        self.tokens, self.system = tokens, system
+        self.encode_source = SourceEncoder(self.config, parts.vae, parts.tower, parts.aligner)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        *,
+        router_precision: RouterPrecision = "float32",
+        vae_dtype: torch.dtype = torch.float32,
+        system: str | Path | None = None,
+        layout: LoRALayout | None = None,
+    ) -> Pipeline:
+        """Load an official folder (its weights in safetensors; no code of it runs).
+
+        dtype: None keeps the stored one. router_precision: "bfloat16" is how official runs multiply.
+        system: the system prompt's text, or a .txt or .py file; None reads the folder's. layout: of a
+        generator or LoRA that is to be used; checked before the weights are read.
+        Raises HYWUError, before anything is allocated, naming what is missing or doesn't fit.
+        """
+        folder = open_folder(path)
+        tokens = folder_tokens(folder)
+        prompt = system_prompt(folder.path, folder.settings.system_prompt, system)
+        parts = build(folder)
+        if layout is not None:
+            check_layout(parts.model, layout, folder.path)
+        for name, prefix in PREFIXES.items():
+            wanted = vae_dtype if name == "vae" else dtype
+            folder.fill(getattr(parts, name), prefix, device, wanted)
+        parts.model.set_router_precision(router_precision)
+        return cls(folder, parts, tokens, prompt)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.model.wte.weight.device
+
+    # -- the three passes ------------------------------------------------------------------------
+
+    def think(
+        self,
+        request: Request,
+        task: str = "think_recaption",
+        sampler: Sampler | None = None,
+        most: int | None = None,
+        on_token: OnToken | None = None,
+    ) -> Request:
+        """Pass 1: the request with a chain of thought, and with a ratio where its size is automatic.
+
+        sampler: None takes the checkpoint's settings. on_token: see `thinking.think`.
+        """
+        plain = replace(request, cot="", ratio=None)
+        sources = self.sources(plain)
+        thought = think(
+            self.model, self.tokens, self.prompt(plain, sources), sources,
+            task=task,
+            choose_ratio=self._size(plain) is None,
+            sampler=sampler or self.sampler(),
+            seed=request.seed,
+            limit=self.settings.max_length,
+            most=most,
+            on_token=on_token,
+        )  # fmt: skip
+        return replace(request, cot=thought.cot, ratio=thought.ratio)
+
+    def condition(self, requests: Sequence[Request], progress: Progress | None = None) -> Condition:
+        """Pass 2: hidden states of the last layer at every token, ``[B, longest, hidden]``."""
+        states, sequences, _ = self._ratio_prefill(requests, progress)
+        lengths = torch.tensor([len(s) for s in sequences], device=states.device)
+        masks = {}
+        if len(set(lengths.tolist())) > 1:
+            at = torch.arange(states.shape[1], device=states.device)
+            masks[OFFICIAL_PART] = at < lengths[:, None]
+        origin = {
+            "instruction": [r.instruction for r in requests],
+            "encoder": "hunyuan_image3",
+            "base": self.folder.path.name,
+        }
+        made = Condition({OFFICIAL_PART: states}, masks, origin=origin)
+        return replace(made, fingerprint=made.digest())
+
+    def edit(
+        self,
+        requests: Sequence[Request],
+        lora: GeneratedLoRA | None = None,
+        *,
+        align_to_source: bool = True,
+        **how: Any,
+    ) -> list[Image.Image]:
+        """Pass 3: the images, with the LoRA on for both branches; item i has LoRA i.
+
+        align_to_source: bring the output to its source's aspect where the size is automatic. how: see
+        `sample`. Raises HYWUError, before sampling, on what doesn't fit.
+        """
+        base, made = self.config.image_base_size, []
+        for latent, request in zip(self.sample(requests, lora, **how), requests, strict=True):
+            image = to_image(self.decode(latent[None])[0])
+            automatic = request.size.strip().lower() == "auto"
+            made.append(
+                align(image, request.images, base) if align_to_source and automatic else image
+            )
+        return made
+
+    def sample(
+        self,
+        requests: Sequence[Request],
+        lora: GeneratedLoRA | None = None,
+        *,
+        strength: float = 1.0,
+        steps: int | None = None,
+        guidance: float | None = None,
+        flow_shift: float | None = None,
+        keep_prefix: bool = True,
+        noise: Tensor | None = None,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Latents ``[B, C, h, w]`` of pass 3.
+
+        steps, guidance, flow_shift: None takes the checkpoint's. noise: instead of the drawn one, of
+        the latents' shape. keep_prefix: see `Denoiser`. on_step: see `editing.sample`.
+        """
+        settings = self.settings
+        sampling = Sampling(
+            settings.steps if steps is None else steps,
+            settings.guidance if guidance is None else guidance,
+            settings.flow_shift if flow_shift is None else flow_shift,
+        )
+        drawn, sequences, sources = self.prepare(requests)
+        start = drawn if noise is None else noise
+        with (
+            _injected(self.model, lora, strength, self._rows(requests)),
+            Denoiser(self.model, sequences, sources, keep_prefix) as denoiser,
+        ):
+            guided = not self.config.distilled
+            return sample(denoiser, start.to(self.device), sampling, guided, on_step)
+
+    # -- what they are made of -------------------------------------------------------------------
+
+    def sampler(self) -> Sampler:
+        """How the checkpoint says its text is drawn."""
+        settings = self.settings
+        if not settings.do_sample:
+            return Sampler()
+        return Sampler(settings.temperature, settings.top_k, settings.top_p)
+
+    def sources(self, request: Request, generator: torch.Generator | None = None) -> list[Source]:
+        """A request's images, encoded; the VAE's noise comes from its seed, image after image."""
+        self.check(request)
+        generator = generator or torch.Generator().manual_seed(request.seed)
+        encode = self.encode_source
+        return [encode(i, encode.noise(i, generator)) for i in request.images]
+
+    def check(self, request: Request) -> None:
+        """Raise HYWUError on a request that can't be run, before anything of it is encoded."""
+        check_count(request.images)
+        for i, image in enumerate(request.images, 1):
+            check_source(image, f"Source image {i}")
+        if not request.instruction.strip():
+            raise HYWUError("The instruction is empty; say what to change or to show.")
+        if request.images and self.settings.template != "instruct":
+            raise HYWUError(
+                f"{self.folder.path}: is the base model (sequence_template "
+                f"'{self.settings.template}'), which makes images from text only; edit with "
+                "HunyuanImage-3.0-Instruct."
+            )
+        self._size(request)
+
+    def ratios(self, requests: Sequence[Request]) -> list[int]:
+        """The bucket that the model would choose for each request."""
+        return self._ratio_prefill(requests, None)[2]
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images ``[B, 3, H, W]`` in 0..1 of latents ``[B, C, h, w]``."""
+        with torch.no_grad():
+            return self.vae.decode(latents)
+
+    def sequences(
+        self, request: Request, sources: Sequence[Source], size: Size
+    ) -> tuple[TokenSequence, TokenSequence]:
+        """The conditional and the unconditional sequence for an image of a size."""
+        config, prompt = self.config, self.prompt(request, sources)
+        made = tuple(
+            prompt.image(
+                self.tokens, size, config.factor, unconditional, config.distilled, config.meanflow
+            )
+            for unconditional in (False, True)
+        )
+        check_length(made[0], self.settings.max_length)
+        return made
+
+    def prompt(self, request: Request, sources: Sequence[Source]) -> Prompt:
+        """What stands before the tail of a request's sequence."""
+        shapes = tuple(source.shape for source in sources)
+        return Prompt(
+            request.instruction, self.system, shapes, request.cot, self.settings.drop_think
+        )
+
+    def _size(self, request: Request) -> Size | None:
+        return parse_size(request.size, self.config.image_base_size, self.config.factor)
+
+    def _ratio_prefill(
+        self, requests: Sequence[Request], progress: Progress | None
+    ) -> tuple[Tensor, list[TokenSequence], list[int]]:
+        for request in requests:
+            self.check(request)
+        sources = [self.sources(request) for request in requests]
+        sequences = [
+            self.prompt(request, given).ratio(self.tokens)
+            for request, given in zip(requests, sources, strict=True)
+        ]
+        for sequence in sequences:
+            check_length(sequence, self.settings.max_length)
+        states = prefill(self.model, sequences, sources, progress=progress)
+        last = torch.stack([states[i, len(s) - 1] for i, s in enumerate(sequences)])
+        with torch.no_grad():
+            logits = self.model.logits(last)[:, list(self.tokens.ratios)]
+        return states, sequences, logits.argmax(dim=1).tolist()
+
+    def _rows(self, requests: Sequence[Request]) -> list[int]:
+        """The LoRA of each row that the denoiser runs: the items, once per branch."""
+        return list(range(len(requests))) * (1 if self.config.distilled else 2)
+
+    def prepare(
+        self, requests: Sequence[Request]
+    ) -> tuple[Tensor, list[TokenSequence], list[list[Source]]]:
+        """Initial noise ``[n, C, h, w]``, and the rows that the denoiser runs: sequences and sources.
+
+        Done without a LoRA: an automatic size is the base model's choice.
+        """
+        for request in requests:
+            self.check(request)
+        drawn, rows = [], []
+        for request, size in zip(requests, self._sizes(requests), strict=True):
+            generator = torch.Generator().manual_seed(request.seed)
+            sources = self.sources(request, generator)
+            rows.append((self.sequences(request, sources, size), sources))
+            height, width = size.height // self.config.factor, size.width // self.config.factor
+            # official runs draw the initial noise in bfloat16, after the VAE's
+            shape = (1, self.config.vae.latent_channels, height, width)
+            drawn.append(draw(shape, generator, torch.bfloat16))
+        branches = (0,) if self.config.distilled else (0, 1)
+        sequences = [pair[branch] for branch in branches for pair, _ in rows]
+        return torch.cat(drawn), sequences, [given for _ in branches for _, given in rows]
+
+    def _sizes(self, requests: Sequence[Request]) -> list[Size]:
+        """Each request's size; automatic ones by pass 1, or predicted as pass 2 does."""
+        base, sizes = self.config.image_base_size, []
+        for request in requests:
+            size = self._size(request)
+            if size is None:
+                ratio = request.ratio
+                ratio = self.ratios([request])[0] if ratio is None else ratio
+                size = Size(*buckets(base)[ratio], ratio)
+            sizes.append(size)
+        if len({(s.height, s.width) for s in sizes}) != 1:
+            said = ", ".join(f"{s.height}x{s.width}" for s in sizes)
+            raise HYWUError(
+                f"The images of this batch would be {said}; choose one size for all, or run them one by one."
+            )
+        return sizes
+
+
+def check_layout(model: HunyuanImage3, layout: LoRALayout, path: Path) -> None:
+    """Raise HYWUError where a generator's or LoRA's layers or experts aren't the model's."""
+    config = model.config
+    layers = max(len(stack.layers) for stack in layout.stacks)
+    experts = {m.num_experts for stack in layout.stacks for m in stack.modules if m.num_experts}
+    for what, there, here in (
+        ("layers", {layers}, config.num_layers),
+        ("experts", experts, config.num_experts),
+    ):
+        if there - {here}:
+            raise HYWUError(
+                f"{path}: has {here} {what}, the generator writes LoRAs for {max(there)}; use the generator "
+                "that was trained for this base model."
+            )
+    layout.check(model)
+
+
+def folder_tokens(folder: Folder) -> Tokens:
+    """The folder's tokenizer. Raises HYWUError where it is missing or another model's."""
+    base = folder.config.image_base_size
+    data = read_json(folder.path / "config.json")
+    count = len(buckets(base))
+    instruct = folder.settings.template == "instruct"
+    return load_tokens(folder.path, data, count if instruct else count - 4, base)
+
+
+@contextlib.contextmanager
+def _injected(
+    model: nn.Module, lora: GeneratedLoRA | None, strength: float, rows: list[int]
+) -> Iterator[None]:
+    """The model with the LoRA, if there is one; row i of its batches has LoRA rows[i]."""
+    if lora is None:
+        yield
+        return
+    if lora.batch_size not in (1, max(rows) + 1):
+        raise HYWUError(
+            f"{max(rows) + 1} requests, but {lora.batch_size} LoRAs; generate one for each, or pick one."
+        )
+    index = rows if lora.batch_size > 1 else None
+    with inject(model, lora, strength, index=index):
+        yield

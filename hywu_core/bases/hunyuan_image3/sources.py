@@ -1,0 +1,84 @@
+"""Source images as the model reads them: a latent of the VAE beside tokens of the vision tower."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ...errors import HYWUError
+from . import vision
+from .config import HunyuanConfig
+from .embed import Aligner
+from .images import check_source, to_pixels, vae_image
+from .sequence import SourceShape
+from .vae import VAE, draw
+
+#: Most source images of one edit.
+MOST = 3
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source image, encoded.
+
+    image: the original, for the output's aspect. latent float32 ``[C, h, w]``: a sample of the VAE.
+    tokens ``[N, hidden]``: of the vision tower, in the decoder's width, padding included.
+    """
+
+    image: Image.Image
+    shape: SourceShape
+    latent: Tensor
+    tokens: Tensor
+
+
+class SourceEncoder:
+    """VAE and vision tower together; made once, used for every source image."""
+
+    def __init__(
+        self, config: HunyuanConfig, vae: VAE, tower: nn.Module, aligner: Aligner, crop: bool = True
+    ) -> None:
+        self.config, self.vae, self.tower, self.aligner = config, vae, tower, aligner
+        self.processor: Any = vision.image_processor(config.vision)
+        #: Whether images are cut to their bucket, or squeezed into it.
+        self.crop = crop
+
+    def noise(self, image: Image.Image, generator: torch.Generator) -> Tensor:
+        """The VAE's noise for one image, float32 ``[1, C, 1, h, w]``, as official runs draw it."""
+        _, size = vae_image(image, self.config.image_base_size, self.crop)
+        factor = self.config.factor
+        channels = self.config.vae.latent_channels
+        shape = (1, channels, 1, size.height // factor, size.width // factor)
+        return draw(shape, generator, torch.float32)
+
+    @torch.no_grad()
+    def __call__(self, image: Image.Image, noise: Tensor) -> Source:
+        """Encode an RGB image with the VAE's noise (see `noise`). Raises HYWUError on one too thin."""
+        check_source(image)
+        image = image.convert("RGB")
+        config = self.config
+        pixels, size = vae_image(image, config.image_base_size, self.crop)
+        weight = self.vae.encoder.conv_in.weight
+        x = to_pixels(pixels)[None].to(weight.device, weight.dtype)
+        latent = self.vae.sample(x, noise.to(weight.device))[0]
+        patches = vision.patches_of(image, self.processor)
+        aligned = self.aligner(vision.see(self.tower, [patches]))[0]
+        shape = SourceShape(
+            size.ratio,
+            (size.height // config.factor, size.width // config.factor),
+            (patches.height, patches.width),
+            len(patches.patches),
+        )
+        return Source(image, shape, latent, aligned)
+
+
+def check_count(images: Sequence[object]) -> None:
+    """Raise HYWUError on more images than an edit takes."""
+    if len(images) > MOST:
+        raise HYWUError(
+            f"{len(images)} source images; HunyuanImage-3 edits with at most {MOST}. Leave some out."
+        )
