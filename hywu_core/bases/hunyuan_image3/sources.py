@@ -21,6 +21,9 @@ from .vae import VAE, draw
 #: Most source images of one edit.
 MOST = 3
 
+#: Encoded images that are kept for the next pass.
+KEPT = 8
+
 
 @dataclass(frozen=True)
 class Source:
@@ -44,6 +47,7 @@ class SourceEncoder:
     ) -> None:
         self.config, self.vae, self.tower, self.aligner = config, vae, tower, aligner
         self.processor: Any = vision.image_processor(config.vision)
+        self._known: dict[tuple[Any, ...], Source] = {}
         #: Whether images are cut to their bucket, or squeezed into it.
         self.crop = crop
 
@@ -57,9 +61,19 @@ class SourceEncoder:
 
     @torch.no_grad()
     def __call__(self, image: Image.Image, noise: Tensor) -> Source:
-        """Encode an RGB image with the VAE's noise (see `noise`). Raises HYWUError on one too thin."""
+        """Encode an image with the VAE's noise (see `noise`), or give it as it was encoded lately: the
+        passes read the same images. Raises HYWUError on one too thin.
+        """
         check_source(image)
         image = image.convert("RGB")
+        key = (image.size, image.tobytes(), noise.numpy().tobytes(), self.crop)
+        source = self._known.pop(key, None) or self._encode(image, noise)
+        self._known[key] = source
+        while len(self._known) > KEPT:
+            del self._known[next(iter(self._known))]
+        return source
+
+    def _encode(self, image: Image.Image, noise: Tensor) -> Source:
         config = self.config
         pixels, size = vae_image(image, config.image_base_size, self.crop)
         weight = self.vae.encoder.conv_in.weight
