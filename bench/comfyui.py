@@ -101,7 +101,7 @@ async def timeline(client: Client, graph: dict[str, dict]) -> dict[str, float]:
     """Seconds each node took, `first_step` and `whole` from the queueing on, as the client sees it."""
     address = client.url.replace("http", "ws", 1) + f"/ws?clientId={client.id}"
     took: dict[str, float] = {}
-    async with client._session.ws_connect(address, max_msg_size=0) as socket:
+    async with client.session.ws_connect(address, max_msg_size=0) as socket:
         start = time.perf_counter()
         prompt = await client.queue(graph)
         current, since = None, start
@@ -161,7 +161,7 @@ async def soak(client: Client, process: psutil.Process, prompts: int) -> dict[st
     marks, made = [], 0
     for i in range(prompts):
         prompt = await client.queue(edit(f"prompt {i}: change something", photo=SMALL))
-        while not (record := (await client._json("GET", f"/history/{prompt}")).get(prompt)):
+        while not (record := (await client.json("GET", f"/history/{prompt}")).get(prompt)):
             await asyncio.sleep(0.02)
         report = json.loads(record["outputs"]["generate"]["text"][0])
         made += report["bytes"] * (not report["cached"])

@@ -11,15 +11,16 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from .atomic import atomic_folder, atomic_path, folder_lock, reason
 from .errors import HYWUError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 __all__ = [
     "HEADER", "as_json", "atomic_folder", "atomic_path", "check_name", "folder_lock", "is_file", "open_tensors",
@@ -91,6 +92,8 @@ def save_tensors(
     `atomic_path`.
     Raises HYWUError when the file exists and `overwrite` is False, or the folder can't be written.
     """
+    from safetensors.torch import save_file  # torch only where tensors are
+
     path = with_suffix(path)
     text = {**(metadata or {}), HEADER: json.dumps(header)}
     data = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}

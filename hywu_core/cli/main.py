@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import io
+import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 
-from ..errors import HYWUError, out_of_memory
+from .. import __version__
+from ..errors import HYWUError, out_of_memory, printable
 
 #: name -> (module of this package, with configure(parser) and run(args) -> int; one line)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -47,13 +53,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     A command may document further exit codes and return them itself.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
-        prog="hywu",
-        description="HY-WU: a LoRA for each image and instruction, written by a hypernetwork.",
-        epilog=_overview(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("command", metavar="COMMAND", choices=COMMANDS)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # names and answers may hold what a console's character set lacks
+            stream.reconfigure(errors="backslashreplace")
+    parser = _parser()
+    if not argv:
+        parser.print_help()
+        return 0
     args = parser.parse_args(argv[:1])
     module = importlib.import_module(COMMANDS[args.command][0], package=__package__)
     command = argparse.ArgumentParser(
@@ -63,21 +70,58 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     module.configure(command)
     parsed = command.parse_args(argv[1:])
+    with _ended_like_ctrl_c():
+        return _run(args.command, lambda: int(module.run(parsed) or 0))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hywu",
+        description="HY-WU: a LoRA for each image and instruction, written by a hypernetwork.",
+        epilog=_overview(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"hywu {__version__}")
+    parser.add_argument("command", metavar="COMMAND", choices=COMMANDS)
+    return parser
+
+
+def _run(name: str, command: Callable[[], int]) -> int:
+    """The command's exit code, or that of what stopped it, which is said in one line."""
     try:
-        return int(module.run(parsed) or 0)
+        return command()
     except HYWUError as error:
-        sys.stderr.write(f"hywu {args.command}: {error}\n")
+        sys.stderr.write(f"hywu {name}: {error}\n")
+        return 1
+    except BrokenPipeError:  # `hywu … | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        sys.stderr.write(
-            f"hywu {args.command}: {error.strerror or error}: {error.filename or ''}\n"
-        )
+        text = f"{error.strerror or error}: {error.filename or ''}"
+        sys.stderr.write(f"hywu {name}: {printable(text)}\n")
         return 1
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        sys.stderr.write(f"hywu {args.command}: not enough memory for this\n")
+        sys.stderr.write(f"hywu {name}: not enough memory for this\n")
         return 1
     except KeyboardInterrupt:
-        sys.stderr.write(f"hywu {args.command}: interrupted\n")
+        sys.stderr.write(f"hywu {name}: interrupted\n")
         return 130
+
+
+@contextlib.contextmanager
+def _ended_like_ctrl_c() -> Iterator[None]:
+    """SIGTERM within the block, as service managers and `kill` send it, does what Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    former = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)

@@ -1,9 +1,13 @@
-"""A client of ComfyUI's HTTP and websocket API: upload, queue, follow, fetch, interrupt."""
+"""A client of ComfyUI's API: upload, queue, follow, fetch, interrupt.
+
+The server's ``/history`` and ``/queue`` say what became of a prompt, and they are asked until they do.
+The websocket is a hint: it brings progress and says when to look; a prompt ends well without it.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import json
+import contextlib
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -12,80 +16,58 @@ from types import TracebackType
 from typing import Any
 
 from ..errors import HYWUError, need
+from ..files import FORBIDDEN, parse_json
+from .address import Address
+from .follow import Follower
+from .trouble import (
+    Cleared,
+    Denied,
+    Interrupted,
+    NodeFailed,
+    Refused,
+    Removed,
+    Restarted,
+    ServerError,
+    ServerGone,
+    TimedOut,
+    describe_refusal,
+)
+
+__all__ = [
+    "Cleared", "Client", "Denied", "Interrupted", "NodeFailed", "Refused", "Removed", "Restarted",
+    "ServerError", "ServerGone", "TimedOut", "describe_refusal", "outputs", "run_sync",
+]  # fmt: skip
 
 #: (node id or None, steps done, steps in all), called as the server reports.
 Progress = Callable[["str | None", int, int], None]
 
 
-class ServerError(HYWUError):
-    """What went wrong on or with the server; `exit_code` is what `hywu comfy run` returns."""
-
-    exit_code = 1
-
-
-class ServerGone(ServerError):
-    """The server can't be reached, or went away."""
-
-    exit_code = 3
-
-
-class Refused(ServerError):
-    """The server refused the workflow: validation, or a branch of it that it would drop."""
-
-    exit_code = 4
-
-
-class NodeFailed(ServerError):
-    """A node raised an exception."""
-
-    exit_code = 5
-
-
-class Interrupted(ServerError):
-    """Somebody interrupted the prompt on the server."""
-
-    exit_code = 6
-
-
-class TimedOut(ServerError):
-    """The prompt took longer than allowed; it was interrupted."""
-
-    exit_code = 7
-
-
-def describe_refusal(answer: dict[str, Any]) -> str:
-    """One sentence for ComfyUI's validation answer `{"error": …, "node_errors": …}`."""
-    parts = []
-    for node, found in (answer.get("node_errors") or {}).items():
-        for error in found.get("errors", []):
-            name = (error.get("extra_info") or {}).get("input_name")
-            where = f"node {node} ({found.get('class_type')})" + (f", input {name}" if name else "")
-            details = error.get("details") or ""
-            parts.append(f"{where}: {error.get('message')}{f' ({details})' if details else ''}")
-    if not parts:
-        error = answer.get("error") or {}
-        if isinstance(error, str):
-            return error
-        parts = [f"{error.get('message', 'no reason given')} {error.get('details') or ''}".strip()]
-    return "; ".join(parts)
-
-
 class Client:
     """`async with Client(url) as client:`, then `await client.run(graph)`.
 
-    Every failure is a ServerError subclass with one readable sentence. Needs aiohttp.
+    url: see `Address`; token: sent as a bearer token. timeout: seconds that a prompt may take. patience:
+    seconds without any answer after which the server counts as gone. Every failure is a ServerError
+    with one readable sentence, in which no secret stands. Needs aiohttp.
     """
 
-    def __init__(self, url: str, *, timeout: float | None = None) -> None:
-        self.url = url.rstrip("/")
-        self.timeout = timeout
+    def __init__(
+        self,
+        url: str,
+        *,
+        token: str | None = None,
+        timeout: float | None = None,
+        patience: float = 30.0,
+    ) -> None:
+        self.address = Address(url, token)
+        self.url = self.address.url
+        self.timeout, self.patience = timeout, patience
         self.id = uuid.uuid4().hex
-        self._http = need("aiohttp", "to talk to a ComfyUI server")
-        self._session: Any = None
+        self.http = need("aiohttp", "to talk to a ComfyUI server")
+        self.session: Any = None
 
     async def __aenter__(self) -> Client:
-        limits = self._http.ClientTimeout(total=None, sock_connect=15, sock_read=300)
-        self._session = self._http.ClientSession(timeout=limits)
+        limits = self.http.ClientTimeout(total=None, sock_connect=15, sock_read=300)
+        self.session = self.http.ClientSession(timeout=limits, headers=self.address.headers)
         return self
 
     async def __aexit__(
@@ -94,147 +76,182 @@ class Client:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        await self._session.close()
+        await self.session.close()
 
-    async def _call(self, method: str, path: str, **options: Any) -> tuple[int, bytes]:
+    # -- requests ----------------------------------------------------------------------------------
+
+    async def call(self, method: str, path: str, **options: Any) -> tuple[int, bytes]:
+        """One request: (HTTP status, body). Raises ServerGone without an answer, Denied without a login."""
+        options["params"] = {**self.address.query, **options.get("params", {})}
         try:
-            async with self._session.request(method, self.url + path, **options) as answer:
-                return answer.status, await answer.read()
-        except (self._http.ClientError, asyncio.TimeoutError, OSError) as error:
+            async with self.session.request(
+                method, self.url + path, allow_redirects=False, **options
+            ) as answer:
+                status, body, headers = answer.status, await answer.read(), answer.headers
+        except (self.http.ClientError, asyncio.TimeoutError, OSError, ValueError) as error:
+            reason = self.address.hide(error) or type(error).__name__
             raise ServerGone(
-                f"No ComfyUI answers at {self.url} ({error or type(error).__name__}): "
-                "start it, or give its address with --server."
+                f"No ComfyUI answers at {self.url}: it can't be reached or went away ({reason}); start it, "
+                "or give its address with --server."
             ) from error
+        if status in (401, 403, 407):
+            given = "the login given is not taken" if self.address.logs_in else "it wants a login"
+            raise Denied(
+                f"{self.url}{path} answered HTTP {status}: {given}. Give a bearer token in the environment "
+                "variable that --token-env names, user:password@ in the address, or ?token=… behind it."
+            )
+        if 300 <= status < 400:
+            target = self.address.hide(headers.get("Location", "another address"))
+            raise ServerError(
+                f"{self.url}{path} leads on to {target}; give the server's address as it is there."
+            )
+        return status, body
 
-    async def _json(self, method: str, path: str, **options: Any) -> Any:
-        status, body = await self._call(method, path, **options)
+    async def json(self, method: str, path: str, **options: Any) -> Any:
+        """One request's JSON. Raises ServerError on another status than 200, and on what is no JSON."""
+        status, body = await self.call(method, path, **options)
         if status != 200:
-            text = body[:300].decode("utf-8", "replace")
-            raise ServerError(f"{self.url}{path} answered HTTP {status}: {text or 'nothing'}.")
-        return json.loads(body) if body else {}
+            raise ServerError(f"{self.url}{path} answered HTTP {status}: {self._said(body)}.")
+        return parse_json(body, f"{self.url}{path}") if body else {}
+
+    def _said(self, body: bytes) -> str:
+        return self.address.hide(body[:300].decode("utf-8", "replace").strip()) or "nothing"
 
     async def upload(self, path: str | Path) -> str:
         """Upload an image into the server's input folder; returns the name it has there."""
         path = Path(path)
         if not path.is_file():
             raise HYWUError(f"{path}: there is no such image to upload.")
-        form = self._http.FormData()
-        form.add_field("image", path.read_bytes(), filename=path.name)
-        answer = await self._json("POST", "/upload/image", data=form)
+        # names travel as they are: quoted, an accent counts three and a blank becomes %20
+        form = self.http.FormData(quote_fields=False)
+        name = path.name.encode("utf-8", "replace").decode("utf-8")
+        name = "".join("_" if c in FORBIDDEN or not c.isprintable() else c for c in name)
+        form.add_field("image", path.read_bytes(), filename=name)
+        answer = await self.json("POST", "/upload/image", data=form)
+        if not isinstance(answer, dict) or not isinstance(answer.get("name"), str):
+            raise ServerError(
+                f"{self.url}/upload/image doesn't say the name of the uploaded image."
+            )
         return "/".join(filter(None, (answer.get("subfolder"), answer["name"])))
 
-    async def queue(self, graph: dict[str, Any]) -> str:
-        """Queue an API-format graph; returns the prompt's id. Raises Refused, nothing stays queued."""
-        body = {"prompt": graph, "client_id": self.id, "prompt_id": str(uuid.uuid4())}
-        status, raw = await self._call("POST", "/prompt", json=body)
+    async def declared(self, kind: str) -> dict[str, Any]:
+        """Input -> its declaration ``[type, options]`` of a class of nodes; empty where it isn't said."""
         try:
-            answer = json.loads(raw)
-        except ValueError:
-            answer = {"error": raw[:300].decode("utf-8", "replace")}
+            found = await self.json("GET", f"/object_info/{kind}")
+            inputs = found[kind]["input"]
+            return {**(inputs.get("required") or {}), **(inputs.get("optional") or {})}
+        except (Denied, ServerGone):
+            raise
+        except (HYWUError, KeyError, TypeError, AttributeError):
+            return {}
+
+    async def queue(self, graph: dict[str, Any], prompt: str | None = None) -> str:
+        """Queue an API-format graph; returns the prompt's id. Raises Refused, nothing stays queued.
+
+        prompt: the id it shall have.
+        """
+        prompt = prompt or str(uuid.uuid4())
+        body = {"prompt": graph, "client_id": self.id, "prompt_id": prompt}
+        status, raw = await self.call("POST", "/prompt", json=body)
+        try:
+            answer = parse_json(raw, "the answer")
+        except HYWUError:
+            answer = {"error": self._said(raw)}
+        if status in (404, 405):
+            raise ServerGone(
+                f"No ComfyUI answers at {self.url} (HTTP {status} for /prompt); give the address at "
+                "which its page opens."
+            )
         if status != 200:
-            raise Refused(f"The server refused the workflow: {describe_refusal(answer)}.")
+            raise Refused(f"The server refused the workflow: {self._refusal(answer)}.")
+        if not isinstance(answer, dict) or not isinstance(answer.get("prompt_id"), str):
+            raise ServerGone(
+                f"What answers at {self.url} is no ComfyUI: {self._said(raw)}; check the address."
+            )
         if answer.get("node_errors"):
             # The valid outputs were queued without this branch: half a result is none.
             await self.interrupt(answer["prompt_id"])
-            raise Refused(f"A part of the workflow is not valid: {describe_refusal(answer)}.")
+            raise Refused(f"A part of the workflow is not valid: {self._refusal(answer)}.")
         return answer["prompt_id"]
+
+    def _refusal(self, answer: Any) -> str:
+        return self.address.hide(describe_refusal(answer)).rstrip(".")
 
     async def interrupt(self, prompt: str) -> None:
         """Take a prompt out of the queue, or stop it where it runs."""
-        await self._call("POST", "/queue", json={"delete": [prompt]})
-        await self._call("POST", "/interrupt", json={"prompt_id": prompt})
+        await self.call("POST", "/queue", json={"delete": [prompt]})
+        await self.call("POST", "/interrupt", json={"prompt_id": prompt})
 
     async def free(self) -> None:
         """Unload the server's models and drop its caches."""
-        await self._call("POST", "/free", json={"unload_models": True, "free_memory": True})
+        await self.call("POST", "/free", json={"unload_models": True, "free_memory": True})
 
     async def history(self, prompt: str) -> dict[str, Any]:
-        """The server's record of a finished prompt: `outputs`, `status`."""
-        # the server announces the end a moment before it writes the record
-        for _ in range(50):
-            if record := (await self._json("GET", f"/history/{prompt}")).get(prompt):
-                return record
-            await asyncio.sleep(0.1)
-        return {}
+        """The server's record of a finished prompt: `outputs`, `status`; empty while there is none."""
+        found = await self.json("GET", f"/history/{prompt}")
+        record = found.get(prompt) if isinstance(found, dict) else None
+        return record if isinstance(record, dict) else {}
 
     async def fetch(self, item: dict[str, str]) -> bytes:
         """The bytes of one output: `{"filename", "subfolder", "type"}` as history gives it."""
         names = ("filename", "subfolder", "type")
-        status, body = await self._call(
-            "GET", "/view", params={name: item.get(name, "") for name in names}
-        )
+        params = {name: str(item.get(name) or "") for name in names}
+        status, body = await self.call("GET", "/view", params=params)
         if status != 200:
             raise ServerError(f"The output {item.get('filename')} can't be fetched: HTTP {status}.")
         return body
 
+    # -- a prompt from queue to end ------------------------------------------------------------------
+
     async def run(self, graph: dict[str, Any], progress: Progress | None = None) -> dict[str, Any]:
         """Queue a graph, follow it to its end; returns its history record.
 
-        Cancelling (Ctrl-C) interrupts the prompt on the server. Raises Refused, NodeFailed,
-        Interrupted, TimedOut, ServerGone.
+        Cancelling (Ctrl-C) interrupts the prompt on the server. Raises Refused, NodeFailed, Interrupted,
+        TimedOut, Removed, Cleared, Restarted, ServerGone, Denied.
         """
-        address = self.url.replace("http", "ws", 1) + f"/ws?clientId={self.id}"
-        prompt = None
-        try:
-            async with self._session.ws_connect(address, max_msg_size=0, heartbeat=30) as socket:
-                prompt = await self.queue(graph)
-                try:
-                    await asyncio.wait_for(self._follow(socket, prompt, progress), self.timeout)
-                except asyncio.TimeoutError as error:
-                    await self.interrupt(prompt)
-                    raise TimedOut(
-                        f"The prompt took longer than {self.timeout:g} s and was interrupted: "
-                        "give it more with --timeout."
-                    ) from error
-        except asyncio.CancelledError:
-            if prompt is not None:
-                await self.interrupt(prompt)
-            raise
-        except (self._http.ClientError, OSError) as error:
-            raise ServerGone(
-                f"The server {self.url} can't be reached or went away ({error})."
-            ) from error
-        return await self.history(prompt)
+        follower = Follower(self, str(uuid.uuid4()), progress)
+        async with follower.listening():
+            try:
+                return await asyncio.wait_for(self._queue_and_follow(graph, follower), self.timeout)
+            except asyncio.TimeoutError as error:
+                await self._take_back(follower.prompt)
+                raise TimedOut(
+                    f"The prompt took longer than {self.timeout:g} s and was interrupted: "
+                    "give it more with --timeout."
+                ) from error
+            except asyncio.CancelledError:
+                await self._take_back(follower.prompt)
+                raise
 
-    async def _follow(self, socket: Any, prompt: str, progress: Progress | None) -> None:
-        async for message in socket:
-            if message.type is not self._http.WSMsgType.TEXT:
-                continue  # binary previews
-            event = json.loads(message.data)
-            data = event.get("data") or {}
-            if data.get("prompt_id") != prompt:
-                continue
-            kind = event["type"]
-            if kind == "progress" and progress:
-                progress(data.get("node"), int(data["value"]), int(data["max"]))
-            elif kind == "execution_error":
-                reason = str(data.get("exception_message")).strip()
-                raise NodeFailed(
-                    f"Node {data.get('node_id')} ({data.get('node_type')}) failed with "
-                    f"{str(data.get('exception_type')).rpartition('.')[2]}: {reason}"
-                )
-            elif kind == "execution_interrupted":
-                raise Interrupted(f"The prompt was interrupted at node {data.get('node_id')}.")
-            elif kind == "execution_success":
-                return
-        raise ServerGone(f"The server {self.url} closed the connection before the prompt ended.")
+    async def _queue_and_follow(self, graph: dict[str, Any], follower: Follower) -> dict[str, Any]:
+        try:
+            follower.prompt = await self.queue(graph, follower.prompt)
+        except ServerGone:
+            # the answer may have got lost behind a prompt that was taken
+            if not await follower.known():
+                raise
+        return await follower.end()
+
+    async def _take_back(self, prompt: str) -> None:
+        with contextlib.suppress(ServerError, asyncio.TimeoutError):
+            await asyncio.wait_for(self.interrupt(prompt), 15)
 
 
 def outputs(record: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
     """(node id, output name, item) of every output in a history record."""
-    for node, found in record.get("outputs", {}).items():
-        for name, items in found.items():
+    for node, found in (record.get("outputs") or {}).items():
+        for name, items in found.items() if isinstance(found, dict) else ():
             if isinstance(items, list):
                 yield from ((node, name, item) for item in items)
 
 
 def run_sync(
-    url: str, graph: dict[str, Any], *, timeout: float | None = None
+    url: str, graph: dict[str, Any], *, timeout: float | None = None, token: str | None = None
 ) -> tuple[dict, float]:
     """Run one graph and return its history record and the seconds it took."""
 
     async def once() -> dict[str, Any]:
-        async with Client(url, timeout=timeout) as client:
+        async with Client(url, timeout=timeout, token=token) as client:
             return await client.run(graph)
 
     started = time.monotonic()

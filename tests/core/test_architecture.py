@@ -56,10 +56,6 @@ MOVING: dict[str, str] = {}
 
 #: Importing file -> what it shouldn't need: a module, or one of the names of `ONE_PLACE`.
 STILL_TO_MOVE: dict[str, set[str]] = {
-    "hywu_core/cli/comfy.py": {"reading JSON (json.load)"},
-    "hywu_core/headless/client.py": {"reading JSON (json.load)"},
-    "hywu_core/headless/graph.py": {"reading JSON (json.load)"},
-    "hywu_core/headless/local.py": {"reading JSON (json.load)"},
     "hywu_core/evaluation/gsb/server.py": {"reading JSON (json.load)"},
 }
 
@@ -73,7 +69,8 @@ ONE_PLACE = {
     "hashing (hashlib)": ("hywu_core/fingerprint.py",),
     "locking files (fcntl)": ("hywu_core/atomic.py",),
     "opening images (Image.open)": ("hywu_core/images.py",),
-    "reading JSON (json.load)": ("hywu_core/files.py",),
+    # local: dev.py starts servers before anything is installed that files needs
+    "reading JSON (json.load)": ("hywu_core/files.py", "hywu_core/headless/local.py"),
     "parsing arguments (argparse)": ("hywu_core/cli/",),
     "printing (print, stdout)": ("hywu_core/cli/",),
     "ComfyUI (comfy)": ("nodes/host/",),

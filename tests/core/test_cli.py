@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import hywu_core
 from hywu_core import HYWUError, load_generator, load_lora
 from hywu_core.cli import generate as generate_command
 from hywu_core.cli import inspect as inspect_command
@@ -226,3 +228,26 @@ def test_other_errors_are_not_hidden(monkeypatch):
     monkeypatch.setattr(inspect_command, "run", run)
     with pytest.raises(RuntimeError, match="a bug"):
         main(["inspect", str(DENSE)])
+
+
+def test_bare_shows_its_help_and_version_its_number(capsys):
+    assert main([]) == 0
+    assert "hywu COMMAND --help" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"hywu {hywu_core.__version__}\n"
+
+
+def test_texts_that_a_console_cannot_show_are_escaped(tmp_path):
+    path = tmp_path / "图.safetensors"
+    done = subprocess.run(
+        [sys.executable, "-m", "hywu_core.cli", "inspect", str(path)],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii:strict"},
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"hywu inspect: ")
+    assert b"\\u56fe.safetensors: there is no such file" in done.stderr
+    assert done.stderr.count(b"\n") == 1

@@ -6,9 +6,17 @@ The answers have the form of ComfyUI's own; tests/host has a real server.
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
-import threading
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from PIL import Image
@@ -17,117 +25,16 @@ from hywu_core.cli import main
 from hywu_core.errors import HYWUError
 from hywu_core.headless.client import Client, ServerError, ServerGone, TimedOut, run_sync
 from hywu_core.headless.local import free_port
+from hywu_core.headless.saving import save_new
 
-aiohttp = pytest.importorskip("aiohttp", reason="the client needs the `headless` extra")
-web = pytest.importorskip("aiohttp.web", reason="comes with aiohttp")
+pytest.importorskip("aiohttp", reason="the client needs the `headless` extra")
+
+from fake_comfyui import DONE, INTERRUPTED, FakeComfyUI
 
 GRAPH = {
     "1": {"class_type": "LoadImage", "inputs": {"image": "a.png"}},
     "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0]}},
 }
-#: Events after which a prompt is done, "PROMPT" standing for its id.
-DONE = [("execution_success", {"prompt_id": "PROMPT"})]
-
-
-class FakeComfyUI:
-    """A server in a thread of its own; the attributes say what it answers, `asked` what it was asked."""
-
-    def __init__(self) -> None:
-        self.events: list[tuple[str, dict]] = DONE
-        self.closes = False
-        self.refusal: tuple[int, object] | None = None
-        self.node_errors: dict = {}
-        self.outputs: dict = {}
-        self.files: dict[str, bytes] = {}
-        self.late = 0
-        self.upload_status = 200
-        self.asked: list[tuple[str, object]] = []
-        self._prompt = ""
-        self._ready = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
-
-    def __enter__(self) -> FakeComfyUI:
-        self._thread.start()
-        assert self._ready.wait(30)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(30)
-
-    async def _serve(self) -> None:
-        self._loop, self._stop, self._queued = (
-            asyncio.get_running_loop(), asyncio.Event(), asyncio.Event(),
-        )  # fmt: skip
-        app = web.Application()
-        app.add_routes([
-            web.get("/ws", self._ws), web.post("/prompt", self._queue),
-            web.get("/history/{id}", self._history), web.get("/view", self._view),
-            web.post("/upload/image", self._upload), web.post("/{command}", self._command),
-        ])  # fmt: skip
-        runner = web.AppRunner(app, shutdown_timeout=1)
-        await runner.setup()
-        port = free_port()
-        await web.TCPSite(runner, "127.0.0.1", port).start()
-        self.url = f"http://127.0.0.1:{port}"
-        self._ready.set()
-        await self._stop.wait()
-        await runner.cleanup()
-
-    async def _ws(self, request):
-        socket = web.WebSocketResponse()
-        await socket.prepare(request)
-        await socket.send_json({"type": "status", "data": {"sid": "x"}})
-        await self._queued.wait()
-        await socket.send_bytes(b"\x00\x00\x00\x01a preview")
-        for kind, data in self.events if self.refusal is None else ():
-            text = json.dumps({"type": kind, "data": data}).replace("PROMPT", self._prompt)
-            await socket.send_str(text)
-        if not self.closes:
-            await socket.receive()
-        return socket
-
-    async def _queue(self, request):
-        body = await request.json()
-        self.asked.append(("prompt", body["prompt"]))
-        self._queued.set()
-        if self.refusal is not None:
-            status, answer = self.refusal
-            text = answer if isinstance(answer, str) else json.dumps(answer)
-            return web.Response(status=status, text=text)
-        self._prompt = body["prompt_id"]
-        return web.json_response({"prompt_id": self._prompt, "node_errors": self.node_errors})
-
-    async def _history(self, request):
-        self.late -= 1
-        record = {"outputs": self.outputs, "status": {"status_str": "success"}}
-        return web.json_response({} if self.late >= 0 else {request.match_info["id"]: record})
-
-    async def _view(self, request):
-        name = request.query["filename"]
-        if name not in self.files:
-            return web.Response(status=404)
-        return web.Response(body=self.files[name])
-
-    async def _upload(self, request):
-        field = await (await request.multipart()).next()
-        self.asked.append(("upload", (field.filename, bytes(await field.read()))))
-        if self.upload_status != 200:
-            return web.Response(status=self.upload_status, text="the disk is full")
-        return web.json_response({"name": field.filename, "subfolder": "sub", "type": "input"})
-
-    async def _command(self, request):
-        self.asked.append((request.match_info["command"], await request.json()))
-        return web.Response()
-
-    def commands(self) -> list[tuple[str, object]]:
-        """What it was asked beside prompts and uploads, the prompt's id written PROMPT."""
-        known = [(name, body) for name, body in self.asked if name not in ("prompt", "upload")]
-        return json.loads(json.dumps(known).replace(self._prompt or "PROMPT", "PROMPT"))
-
-
-#: What the client does to end a prompt wherever it is.
-INTERRUPTED = [["queue", {"delete": ["PROMPT"]}], ["interrupt", {"prompt_id": "PROMPT"}]]
 
 
 @pytest.fixture
@@ -193,7 +100,7 @@ def test_progress_is_that_of_our_prompt(server):
         async with Client(server.url + "/") as client:
             return await client.run(GRAPH, lambda *args: seen.append(args))
 
-    assert asyncio.run(follow())["status"] == {"status_str": "success"}
+    assert asyncio.run(follow())["status"]["status_str"] == "success"
     assert seen == [("2", 3, 8)]
 
 
@@ -203,21 +110,188 @@ FAILED = {
 }  # fmt: skip
 
 
+INTERRUPTION = {"prompt_id": "PROMPT", "node_id": "1"}
+RECORDED = {"status_str": "error", "completed": False}
+
+
+@pytest.mark.parametrize("told", ["by the websocket", "by the record", "without a websocket"])
 @pytest.mark.parametrize(
     ("event", "code", "words"),
     [
         (("execution_error", FAILED), 5, "Node 2 (SaveImage) failed with OutOfMemoryError: no mem"),
-        (("execution_interrupted", {"prompt_id": "PROMPT", "node_id": "1"}), 6, "at node 1"),
-        (None, 3, "closed the connection before the prompt ended"),
+        (("execution_interrupted", INTERRUPTION), 6, "at node 1"),
     ],
 )
-def test_how_a_prompt_may_end(server, run, tmp_path, capsys, event, code, words):
-    server.events, server.closes = [event] if event else [], True
+def test_how_a_prompt_may_end(server, run, tmp_path, capsys, event, code, words, told):
+    server.events, server.lost = [event], told == "by the websocket"
+    if told != "by the websocket":
+        server.events, server.status = (
+            [],
+            {**RECORDED, "messages": [["execution_start", {}], event]},
+        )
+        server.mute = 404 if told == "without a websocket" else 0
     assert run() == code
     error = capsys.readouterr().err
     assert words in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("socket", ["closed in mid-run", "mute", "refused"])
+def test_the_end_is_found_without_the_websocket(server, run, tmp_path, socket):
+    """The server ran the prompt; its events got lost on the way."""
+    server.events, server.closes = [], socket == "closed in mid-run"
+    server.mute = 401 if socket == "refused" else 0
+    server.late, server.outputs = 3, {"2": {"text": ["made"]}}
+    assert run() == 0
+    assert list(outputs_of(tmp_path).values()) == [b"made"]
+    assert server.sockets > (1 if socket == "closed in mid-run" else 0)
+
+
+def test_a_proxy_that_stumbles_is_asked_again(server, run, tmp_path):
+    server.events, server.broken, server.outputs = [], 3, {"2": {"text": ["made"]}}
+    assert run() == 0
+    server.broken, server.broken_status = 2, 200  # a page in place of an answer
+    assert run() == 0
+    assert list(outputs_of(tmp_path).values()) == [b"made", b"made"]
+
+
+def test_a_prompt_whose_acceptance_got_lost_is_followed(server, run, tmp_path):
+    server.loses_answer, server.outputs = True, {"2": {"text": ["made"]}}
+    assert run() == 0
+    assert list(outputs_of(tmp_path).values()) == [b"made"]
+
+
+RUNS = [("executing", {"prompt_id": "PROMPT", "node": "1"})]
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "words"),
+    [
+        ({"events": [], "running": False}, 8, "removed from the queue"),
+        ({"events": RUNS, "running": False}, 9, "record of it was cleared"),
+        ({"events": DONE, "running": False}, 9, "record of it was cleared"),
+        ({"events": [], "running": False, "closes": True}, 10, "was restarted"),
+        (
+            {"events": [], "running": False, "closes": True, "other_records": True},
+            8,
+            "removed from the queue",
+        ),
+        ({"events": [], "running": False, "broken": 2}, 10, "was restarted"),
+    ],
+)
+def test_a_prompt_that_is_nowhere_any_more(server, run, tmp_path, capsys, how, code, words):
+    server.lost = True
+    for name, value in how.items():
+        setattr(server, name, value)
+    assert run() == code
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_server_that_went_away(server):
+    async def follow() -> None:
+        async with Client(server.url, patience=1.0) as client:
+            await client.run(GRAPH)
+
+    server.events, server.broken = [], 1000
+    with pytest.raises(ServerGone, match="answered HTTP 502"):
+        asyncio.run(follow())
+
+
+SECRET = "s3cret pass&word"
+
+
+@pytest.mark.parametrize("by", ["bearer", "query", "user"])
+def test_servers_behind_a_login(server, run, tmp_path, capsys, monkeypatch, by):
+    host = server.url.removeprefix("http://")
+    address, server.login = {
+        "bearer": (server.url, f"Bearer {SECRET}"),
+        "query": (f"{server.url}/?token={quote(SECRET)}", f"?token={SECRET}"),
+        "user": (
+            f"http://me:{quote(SECRET)}@{host}",
+            "Basic " + base64.b64encode(f"me:{SECRET}".encode()).decode(),
+        ),
+    }[by]
+    if by == "bearer":
+        monkeypatch.setenv("MY_TOKEN", SECRET)
+    given = ["--server", address, "--token-env", "MY_TOKEN"]
+    server.outputs = {"2": {"text": ["made"]}}
+    assert run(*given) == 0
+    assert list(outputs_of(tmp_path).values()) == [b"made"]
+    server.login = "another"
+    assert run(*given) == 1
+    error = capsys.readouterr().err
+    assert "HTTP 401: the login given is not taken" in error
+    assert run() == 1
+    assert "HTTP 401: it wants a login" in capsys.readouterr().err
+    server.login, server.refusal = "", (500, f"no {SECRET} nor {quote(SECRET)}")
+    assert run(*given) == 4
+    error += capsys.readouterr().err
+    assert run("--server", address.replace(host, f"127.0.0.1:{free_port()}")) == 3
+    error += capsys.readouterr().err
+    assert SECRET not in error
+    assert quote(SECRET) not in error
+
+
+@pytest.mark.parametrize(
+    "name", ["my photo.png", "fête d’été.png", "图" * 60 + ".png", 'a"b%20.png']
+)
+def test_names_travel_as_they_are(server, run, tmp_path, name):
+    photo = tmp_path / name
+    Image.new("RGB", (4, 4)).save(photo, "PNG")
+    server.files = {name: b"one"}
+    server.outputs = {"2": {"images": [{"filename": name}]}}
+    assert run("--image", photo) == 0
+    assert server.asked[0][1][0] == name.replace('"', "_")
+    assert list(outputs_of(tmp_path)) == [name.replace('"', "_")]
+
+
+def test_out_is_looked_at_first(server, run, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "deeper"):
+        assert run("--out", out) == 1
+        assert "file is no folder; name another" in capsys.readouterr().err
+    assert server.asked == []
+
+
+def test_runs_at_once_into_one_folder_overwrite_nothing(tmp_path):
+    def save(worker: int) -> list[Path]:
+        return [save_new(tmp_path / "x.png", f"{worker} {n}".encode()) for n in range(20)]
+
+    with ThreadPoolExecutor(4) as pool:
+        paths = [path for found in pool.map(save, range(4)) for path in found]
+    assert len(set(paths)) == 80
+    assert len({path.read_bytes() for path in paths}) == 80
+    assert len(list(tmp_path.iterdir())) == 80
+
+
+def test_values_are_of_the_type_that_the_node_declares(server, run):
+    server.info = {
+        "SaveImage": {"input": {"required": {"images": ["BOOLEAN", {}]}, "optional": None}},
+        "LoadImage": {"input": {"required": {"image": [["a.png", 12, True]]}}},
+    }
+    assert run("--set", "SaveImage.images=False", "--set", "LoadImage.image=12") == 0
+    graph = server.asked[-1][1]
+    assert graph["2"]["inputs"]["images"] is False
+    assert graph["1"]["inputs"]["image"] == 12
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends signals")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_interrupt_the_prompt(server, tmp_path, number):
+    server.events, server.lost = [], True
+    (tmp_path / "graph.json").write_text(json.dumps(GRAPH))
+    command = [sys.executable, "-m", "hywu_core.cli", "comfy", "run", str(tmp_path / "graph.json")]
+    with subprocess.Popen([*command, "--server", server.url], stderr=subprocess.PIPE) as running:
+        while not server.prompt:
+            time.sleep(0.05)
+        time.sleep(0.3)
+        running.send_signal(number)
+        assert running.wait(30) == 130
+    assert server.commands() == INTERRUPTED
 
 
 NODE_ERRORS = {
@@ -257,19 +331,19 @@ def test_a_workflow_that_would_run_in_part_is_taken_back(server, run, capsys):
 
 
 def test_what_takes_too_long_is_interrupted(server):
-    server.events = []
+    server.events, server.lost = [], True
     with pytest.raises(TimedOut, match=r"longer than 0\.2 s .*--timeout"):
         run_sync(server.url, GRAPH, timeout=0.2)
     assert server.commands() == INTERRUPTED
 
 
 def test_cancelling_interrupts_the_prompt(server):
-    server.events = []
+    server.events, server.lost = [], True
 
     async def cancel() -> None:
         async with Client(server.url) as client:
             task = asyncio.create_task(client.run(GRAPH))
-            while not server._prompt:
+            while not server.prompt:
                 await asyncio.sleep(0.01)
             await asyncio.sleep(0.1)
             task.cancel()

@@ -135,7 +135,7 @@ def test_somebody_else_interrupts(server):
         async with Client(server.url) as client, Client(server.url) as other:
             task = asyncio.create_task(client.run(slow_graph()))
             await asyncio.sleep(1.0)
-            await other._call("POST", "/interrupt", json={})
+            await other.call("POST", "/interrupt", json={})
             await task
 
     with pytest.raises(Interrupted, match="interrupted at node"):

@@ -69,7 +69,7 @@ def interrupt_at(server, graph: dict, target: str) -> str:
 
             def progress(node: str | None, done: int, total: int) -> None:
                 if node == target and done < total and not sent:
-                    request = client._call("POST", "/interrupt", json={})
+                    request = client.call("POST", "/interrupt", json={})
                     sent.append(asyncio.ensure_future(request))
 
             await client.run(graph, progress)
@@ -128,7 +128,7 @@ def test_a_checkpoint_that_goes_between_queue_and_run(server, slow, goes_on, dam
             else:
                 file.write_bytes(whole[: len(whole) // 2])
             for _ in range(600):
-                record = (await client._json("GET", f"/history/{prompt}")).get(prompt)
+                record = (await client.json("GET", f"/history/{prompt}")).get(prompt)
                 if record:
                     return record
                 await asyncio.sleep(0.1)
