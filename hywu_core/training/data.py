@@ -1,4 +1,4 @@
-"""A user's own pairs: rows of a JSONL file, and batches of crops of their images.
+"""Batches of crops from a user's own pairs, cached and made ahead.
 
 A source of batches is a function of the step (`BatchSource`), so that a resumed run sees what an
 uninterrupted one would have seen.
@@ -6,103 +6,22 @@ uninterrupted one would have seen.
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import HYWUError
-from ..files import read_json_lines
-from ..images import image_size, read_image
-from .base import Batch
+from .base import Batch, BatchSource
+from .pairs import Pair, Source, number_of_references, read_source
 
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One example of a user: files and what was asked. references: pictures for the condition only."""
-
-    source: Path
-    target: Path
-    instruction: str
-    task: str
-    references: tuple[Path, ...] = ()
-
-
-#: Pictures of a row besides source and target.
-MAX_REFERENCES = 2
-
-
-def read_pairs(path: str | Path) -> tuple[list[Pair], list[str]]:
-    """Rows ``{source, target, instruction, task, references}`` of a JSONL file (or of a folder's ``*.jsonl``).
-
-    references, which may be absent: a list of up to `MAX_REFERENCES` pictures of any size. Paths count from the file's folder. Returns the good rows and a line for each bad one, which names
-    file and row and says what is wrong. Raises HYWUError when no row is good.
-    """
-    path = Path(path)
-    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
-    if not files or not all(file.is_file() for file in files):
-        raise HYWUError(f"{path}: no .jsonl file with rows of source, target, instruction, task.")
-    pairs, bad = [], []
-    for file in files:
-        for number, row in read_json_lines(file):
-            try:
-                if isinstance(row, HYWUError):
-                    raise row
-                pairs.append(_pair(row, file.parent))
-            except HYWUError as error:
-                said = str(error).removeprefix(f"{file}, line {number}: ")
-                bad.append(f"{file}, row {number}: {said}")
-    for text in bad:
-        logger.warning("skipped: %s", text)
-    if not pairs:
-        raise HYWUError(f"{path}: none of {len(bad)} rows can be used. First: {(bad or ['-'])[0]}")
-    return pairs, bad
-
-
-def _pair(row: Any, folder: Path) -> Pair:
-    if not isinstance(row, Mapping):
-        raise HYWUError("not a JSON object")
-    for key in ("source", "target", "instruction"):
-        if not isinstance(row.get(key), str) or not row[key].strip():
-            raise HYWUError(f"'{key}' is missing or empty")
-    source, target = folder / row["source"], folder / row["target"]
-    references = tuple(folder / name for name in _references(row))
-    for file in references:
-        image_size(file)
-    sizes = image_size(source), image_size(target)
-    if sizes[0] != sizes[1]:
-        raise HYWUError(f"{row['source']} is {sizes[0]} and {row['target']} is {sizes[1]}")
-    task = str(row.get("task") or "custom")
-    return Pair(source, target, row["instruction"], task, references)
-
-
-def _references(row: Mapping[str, Any]) -> list[str]:
-    names = row.get("references") or []
-    if not isinstance(names, list) or not all(isinstance(n, str) and n.strip() for n in names):
-        raise HYWUError("'references' is not a list of names of pictures")
-    if len(names) > MAX_REFERENCES:
-        raise HYWUError(f"'references' names {len(names)} pictures; {MAX_REFERENCES} are the most")
-    return names
-
-
-def number_of_references(pairs: Sequence[Pair]) -> int:
-    """As many as every pair has. Raises HYWUError naming two pairs that differ."""
-    first = pairs[0]
-    for pair in pairs:
-        if len(pair.references) != len(first.references):
-            raise HYWUError(
-                f"training: {first.source} has {len(first.references)} references and {pair.source} has "
-                f"{len(pair.references)}; give every row the same number."
-            )
-    return len(first.references)
+#: Bytes of decoded images that stay in memory.
+IN_MEMORY = 1 << 30
 
 
 def whole(image: Tensor, size: int) -> Tensor:
@@ -116,21 +35,81 @@ def whole(image: Tensor, size: int) -> Tensor:
     return pixels[0].clamp(0, 1)
 
 
-class PairBatches:
-    """Batches from a user's own pairs: random crops, the same place in source and target, mirrored
-    by chance. Pictures smaller than a crop are enlarged. An epoch shows each pair once. References are
-    seen whole. Raises HYWUError unless every pair has as many.
+class Images:
+    """Decoded images, uint8 ``[3, H, W]``; the last ones used stay in memory, up to `most` bytes."""
+
+    def __init__(self, most: int = IN_MEMORY) -> None:
+        self.most, self.bytes = most, 0
+        self._kept: OrderedDict[Source, Tensor] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __call__(self, source: Source) -> Tensor:
+        with self._lock:
+            if source in self._kept:
+                self._kept.move_to_end(source)
+                return self._kept[source]
+        image = read_source(source)
+        with self._lock:
+            if source not in self._kept:
+                self._kept[source] = image
+                self.bytes += image.nbytes
+            while self.bytes > self.most:
+                self.bytes -= self._kept.popitem(last=False)[1].nbytes
+        return image
+
+
+class Ahead:
+    """A source of batches that makes the next step's batch while this one's is trained on.
+
+    batches: step -> batch, called from another thread. Which step is made ahead changes no batch.
     """
 
-    def __init__(self, pairs: Sequence[Pair], batch_size: int, size: int, seed: int = 0) -> None:
+    def __init__(self, batches: BatchSource) -> None:
+        self.batches = batches
+        self._pool = ThreadPoolExecutor(1, "hywu-batches")
+        self._next: tuple[int, Future[Batch]] | None = None
+
+    def __call__(self, step: int) -> Batch:
+        made, self._next = self._next, None
+        batch = made[1].result() if made and made[0] == step else self.batches(step)
+        self._next = (step + 1, self._pool.submit(self.batches, step + 1))
+        return batch
+
+
+class PairBatches:
+    """Batches from a user's own pairs: random crops, the same place in source and target, mirrored
+    by chance. Images smaller than a crop are enlarged. An epoch shows each pair once. References are
+    seen whole. only: train on the pairs of this task alone. Raises HYWUError unless every pair has as many
+    references.
+    """
+
+    def __init__(
+        self, pairs: Sequence[Pair], batch_size: int, size: int, seed: int = 0, only: str = ""
+    ) -> None:
+        if only:
+            tasks = list(dict.fromkeys(pair.task for pair in pairs))
+            pairs = [pair for pair in pairs if pair.task == only]
+            if not pairs:
+                raise HYWUError(
+                    f"training: no pair is of the task '{only}'; there are {', '.join(tasks)}."
+                )
         if not pairs:
             raise HYWUError("training: there are no pairs to train on.")
         self.pairs, self.batch_size, self.size, self.seed = list(pairs), batch_size, size, seed
         self.references = number_of_references(self.pairs)
+        self._image = Images()
 
     def __call__(self, step: int) -> Batch:
         chosen = [self._pick(step * self.batch_size + i) for i in range(self.batch_size)]
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        return self._batch(chosen, self.seed * 1_000_003 + step)
+
+    def once(self) -> list[Batch]:
+        """Every pair once, in batches; the same crops on every call."""
+        parts = range(0, len(self.pairs), self.batch_size)
+        return [self._batch(self.pairs[i : i + self.batch_size], self.seed + i) for i in parts]
+
+    def _batch(self, chosen: Sequence[Pair], seed: int) -> Batch:
+        generator = torch.Generator().manual_seed(seed)
         crops = [self._crop(pair, generator) for pair in chosen]
         return Batch(
             torch.stack([source for source, _ in crops]),
@@ -141,7 +120,7 @@ class PairBatches:
         )
 
     def _seen_whole(self, pair: Pair) -> tuple[Tensor, ...]:
-        return tuple(whole(read_image(path), self.size) for path in pair.references)
+        return tuple(whole(self._image(image), self.size) for image in pair.references)
 
     def _pick(self, index: int) -> Pair:
         """The index-th pair of an endless row of shuffled epochs."""
@@ -151,7 +130,7 @@ class PairBatches:
         return self.pairs[int(order[place])]
 
     def _crop(self, pair: Pair, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        both = torch.stack([read_image(pair.source), read_image(pair.target)]).float() / 255
+        both = torch.stack([self._image(pair.source), self._image(pair.target)]).float() / 255
         smallest = min(both.shape[2:])
         if smallest < self.size:
             factor = self.size / smallest

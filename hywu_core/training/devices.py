@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 from collections.abc import Iterator
@@ -106,7 +107,15 @@ def make_accelerator(device: str | None, precision: str) -> Any:
             f"training: asked for the device {chosen} and accelerate took {made.device}; look at its "
             "environment variables (ACCELERATE_USE_CPU, CUDA_VISIBLE_DEVICES)."
         )
+    if count > 1:
+        atexit.register(_leave)
     return made
+
+
+def _leave() -> None:
+    """End the group of processes before the interpreter does: what still waits for a peer would abort it."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @contextlib.contextmanager

@@ -20,16 +20,24 @@ FIELDS = ("step", "loss", "lr", "grad_norm", "seconds")
 
 
 class Log:
-    """One row a logged step in ``log.csv``; rows after the step that a run resumes at are dropped."""
+    """One row per logged step in a CSV file; rows after the step that a run resumes at are dropped.
 
-    def __init__(self, folder: Path, resumed_at: int, tensorboard: bool = False) -> None:
-        self.path = folder / "log.csv"
-        self.rows = [row for row in read_log(self.path) if row["step"] <= resumed_at]
+    writes: False keeps the rows in memory only, as the processes do that aren't the main one.
+    """
+
+    def __init__(
+        self, folder: Path, resumed_at: int, tensorboard: bool = False, name: str = "log.csv",
+        fields: Sequence[str] = FIELDS, writes: bool = True,
+    ) -> None:  # fmt: skip
+        self.path, self.fields, self.writes = folder / name, fields, writes
+        self.rows = [row for row in read_log(self.path, fields) if row["step"] <= resumed_at]
+        self._board: Any = None
+        if not writes:
+            return
         with atomic_path(self.path, overwrite=True) as part, part.open("w", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
+            writer = csv.DictWriter(file, fields)
             writer.writeheader()
             writer.writerows(self.rows)
-        self._board: Any = None
         if tensorboard:
             board = need("torch.utils.tensorboard", "to log for TensorBoard", "tensorboard")
             self._board = board.SummaryWriter(
@@ -38,10 +46,12 @@ class Log:
 
     def add(self, row: Mapping[str, float]) -> None:
         self.rows.append(dict(row))
+        if not self.writes:
+            return
         with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, FIELDS).writerow(row)
+            csv.DictWriter(file, self.fields).writerow(row)
         if self._board is not None:
-            for key in FIELDS[1:]:
+            for key in self.fields[1:]:
                 self._board.add_scalar(key, row[key], int(row["step"]))
 
     def close(self) -> None:
@@ -49,15 +59,15 @@ class Log:
             self._board.close()
 
 
-def read_log(path: Path) -> list[dict[str, float]]:
-    """Rows of a ``log.csv``; none when there is no file. A last row cut short is left out."""
+def read_log(path: Path, fields: Sequence[str] = FIELDS) -> list[dict[str, float]]:
+    """Rows of a log's CSV file; none when there is no file. A last row cut short is left out."""
     if not path.exists():
         return []
     rows = []
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
             try:
-                numbers = {key: float(row[key]) for key in FIELDS}
+                numbers = {key: float(row[key]) for key in fields}
             except (TypeError, ValueError, KeyError):
                 continue
             numbers["step"] = int(numbers["step"])

@@ -18,6 +18,14 @@ from ..precision import usual_precision
 PRECISIONS = ("no", "bf16", "fp16")
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "constant")
+#: Optimizer -> strategy -> peak learning rate to start with: in the middle of what the conflict experiment's
+#: trials favour and holds for a whole run. A step of a generator's output head moves every value of every LoRA.
+RATES: Mapping[str, Mapping[str, float]] = MappingProxyType(
+    {
+        "muon": {"hywu": 6e-4, "shared": 1.4e-3, "single": 1.4e-3, "sft": 3e-4},
+        "adamw": {"hywu": 4e-4, "shared": 1e-2, "single": 1e-2, "sft": 1e-3},
+    }
+)
 #: Settings that came later; a state says them only where they differ, and older states mean these.
 LATER: Mapping[str, Any] = MappingProxyType({"betas": [0.9, 0.99], "schedule": "cosine"})
 

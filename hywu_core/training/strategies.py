@@ -59,6 +59,25 @@ class HyperNetwork:
         self.trained: ParameterGenerator = generator
         self._statistics: dict[str, tuple[Tensor, Tensor]] = {}
 
+    @classmethod
+    def begun_with(cls, base: BaseModel, path: Path, checkpointing: bool = False) -> HyperNetwork:
+        """With the weights of a checkpoint, which says its size, rank and what it reads.
+
+        Raises HYWUError when it was made for another base or encoder.
+        """
+        from ..generator.checkpoints import load_generator
+
+        generator = load_generator(path, dtype=torch.float32).requires_grad_(True).train()
+        config, mine = generator.config, dict(base.encoder)
+        if config.encoder and dict(config.encoder) != mine:
+            raise HYWUError(
+                f"{path}: reads what {dict(config.encoder)} makes, the base's encoder is {mine}; begin with a "
+                "generator that was trained for this base."
+            )
+        made = cls(base, config, checkpointing)
+        made.trained.load_state_dict(generator.state_dict())
+        return made
+
     @torch.no_grad()
     def standardize(self, conditions: Sequence[Condition]) -> None:
         """Train on standardized conditions: each channel minus its mean over these, by its deviation.

@@ -29,6 +29,7 @@ from .muon import Muon, adamw
 from .schedule import Average, TrainConfig, lr_at, refuse_differences
 from .state import load_state, save_state
 from .strategies import Strategy
+from .validation import Validation
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ class Trainer:
     images and convolutions. identity: JSON-safe; what a run can't go on without (data, tasks, rank): a state
     of another one is refused by name. extra: JSON-safe, kept in the state's header. on_step: called
     after each step with (steps done, loss); True keeps a state and stops. on_save: called with the steps done
-    after a state was written, on the main process. Call `run`; call it again, or in
+    after a state was written, on the main process. validation: see `Validation`. Call `run`; call it again, or in
     a new process, to go on. Raises HYWUError on a device that isn't there and a batch that can't be split.
     """
 
@@ -83,9 +84,10 @@ class Trainer:
         extra: Mapping[str, Any] | None = None,
         on_step: Callable[[int, float], bool] | None = None,
         on_save: Callable[[int], None] | None = None,
+        validation: Validation | None = None,
     ) -> None:
         self.base, self.strategy, self.batches = base, strategy, batches
-        self.on_step, self.on_save = on_step, on_save
+        self.on_step, self.on_save, self.validation = on_step, on_save, validation
         self.config, self.folder, self.samples = config, Path(folder), samples
         self.save_every, self.sample_every = save_every, sample_every
         self.tensorboard, self.extra = tensorboard, dict(extra or {})
@@ -124,7 +126,8 @@ class Trainer:
     # -- running ---------------------------------------------------------------------------------
 
     def run(self, until: int | None = None) -> bool:
-        """Train to the end, or to step `until`. Returns whether all steps are done.
+        """Train to the end, or to step `until`. Returns whether the run is over: all steps are done, or
+        the validation's patience is.
 
         Ctrl-C (or SIGTERM) ends the step in progress, keeps a state and returns False. Raises HYWUError when
         the loss stops being finite (the last state is kept) or the state is of another run, and
@@ -135,6 +138,8 @@ class Trainer:
         digest = frozen_digest(self.base.module) if frozen else ""
         self._resume()
         log = Log(self.folder, self.step, self.tensorboard) if self._main else None
+        if self.validation is not None:
+            self.validation.begin(self.folder, self.step, self._main)
         stop = min(self.config.steps, until or self.config.steps)
         try:
             with _Interrupt() as interrupt, steady_attention(self.device):
@@ -142,9 +147,14 @@ class Trainer:
         finally:
             if log is not None:
                 log.close()
+        self.accelerator.wait_for_everyone()
         if frozen and frozen_digest(self.base.module) != digest:
             raise RuntimeError("The base model's weights changed during the training.")
-        return self.step >= self.config.steps
+        return self.step >= self.config.steps or self._over
+
+    @property
+    def _over(self) -> bool:
+        return self.validation is not None and self._any(self.validation.over)
 
     @property
     def _main(self) -> bool:
@@ -161,7 +171,7 @@ class Trainer:
         )
         progress = _Progress(self, log, bar)
         with contextlib.closing(bar):
-            while self.step < stop:
+            while self.step < stop and not self._over:
                 started = time.perf_counter()
                 losses = self._train_step(self.step)
                 self.step += 1
@@ -172,6 +182,8 @@ class Trainer:
                 if self.interrupted or self.step == stop or self.step % self.save_every == 0:
                     progress.read()
                     self.save(log)
+                    if self.validation is not None and not self.interrupted:
+                        self.validation.measure(self)
                 if self.sample_every and self.step % self.sample_every == 0:
                     self.draw_samples()
                 if self.interrupted:

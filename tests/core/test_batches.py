@@ -13,7 +13,8 @@ from hywu_core.errors import HYWUError
 from hywu_core.experiments.images import ImagePool
 from hywu_core.experiments.phrasings import CARRIERS, OBJECTS, WRITTEN
 from hywu_core.experiments.tasks import CONFLICT, TaskBatches, get_task
-from hywu_core.training.data import PairBatches, read_pairs
+from hywu_core.training.data import PairBatches
+from hywu_core.training.pairs import read_pairs
 
 TASKS = ("blur", "deblur", "darken", "brighten")
 

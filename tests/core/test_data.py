@@ -12,7 +12,7 @@ from PIL import Image
 from hywu_core.errors import HYWUError
 from hywu_core.experiments import images as data
 from hywu_core.experiments.images import SPLIT, ImagePool, read_image
-from hywu_core.training.data import number_of_references, read_pairs
+from hywu_core.training.pairs import number_of_references, read_pairs
 
 
 def test_the_sides_of_the_split_share_nothing():
@@ -76,8 +76,8 @@ def test_references_are_further_pictures_of_any_size(tmp_path):
         ["c.png", "b.png"],
     ]
     assert [text.split(", row ")[1][0] for text in bad] == list("345678")
-    assert "is not a list of names of pictures" in bad[0]
-    assert "names 3 pictures; 2 are the most" in bad[2]
+    assert "is not a list of names of images" in bad[0]
+    assert "names 3 images; 2 are the most" in bad[2]
     assert "gone.png" in bad[3]
     assert number_of_references(pairs) == 2
     one = replace(pairs[0], references=pairs[0].references[:1], source=tmp_path / "one.png")

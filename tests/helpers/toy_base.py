@@ -1,6 +1,6 @@
 """A base model of a few thousand weights for the tests of the training loop; also run by processes.
 
-Called as a script it trains a few steps: ``toy_base.py FOLDER STRATEGY STEPS [ACCUMULATION [OPTIMIZER [UNTIL]]]``.
+Called as a script it trains a few steps: ``toy_base.py FOLDER STEPS UNTIL STRATEGY-OPTIMIZER…``, into a subfolder for each.
 """
 
 from __future__ import annotations
@@ -119,10 +119,10 @@ def make_trainer(folder: Path, name: str = "hywu", **settings) -> Trainer:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    path, strategy, steps, *rest = sys.argv[1:]
-    accumulation = int(rest[0]) if rest else 1
-    optimizer = rest[1] if len(rest) > 1 else "adamw"
-    trainer = make_trainer(
-        Path(path), strategy, steps=int(steps), accumulation=accumulation, optimizer=optimizer
-    )
-    trainer.run(until=int(rest[2]) if len(rest) > 2 else None)
+    path, steps, until, *combinations = sys.argv[1:]
+    for combination in combinations:
+        strategy, optimizer = combination.split("-")
+        trainer = make_trainer(
+            Path(path) / combination, strategy, steps=int(steps), optimizer=optimizer
+        )
+        trainer.run(until=int(until))

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ....hywu_core.images import MAX_SIDE, read_image
 from ....hywu_core.training.base import Batch
-from ....hywu_core.training.data import Pair, number_of_references, whole
+from ....hywu_core.training.data import whole
+from ....hywu_core.training.pairs import Pair, number_of_references
 
 #: Bytes of decoded crops that stay in memory.
 IN_MEMORY = 256 << 20

@@ -12,7 +12,7 @@ import folder_paths
 from ....hywu_core.errors import HYWUError
 from ....hywu_core.files import as_json, check_name, read_json, read_json_lines, write_json
 from ....hywu_core.generator.checkpoints import open_checkpoint
-from ....hywu_core.training.data import Pair, read_pairs
+from ....hywu_core.training.pairs import Pair, read_pairs
 from ..paths import BUNDLED
 
 #: The pairs that come with the extension.

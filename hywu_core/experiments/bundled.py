@@ -1,0 +1,239 @@
+"""Trainings through the bundled editor: a user's own pairs or the built-in tasks, each strategy.
+
+`hywu train` is this with its arguments parsed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..bases.bundled.checkpoint import bundled, load_editor
+from ..errors import HYWUError
+from ..files import folder_lock, read_header
+from ..generator.config import GeneratorConfig
+from ..layout import LoRALayout
+from ..training.base import Batch, BatchSource
+from ..training.data import Ahead, PairBatches
+from ..training.editor_base import ONE_PICTURE, EditorBase
+from ..training.pairs import held_out, number_of_references, pairs_identity, phrasings, read_pairs
+from ..training.schedule import RATES, TrainConfig, chosen_precision
+from ..training.strategies import FullFineTuning, HyperNetwork, StaticLoRA, Strategy
+from ..training.trainer import STATE, Trainer
+from ..training.validation import Validation
+from .conflict.plan import GeneratorSize
+from .conflict.runs import EXCLUDE
+from .images import PACKAGES, ImagePool, split_files
+from .tasks import CONFLICT, TaskBatches, get_task
+
+WEIGHTS, BEST = "weights.safetensors", "best.safetensors"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is trained, on what, how long; each field is an option of `hywu train`.
+
+    data: None for the built-in tasks. lr: 0 or None takes the one of `RATES`. init: a generator's file or
+    "bundled", whose weights are begun with. validation: share of the pairs that is not trained on.
+    Raises HYWUError on options that don't go together.
+    """
+
+    out: Path
+    data: Path | None = None
+    tasks: Sequence[str] | None = None
+    task: str | None = None
+    strategy: str = "hywu"
+    rank: int = 2
+    steps: int = 500
+    batch_size: int = 24
+    accumulation: int = 1
+    lr: float | None = None
+    precision: str = "auto"
+    optimizer: str = "muon"
+    checkpointing: bool = False
+    d_model: int = 512
+    blocks: int = 1
+    init: str | None = None
+    seed: int = 0
+    save_every: int = 100
+    sample_every: int = 100
+    validation: float = 0.0
+    patience: int = 0
+    tensorboard: bool = False
+    editor: Path | None = None
+    device: str | None = None
+    commit: str = ""
+
+    def __post_init__(self) -> None:
+        if (self.strategy == "single") != bool(self.task):
+            raise HYWUError(
+                "training: the strategy 'single' trains one task: name it (--task NAME), and only then."
+            )
+        if self.init and self.strategy != "hywu":
+            raise HYWUError(
+                f"training: --init begins with a generator's weights and the strategy is '{self.strategy}'; "
+                "it goes with 'hywu'."
+            )
+        if self.data is not None and self.tasks:
+            raise HYWUError("--tasks names built-in tasks; your own --data says its tasks itself.")
+        if self.data is None and self.validation:
+            raise HYWUError(
+                "--validation is a share of --data; the built-in tasks have none to share."
+            )
+
+    @classmethod
+    def names(cls) -> set[str]:
+        return {field.name for field in fields(cls)}
+
+
+class Training:
+    """A run of `Request`, ready to go or to go on. main: whether this is the process that writes."""
+
+    def __init__(self, request: Request, say: Callable[[str], None]) -> None:
+        self.request, self.say = request, say
+        self.base = EditorBase(load_editor(request.editor or bundled("editor")))
+        self.data = _data(request, self.base.module.config.train_size, say)
+        self.config = self._config()
+        torch.manual_seed(request.seed + 1)
+        strategy = _strategy(request, self.base)
+        if isinstance(strategy, HyperNetwork) and not request.init:
+            strategy.standardize_on(self.data.batches, 0)
+        self.trainer = self._trainer(strategy)
+        self.main = self.trainer.accelerator.is_main_process
+
+    def _config(self) -> TrainConfig:
+        request, state = self.request, self.request.out / STATE
+        recorded = read_header(state).get("config", {}) if state.exists() else {}
+        return TrainConfig(
+            request.steps, request.batch_size,
+            request.lr or RATES[request.optimizer][request.strategy],
+            accumulation=request.accumulation,
+            # a run that goes on beyond its end keeps the warm-up that it was begun with
+            warmup=recorded.get("warmup", min(40, request.steps // 5)),
+            precision=chosen_precision(request.precision, recorded.get("precision"), request.device),
+            seed=request.seed, optimizer=request.optimizer,
+        )  # fmt: skip
+
+    def _trainer(self, strategy: Strategy) -> Trainer:
+        request, data = self.request, self.data
+        validation = None
+        if data.held_out:
+            best = request.out / BEST
+            validation = Validation(
+                data.held_out, request.patience, on_best=lambda: self.export(best)
+            )
+        return Trainer(
+            self.base, strategy, data.batches, self.config, request.out, samples=data.samples,
+            save_every=request.save_every, sample_every=request.sample_every,
+            tensorboard=request.tensorboard, device=request.device, validation=validation,
+            identity=data.identity | _made_of(request, self.base, strategy),
+        )  # fmt: skip
+
+    def run(self) -> Path | None:
+        """Train to the end, or go on; the weights' file, or None when it was stopped before."""
+        request, trainer = self.request, self.trainer
+        if not self.main:
+            return request.out / WEIGHTS if trainer.run() else None
+        count = trainer.accelerator.num_processes
+        processes = f"{count} processes" if count > 1 else "one process"
+        self.say(
+            f"{request.strategy} on {trainer.device}, {processes}, precision {self.config.precision}"
+        )
+        with folder_lock(request.out):
+            if not trainer.run():
+                self.say(
+                    f"stopped after {trainer.step} of {request.steps} steps; the same command goes on"
+                )
+                return None
+            return self.export(request.out / WEIGHTS)
+
+    def export(self, path: Path) -> Path:
+        """Write the averaged weights with how they came about."""
+        request = self.request
+        about = {"phrasings": self.data.phrasings, "commit": request.commit}
+        return self.trainer.export(path, {**about, "data": str(request.data or "built-in")})
+
+
+# -- what is trained on ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Data:
+    """batches; task -> phrasings trained on; what tells it from other data; examples that are drawn, and held out."""
+
+    batches: BatchSource
+    phrasings: dict[str, list[str]]
+    identity: dict[str, Any]
+    samples: Batch
+    held_out: list[Batch]
+
+
+def _data(request: Request, size: int, say: Callable[[str], None]) -> _Data:
+    made = _built_in(request, size) if request.data is None else _own_pairs(request, size, say)
+    batches, texts, identity, kept = made
+    shown = batches(request.steps).select(range(min(8, request.batch_size)))
+    return _Data(batches, texts, identity, shown, kept)
+
+
+def _built_in(request: Request, size: int):
+    tasks = [request.task] if request.task else list(request.tasks or CONFLICT)
+    texts = {name: list(get_task(name).seen) for name in tasks}
+    pool = ImagePool(split_files("train"))
+    batches = TaskBatches(pool, tasks, request.batch_size, size, request.seed)
+    return batches, texts, {"data": dict(PACKAGES.values()), "tasks": tasks}, []
+
+
+def _own_pairs(request: Request, size: int, say: Callable[[str], None]):
+    pairs, bad = read_pairs(request.data)
+    say(f"{request.data}: {len(pairs)} pairs" + (f", {len(bad)} rows skipped:" if bad else ""))
+    for line in bad:
+        say(f"  {line}")
+    if number_of_references(pairs):
+        raise HYWUError(f"{request.data}: {ONE_PICTURE}")
+    identity: dict[str, Any] = {"data": pairs_identity(pairs), "tasks": request.task or "all"}
+    options, kept = (request.batch_size, size, request.seed, request.task or ""), []
+    if request.validation:
+        pairs, others = held_out(pairs, request.validation, request.seed)
+        identity["validation"] = request.validation
+        kept = PairBatches(others, *options).once()
+    texts = phrasings(pairs)
+    if request.task:
+        texts = {request.task: texts.get(request.task, [])}
+    return Ahead(PairBatches(pairs, *options)), texts, identity, kept
+
+
+# -- what is trained ---------------------------------------------------------------------------------
+
+
+def _strategy(request: Request, base: EditorBase) -> Strategy:
+    """Freshly initialized, or begun with a checkpoint."""
+    if request.strategy == "sft":
+        return FullFineTuning(base)
+    layout = LoRALayout.of(base.module, request.rank, exclude=EXCLUDE)
+    if request.strategy != "hywu":
+        return StaticLoRA(base, layout, request.strategy)
+    if request.init:
+        path = bundled("generator") if request.init == "bundled" else Path(request.init)
+        return HyperNetwork.begun_with(base, path, request.checkpointing)
+    size = replace(GeneratorSize(), d_model=request.d_model, num_blocks=request.blocks)
+    config = GeneratorConfig(
+        layout, dict(base.condition_parts), dim_accumulation=request.rank,
+        encoder=dict(base.encoder), base=base.name, **asdict(size),
+    )  # fmt: skip
+    return HyperNetwork(base, config, request.checkpointing)
+
+
+def _made_of(request: Request, base: EditorBase, strategy: Strategy) -> dict[str, Any]:
+    """What a run can't go on without, beside its data and settings."""
+    made: dict[str, Any] = {"editor": base.encoder["editor"]}
+    if isinstance(strategy, HyperNetwork):
+        config = strategy.trained.config
+        made |= {"rank": config.layout.rank, "d_model": config.d_model, "blocks": config.num_blocks}
+        made["init"] = request.init or ""
+    elif request.strategy != "sft":
+        made["rank"] = request.rank
+    return made
