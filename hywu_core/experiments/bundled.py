@@ -28,7 +28,7 @@ from ..training.validation import Validation
 from .conflict.plan import GeneratorSize
 from .conflict.runs import EXCLUDE
 from .images import PACKAGES, ImagePool, split_files
-from .tasks import CONFLICT, TaskBatches, get_task
+from .tasks import CONFLICT, VERSION, TaskBatches, get_task
 
 WEIGHTS, BEST = "weights.safetensors", "best.safetensors"
 
@@ -107,7 +107,13 @@ class Training:
 
     def _config(self) -> TrainConfig:
         request, state = self.request, self.request.out / STATE
-        recorded = read_header(state).get("config", {}) if state.exists() else {}
+        header = read_header(state) if state.exists() else {}
+        recorded = header.get("config", {})
+        if header and request.data is None and "identity" not in header:
+            raise HYWUError(
+                f"{state}: was begun on the built-in tasks of a former version, which made other images; go on "
+                "with that version, or use another folder."
+            )
         return TrainConfig(
             request.steps, request.batch_size,
             request.lr or RATES[request.optimizer][request.strategy],
@@ -184,7 +190,12 @@ def _built_in(request: Request, size: int):
     texts = {name: list(get_task(name).seen) for name in tasks}
     pool = ImagePool(split_files("train"))
     batches = TaskBatches(pool, tasks, request.batch_size, size, request.seed)
-    return batches, texts, {"data": dict(PACKAGES.values()), "tasks": tasks}, []
+    return (
+        batches,
+        texts,
+        {"data": dict(PACKAGES.values()), "tasks": tasks, "tasks_version": VERSION},
+        [],
+    )
 
 
 def _own_pairs(request: Request, size: int, say: Callable[[str], None]):

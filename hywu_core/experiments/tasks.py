@@ -20,6 +20,9 @@ from .edits import HELD_OUT, Make, Task, task, uniform
 from .images import ImagePool
 from .pretraining_tasks import PRETRAINING
 
+#: Goes up when a task makes other images or texts of the same draws: what was trained on others can't go on.
+VERSION = 2
+
 __all__ = ["CONFLICT", "HELD_OUT", "PRETRAINING", "TASKS", "Make", "Task", "TaskBatches"]
 
 # -- conflict pairs: one distribution of sources for both directions, clearly degraded ----------------

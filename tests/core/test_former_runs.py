@@ -1,7 +1,9 @@
-"""Runs that commit 9222208 began go on with this version, to the figures that it would have given itself.
+"""Runs that former versions began go on with this one, to the figures that they would have given themselves.
 
-`former_runs/` was made by that commit on a tiny editor: a `hywu train` stopped after 2 of 4 steps with what its
-end gave, and a `hywu conflict` with one run done and one half done, with the rows and figures of the whole.
+`former_runs/` was made on a tiny editor: by commit 9222208 a `hywu train` stopped after 2 of 4 steps with what
+its end gave, and the plan of a `hywu conflict`; by the commit before the conflict experiment was measured by
+`hywu_core/evaluation` a `hywu conflict` on the present tasks with one run done and one half done, with the
+rows and figures of the whole.
 """
 
 from __future__ import annotations
@@ -103,6 +105,15 @@ def test_its_report_has_the_same_figures(conflict):
     for run in found["trained"].values():
         run.pop("seconds")
     assert_alike({key: found[key] for key in wanted}, wanted, "figures")
+
+
+def test_an_experiment_on_other_tasks_is_refused(tmp_path, capsys):
+    shutil.copytree(FORMER / "conflict_other_tasks", tmp_path / "out")
+    command = ["conflict", "--out", str(tmp_path / "out"), "--device", "cpu", "--precision", "no",
+               "--editor", str(FORMER / "editor.safetensors")]  # fmt: skip
+    assert main(command) == 1
+    assert "tasks are of version 1, this program's of 2" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["plan.json"]
 
 
 def assert_alike(found, wanted, where: str) -> None:

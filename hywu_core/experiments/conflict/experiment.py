@@ -155,17 +155,25 @@ def make_experiment(
     from ...bases.bundled.checkpoint import bundled, load_editor
     from ...training.editor_base import EditorBase
     from ..images import PACKAGES, ImagePool, split_files
+    from ..tasks import VERSION
 
     path, editor_file = folder / "plan.json", editor_file or bundled("editor")
     editor = load_editor(editor_file)
     base = EditorBase(editor, plan.sampling_steps, plan.error)
-    facts = {"plan": as_json(plan.to_json()), "editor": dict(base.encoder)}
-    if path.exists() and read_json(path, dict, finite=False) != facts:
-        raise HYWUError(
-            f"{path}: this folder holds an experiment with another plan or editor; use its options, "
-            "or another folder."
-        )
-    write_json(path, facts)
+    mine = {"plan": as_json(plan.to_json()), "editor": dict(base.encoder), "tasks": VERSION}
+    if path.exists():
+        found = {"tasks": 1, **read_json(path, dict, finite=False)}
+        if found["tasks"] != VERSION:
+            raise HYWUError(
+                f"{path}: this folder's tasks are of version {found['tasks']}, this program's of {VERSION}: they "
+                "make other images; go on with the program that began it, or use another folder."
+            )
+        if found != mine:
+            raise HYWUError(
+                f"{path}: this folder holds an experiment with another plan or editor; use its options, "
+                "or another folder."
+            )
+    write_json(path, mine)
     provenance = {
         "commit": commit,
         "data": dict(PACKAGES.values()),
