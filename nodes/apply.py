@@ -58,13 +58,18 @@ class HYWUApplyLoRA:
                 "From HY-WU LoRA Scope: only for a part of the sampling, or with strengths of their own "
                 "for some modules.",
             ),
+            "skip_missing": ui.skip_missing(),
         }
         return {"required": required, "optional": optional}
 
-    def apply(self, model, lora, strength, mode, apply_to_negative=True, scope=None):
+    def apply(
+        self, model, lora, strength, mode, apply_to_negative=True, scope=None, skip_missing=False
+    ):
         scope = replace(scope or application.Scope(), negative=apply_to_negative)
-        patched, report = application.apply(model, lora, strength, mode, scope)
-        return ui.shown(report, (patched, report))
+        patched, report, warnings = application.apply(
+            model, lora, strength, mode, scope, skip_missing
+        )
+        return ui.shown(report, (patched, report), warnings)
 
 
 class HYWULoRAScope:
@@ -102,6 +107,10 @@ class HYWULoRAScope:
             }
         }  # fmt: skip
 
+    @classmethod
+    def VALIDATE_INPUTS(cls, module_strengths=None):
+        return ui.checked(lambda: application.module_patterns(module_strengths or ""))
+
     def make(self, start_percent, end_percent, module_strengths):
         return (application.Scope(True, start_percent, end_percent, module_strengths),)
 
@@ -132,9 +141,9 @@ class HYWULoRAHook:
         before = ui.socket("HOOKS", "Hooks that act as well, on the same conditioning.")
         return {
             "required": {"model": model, "lora": ui.lora_socket(), "strength": strength},
-            "optional": {"prev_hooks": before},
+            "optional": {"prev_hooks": before, "skip_missing": ui.skip_missing()},
         }
 
-    def hook(self, model, lora, strength, prev_hooks=None):
-        group, report = hooks.hook(model, lora, strength, prev_hooks)
-        return ui.shown(report, (group, report))
+    def hook(self, model, lora, strength, prev_hooks=None, skip_missing=False):
+        group, report, warnings = hooks.hook(model, lora, strength, prev_hooks, skip_missing)
+        return ui.shown(report, (group, report), warnings)

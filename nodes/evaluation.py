@@ -137,7 +137,8 @@ class HYWUBenchmarkItems:
         lines += [f"not usable: {bad}" for bad in items.bad]
         columns = ([getattr(i, name) for i in given] for name in ("key", "task", "language"))
         instructions = [item.instruction for item in given]
-        return ui.shown("\n".join(lines), (images, instructions, carried, *columns))
+        warnings = [f"Not usable: {bad}" for bad in items.bad]
+        return ui.shown("\n".join(lines), (images, instructions, carried, *columns), warnings)
 
 
 class HYWUJudge:

@@ -192,14 +192,15 @@ class HYWULoadLoRA:
             "The model the LoRA is for. Needed for files whose names only the model can translate: those "
             "that begin with lora_unet_, and the names that diffusers gives the model's modules.",
         )
-        return {"required": {"lora": lora}, "optional": {"model": model}}
+        optional = {"model": model, "skip_missing": ui.skip_missing()}
+        return {"required": {"lora": lora}, "optional": optional}
 
     @classmethod
-    def IS_CHANGED(cls, lora, model=None):
+    def IS_CHANGED(cls, lora, model=None, skip_missing=False):
         return paths.lora_stamp(lora)
 
-    def load(self, lora, model=None):
-        loaded = lora_files.load_lora(lora, model)
-        summary = ui.lora_summary(loaded)
+    def load(self, lora, model=None, skip_missing=False):
+        loaded, warnings = lora_files.load_lora(lora, model, skip_missing)
+        summary = ui.lora_summary(loaded, **({"warnings": warnings} if warnings else {}))
         result = (loaded, stock_lora(loaded), summary)
-        return ui.shown(summary, result, hywu_norms=ui.norm_entries(loaded))
+        return ui.shown(summary, result, warnings, hywu_norms=ui.norm_entries(loaded))

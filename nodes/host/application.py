@@ -8,7 +8,7 @@ ever sees them.
 from __future__ import annotations
 
 import json
-import math
+import logging
 import uuid
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,11 @@ from ...hywu_core.errors import HYWUError
 from ...hywu_core.injection import conv_delta, linear_delta, target_strengths
 from ...hywu_core.lora import GeneratedLoRA
 
+log = logging.getLogger(__name__)
+
 ROOT = "diffusion_model."
+#: Larger ones overflow in half precision, merged as a bad image without a word.
+MAX_STRENGTH = 10_000.0
 
 
 @dataclass(frozen=True)
@@ -62,20 +66,32 @@ class Scope:
 
     def strengths(self, lora: GeneratedLoRA) -> dict[str, float]:
         """Strength of every target that isn't off. Raises HYWUError on a line that can't be read."""
-        patterns = {}
-        for line in filter(None, map(str.strip, self.modules.splitlines())):
-            pattern, equals, number = line.rpartition("=")
-            try:
-                patterns[pattern.strip()] = float(number)
-            except ValueError:
-                equals = ""
-            if not equals or not pattern.strip():
-                raise HYWUError(
-                    f"module_strengths: '{line}' is not 'pattern = number'; write for example "
-                    "'*attn* = 0.5'."
-                )
+        patterns = module_patterns(self.modules)
         found = target_strengths(lora, patterns) if patterns else dict.fromkeys(lora, 1.0)
         return {path: value for path, value in found.items() if value}
+
+
+def module_patterns(text: str) -> dict[str, float]:
+    """Lines of ``pattern = strength`` -> pattern -> strength. Raises HYWUError on any other line."""
+    patterns = {}
+    for line in filter(None, map(str.strip, text.splitlines())):
+        pattern, equals, number = line.rpartition("=")
+        try:
+            value = float(number)
+        except ValueError:
+            equals = ""
+        if not equals or not pattern.strip():
+            raise HYWUError(
+                f"module_strengths: '{line}' is not 'pattern = number'; write for example "
+                "'*attn* = 0.5'."
+            )
+        if not abs(value) <= MAX_STRENGTH:
+            raise HYWUError(
+                f"module_strengths: '{line}' is no strength; take a number from {-MAX_STRENGTH:g} to "
+                f"{MAX_STRENGTH:g}."
+            )
+        patterns[pattern.strip()] = value
+    return patterns
 
 
 @dataclass(frozen=True)
@@ -85,9 +101,29 @@ class Match:
     found: dict[str, str]
     skipped: tuple[str, ...]
 
+    @property
+    def warnings(self) -> list[str]:
+        """A sentence where something was left out."""
+        if not self.skipped:
+            return []
+        return [
+            f"{len(self.skipped)} of the LoRA's {len(self.skipped) + len(self.found)} modules aren't in the "
+            f"model and were left out, such as {self.skipped[0]}."
+        ]
 
-def match(model: nn.Module, lora: GeneratedLoRA) -> Match:
-    """Find every target and check its shape; one HYWUError for all that disagree."""
+    def report(self, **more: Any) -> str:
+        """JSON with the numbers of modules and, of the first 20 left out, the names."""
+        for warning in self.warnings:
+            log.warning("HY-WU: %s", warning)
+        counted = {"matched": len(self.found), **more, "skipped": len(self.skipped)}
+        return json.dumps({**counted, "skipped_modules": list(self.skipped[:20])})
+
+
+def match(model: nn.Module, lora: GeneratedLoRA, skip_missing: bool = False) -> Match:
+    """Find every target and check its shape; one HYWUError for all that disagree.
+
+    skip_missing: targets that the model lacks are left out, as long as it has others.
+    """
     found, skipped, wrong = {}, [], []
     for path in lora:
         module = lora.target(path).module
@@ -111,6 +147,12 @@ def match(model: nn.Module, lora: GeneratedLoRA) -> Match:
             f"This LoRA was made for {base} and does not fit {name}: {what}. Connect the base model "
             "that the generator was trained for."
         )
+    if skipped and not skip_missing:
+        raise HYWUError(
+            f"{len(skipped)} of the LoRA's {len(lora)} modules aren't in {name}, such as {skipped[0]}; "
+            f"connect the model it was made for ({base}), connect MODEL to Load Generated LoRA where the "
+            "file has other names for its modules, or turn skip_missing on to apply the others."
+        )
     experts = [path for path in found if lora.target(path).module.num_experts]
     if experts:
         raise HYWUError(
@@ -120,13 +162,26 @@ def match(model: nn.Module, lora: GeneratedLoRA) -> Match:
     return Match(found, tuple(skipped))
 
 
+def check_strength(strength: float) -> None:
+    """HYWUError on a number that no LoRA can be multiplied by."""
+    if not abs(strength) <= MAX_STRENGTH:
+        raise HYWUError(
+            f"The strength is {strength}; it must be a finite number from {-MAX_STRENGTH:g} to "
+            f"{MAX_STRENGTH:g}."
+        )
+
+
 def apply(
-    model: Any, lora: GeneratedLoRA, strength: float, mode: str, scope: Scope
-) -> tuple[Any, str]:
-    """(patched clone, report as JSON). Nothing is touched before everything is checked."""
-    if not math.isfinite(strength):
-        raise HYWUError(f"The strength is {strength}; it must be a finite number.")
-    matched = match(model.model, lora)
+    model: Any,
+    lora: GeneratedLoRA,
+    strength: float,
+    mode: str,
+    scope: Scope,
+    skip_missing: bool = False,
+) -> tuple[Any, str, list[str]]:
+    """(patched clone, report as JSON, warnings). Nothing is touched before everything is checked."""
+    check_strength(strength)
+    matched = match(model.model, lora, skip_missing)
     strengths = scope.strengths(lora)
     if mode == "auto":
         single = lora.batch_size == 1 and not scope.needs_unmerged
@@ -148,16 +203,8 @@ def apply(
         _merge(patched, lora, active)
     elif active:
         _unmerged(patched, lora, active, scope)
-    report = {
-        "mode": mode,
-        "strength": strength,
-        "loras": lora.batch_size,
-        "matched": len(matched.found),
-        "active": len(active),
-        "skipped": len(matched.skipped),
-        "skipped_modules": list(matched.skipped[:20]),
-    }
-    return patched, json.dumps(report)
+    report = matched.report(mode=mode, strength=strength, loras=lora.batch_size, active=len(active))
+    return patched, report, matched.warnings
 
 
 def _compiled(model: Any) -> bool:

@@ -52,6 +52,27 @@ def map_pixels(page) -> np.ndarray:
     return np.array(values[2]).reshape(values[0], values[1], 4)
 
 
+@pytest.mark.parametrize(
+    ("kind", "widget", "after"),
+    [("HYWUTrainGenerator", "seed", "fixed"), ("HYWUBenchmarkItems", "index", "increment")],
+)
+def test_a_new_node_goes_on_where_it_was(page, errors, kind, widget, after):
+    """A seed that changes by itself would begin another training; a saved choice is kept."""
+    control = """([kind, name, saved]) => {
+        const node = window.LiteGraph.createNode(kind);
+        window.app.graph.add(node);
+        const [control] = node.widgets.find((w) => w.name === name).linkedWidgets;
+        if (!saved) return control.value;
+        control.value = saved;
+        const again = window.LiteGraph.createNode(kind);
+        window.app.graph.add(again);
+        again.configure(node.serialize());
+        return again.widgets.find((w) => w.name === name).linkedWidgets[0].value; }"""
+    assert page.evaluate(control, [kind, widget, ""]) == after
+    assert page.evaluate(control, [kind, widget, "randomize"]) == "randomize"
+    assert errors == []
+
+
 def test_the_norm_map_and_the_time_appear_after_a_run(page, artefacts, errors):
     do.open_graph(page, do.hywu_graph())
     assert page.locator(MAP).count() == 0

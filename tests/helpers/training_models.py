@@ -58,10 +58,10 @@ VISION = {
 }  # fmt: skip
 
 
-def load_model(folder: Path, name: str) -> Any:
-    """The architecture with random weights, by the stock loader. folder: whose ``models`` it looks in."""
+def load_model(name: str) -> Any:
+    """The architecture with random weights, by the stock loader from its own folder."""
     weights = architectures.random_weights(architectures.build(name), torch.float32)
-    file = folder / "models" / f"{name}.safetensors"
+    file = Path(folder_paths.get_folder_paths("diffusion_models")[0]) / f"{name}.safetensors"
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file({f"model.diffusion_model.{key}": value for key, value in weights.items()}, file)
     folder_paths.filename_list_cache.clear()

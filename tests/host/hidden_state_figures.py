@@ -140,13 +140,13 @@ def qwen() -> Any:
 def models() -> dict[str, Any]:
     """Name -> a function that makes it."""
     return {
-        "Wan 2.1": lambda: Model("wan", tools.load_model(FOLDER, "Wan 2.1"), tools.wan_vae(), 4096),
-        "SD3": lambda: Model("sd3", tools.load_model(FOLDER, "SD3"), small_vae(16), 64, 2048),
+        "Wan 2.1": lambda: Model("wan", tools.load_model("Wan 2.1"), tools.wan_vae(), 4096),
+        "SD3": lambda: Model("sd3", tools.load_model("SD3"), small_vae(16), 64, 2048),
         "SD 1.5": lambda: Model("sd15", unet(1, 1), small_vae(4), 768),
         "UNet": lambda: Model("unet", unet(1, 0), small_vae(4), 768),
         "Flux": lambda: Model("flux", flux(), small_vae(16), 64, 32),
         "HunyuanImage 2.1": lambda: Model(
-            "hunyuan", tools.load_model(FOLDER, "HunyuanImage 2.1"), small_vae(64), 64
+            "hunyuan", tools.load_model("HunyuanImage 2.1"), small_vae(64), 64
         ),
         "Qwen-Image": lambda: Model("qwen", qwen(), tools.wan_vae(), 64),
         "Z-Image": lambda: Model("z", z_image(), small_vae(16), 32),

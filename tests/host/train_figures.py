@@ -94,7 +94,7 @@ def make_base(
 def wan() -> dict[str, Any]:
     tools.make_pairs(FOLDER / "input" / "colour")
     with torch.inference_mode():  # as ComfyUI runs its nodes
-        model, vae, clip = tools.load_model(FOLDER, "Wan 2.1"), tools.wan_vae(), tools.ToyCLIP(4096)
+        model, vae, clip = tools.load_model("Wan 2.1"), tools.wan_vae(), tools.ToyCLIP(4096)
         before = frozen_digest(model.model)
         generator, report, plot, samples = train(model, vae, clip)
         found = {
@@ -340,7 +340,7 @@ def references() -> dict[str, Any]:
     rows = [json.loads(row) for row in tools.make_pairs(folder, references=2).open()]
     seeing, clip = tools.clip_vision(FOLDER), tools.ToyCLIP(4096)
     with torch.inference_mode():
-        model, vae = tools.load_model(FOLDER, "Wan 2.1"), tools.wan_vae()
+        model, vae = tools.load_model("Wan 2.1"), tools.wan_vae()
         inputs = {"clip_vision": seeing, "name": "references", "steps": 2}
         generator, report, *_ = train(model, vae, clip, **inputs)
         written = checkpoint("references").read_bytes()
@@ -457,7 +457,7 @@ def trained_size(size: str) -> dict[str, Any]:
     """Three steps of a size: stopped after the first, gone on with, loaded, a LoRA generated."""
     tools.make_pairs(FOLDER / "input" / "colour")
     with torch.inference_mode():
-        model, vae, clip = tools.load_model(FOLDER, "Wan 2.1"), tools.wan_vae(), tools.ToyCLIP(4096)
+        model, vae, clip = tools.load_model("Wan 2.1"), tools.wan_vae(), tools.ToyCLIP(4096)
         widgets, before = {"name": size, "generator_size": size, "steps": 3}, resident()
         held_before = held()
         how = interrupted_at(1, lambda: train(model, vae, clip, **widgets))
@@ -549,7 +549,7 @@ def conflict(seed: str, *arms: str) -> dict[str, Any]:
     tools.make_pairs(FOLDER / "input" / "colour", PICTURES)
     number = int(seed)
     with torch.inference_mode():
-        model, vae, clip = tools.load_model(FOLDER, "Wan 2.1"), tools.wan_vae(), tools.ToyCLIP(4096)
+        model, vae, clip = tools.load_model("Wan 2.1"), tools.wan_vae(), tools.ToyCLIP(4096)
     with autograd_through_host():
         bases = {arm: make_base(model, vae, clip, *ARMS[arm]) for arm in arms}
         crops = FixedCrops(files.training_pairs("colour")[0], 8, tools.SIZE, 1, 0)

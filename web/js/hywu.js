@@ -20,6 +20,12 @@ const REMEMBERED_PROMPTS = 32;
 /** Black, violet, orange, yellow: the colours of the Inspect node's picture. */
 const COLOURS = [[0, 0, 5], [128, 18, 128], [250, 128, 51], [255, 255, 178]];
 
+/**
+ * Class -> [widget, what "control after generate" begins with]. The frontend begins with "randomize", by
+ * which a training never goes on where it stopped and items come in no order; a saved workflow keeps its own.
+ */
+const AFTER_A_RUN = { HYWUTrainGenerator: ["seed", "fixed"], HYWUBenchmarkItems: ["index", "increment"] };
+
 const TEXTS = {
   en: {
     layers: "layers", largest: "largest", took: (s) => `${s} s`, cached: "from the cache",
@@ -266,6 +272,14 @@ async function recallMaps(ids) {
   }
 }
 
+/** What a new node's seed or index does after a run. */
+function setAfterARun(node) {
+  const [name, value] = AFTER_A_RUN[node.comfyClass] ?? [];
+  const widget = node.widgets?.find((w) => w.name === name);
+  const control = widget?.linkedWidgets?.find((w) => w.options?.values?.includes?.(value));
+  if (control) control.value = value;
+}
+
 /** Call `added` after the method that is there already, whoever put it there. */
 function chain(prototype, name, added) {
   const earlier = prototype[name];
@@ -287,7 +301,10 @@ app.registerExtension({
 
   addCustomNodeDefs: (definitions) => translateDefinitions(definitions),
 
-  nodeCreated: (node) => translateNode(node),
+  nodeCreated(node) {
+    translateNode(node);
+    setAfterARun(node);
+  },
 
   beforeRegisterNodeDef(nodeType, nodeData) {
     if (!NODES.has(nodeData?.name)) return;
