@@ -11,7 +11,7 @@ process of its own, clocks and power logged beside it, the JSON written anew aft
 2. waits: the tests that nothing between condition and applied LoRA waits for the device
 3. the official size, plain eager and ours
 4. the official size in fp8
-5. official without experts, Flux-size, bundled (with a CUDA graph), streamed
+5. official without experts, Flux-size, bundled (with a CUDA graph), offloaded
 
 The end is a list of decisions, each with the figures it follows from; `decide` makes it again from the
 JSON. bench/switches.py is the second ten minutes, bench/on_device.py the third.
@@ -48,7 +48,7 @@ OTHERS = (
     ("flux", "ours", 2, 30),
     ("bundled", "ours", 1, 30),
     ("bundled", "graph", 1, 30),
-    ("official", "streamed", 15, 90),
+    ("official", "offloaded", 15, 90),
 )
 
 #: Longest time of the probe and of the tests.

@@ -156,7 +156,7 @@ def _memory(
     )
     if device.type == "cuda":
         peak = peak_bytes(run, device) - before
-        over = None if generator.streaming else peak - weights
+        over = None if generator.residency.offloaded else peak - weights
     else:
         over = peak_bytes(run, device)
         peak = weights + over

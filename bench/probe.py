@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hywu_core.generator.layers import fused_kernels
 from hywu_core.generator.rope import Axes, axis_table, rotate
 from hywu_core.generator.speed.fp8 import scaled_mm_works
+from hywu_core.generator.speed.passes import fused_kernels
 from hywu_core.grouped import grouped_linear
 
 from .device import kernel_names, rates, relative_error, seconds_of, use

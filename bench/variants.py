@@ -22,8 +22,8 @@ from hywu_core.generator.tensors import file_tensors
 
 from .eager import EagerGenerator
 
-#: What the streamed variant may take in all where the weights alone take more.
-STREAMED_BYTES = 12_000_000_000
+#: What the offloaded variant may take in all where the weights alone take more.
+OFFLOADED_BYTES = 12_000_000_000
 
 Run = Callable[[], list[Tensor]]
 
@@ -121,14 +121,14 @@ def _fp8(generator: ParameterGenerator, condition: Condition) -> Run:
     return lambda: generator.generate_grids(condition)
 
 
-def _streamed(generator: ParameterGenerator, condition: Condition) -> Run:
+def _offloaded(generator: ParameterGenerator, condition: Condition) -> Run:
     call = condition.batch_size, condition.num_tokens
     generator.memory_budget = 1 << 50
     plan = generator.memory_plan(*call)
     least = plan.fixed_bytes + min(SLOTS, plan.num_blocks) * plan.block_bytes + plan.working_bytes
     weights = plan.fixed_bytes + plan.num_blocks * plan.block_bytes
-    generator.memory_budget = STREAMED_BYTES if weights > STREAMED_BYTES else least
-    if not generator.memory_plan(*call).streamed:
+    generator.memory_budget = OFFLOADED_BYTES if weights > OFFLOADED_BYTES else least
+    if not generator.memory_plan(*call).offloads:
         raise Unavailable(f"{plan.num_blocks} blocks: all of them are resident")
     return lambda: generator.generate_grids(condition)
 
@@ -139,7 +139,7 @@ VARIANTS: dict[str, Callable[[ParameterGenerator, Condition], Run]] = {
     "ours": _plain,
     "graph": _graph,
     "fp8": _fp8,
-    "streamed": _streamed,
+    "offloaded": _offloaded,
     "compiled": _compiled,
 }
 

@@ -69,11 +69,11 @@ def load_generator(
     if memory_budget is not None:
         generator.memory_budget = memory_budget
         if mapped is not None:
-            generator.mapped = mapped
-            generator.offload()
-        # planned with the shortest condition; each call plans anew, and may stream more
-        elif generator.memory_plan(1, 1).streamed:
-            generator.offload()
+            generator.residency.mapped = mapped
+            generator.residency.offload(generator.model)
+        # planned with the shortest condition; each call plans anew, and may offload more
+        elif generator.memory_plan(1, 1).offloads:
+            generator.residency.offload(generator.model)
         else:
             generator.to(device)
     return generator.eval()

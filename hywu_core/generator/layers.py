@@ -1,17 +1,14 @@
 """Layers of the generator: fused projections, four residual sublayers, one block.
 
-A sublayer takes a *view* of the residual stream, and in inference adds its result to that view in
+A sublayer takes a *view* of the hidden states, and in inference adds its result to that view in
 place, chunk by chunk: every sublayer mixes along one axis only, so chunks along the others never
 see each other's results. Under autograd the same code runs unchunked and out of place.
 """
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,39 +16,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import GeneratorConfig
-from .rope import Axes, StackTables, rotate, rotate_
-
-log = logging.getLogger(__name__)
-
-EPS = 1e-6
-
-#: Attention kernels take no more sequences at once: a CUDA grid's second and third dimensions end there.
-MOST_SEQUENCES = 65535
+from .rope import Axes, StackTables
+from .speed import passes
+from .speed.passes import EPS, Passes, linear
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a block needs beside the residual stream.
+    """What blocks need beside the hidden states.
 
-    condition: ``[B, L, d]``. mask: bool ``[B, 1, 1, L]`` or None. keys: tables a stack, to turn the
-    condition's keys by. in_place: add into the stream (inference) or return a new one (autograd).
-    chunk_rows: rows of ``d_model`` values that one chunk holds at most, about. kernels: the module of
-    Triton kernels to use (inference only), or None for torch.
+    condition: ``[B, L, d]``. mask: bool ``[B, 1, 1, L]`` or None. tables: position tables per stack. keys:
+    tables per stack to turn the condition's keys by. passes: what happens between matrix products.
     """
 
     condition: Tensor
     mask: Tensor | None
+    tables: list[StackTables]
     keys: list[Axes]
-    in_place: bool
-    chunk_rows: int
-    kernels: ModuleType | None = None
+    passes: Passes
 
-    def rotate(self, x: Tensor, axes: Axes) -> Tensor:
-        """``x [M, L, H, hd]`` turned; over itself in inference."""
-        if self.kernels is not None:
-            return self.kernels.rotate_(x, axes.first, axes.second)
-        table = axes.whole()[:, :, None]
-        return rotate_(x, table) if self.in_place else rotate(x, table)
+    @property
+    def in_place(self) -> bool:
+        """Whether results are added into the hidden states (inference), or make new ones (autograd)."""
+        return self.passes.in_place
 
 
 class RMSNorm(nn.Module):
@@ -65,20 +52,23 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), EPS)
 
 
-def weights(layer: nn.Module, like: Tensor) -> tuple[Tensor, Tensor | None]:
+#: Weight and bias of a product; see `weights`.
+Product = tuple[Any, "Tensor | None"]
+
+
+def weights(layer: nn.Module, like: Tensor) -> Product:
     """Weight and bias of a Linear as `like` needs them.
 
     A host that keeps weights elsewhere or in another dtype gives its Linear a method `resolve(like)`;
-    it is called once a sublayer, not once a chunk. In place of the weight it may give an object with a
-    method ``linear(x, bias)`` that multiplies in its own way (see speed/fp8.py).
+    it is called once per sublayer, not once per chunk. In place of the weight it may give an object
+    with a method ``linear(x, bias)`` that multiplies in its own way (see speed/fp8.py).
     """
     resolve = getattr(layer, "resolve", None)
     return (layer.weight, layer.bias) if resolve is None else resolve(like)
 
 
-def linear(x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
-    """``F.linear`` with either kind of weight that `weights` returns."""
-    return F.linear(x, weight, bias) if isinstance(weight, Tensor) else weight.linear(x, bias)
+def _resolved(module: nn.Module, like: Tensor) -> dict[str, Product]:
+    return {name: weights(layer, like) for name, layer in module.named_children()}
 
 
 class SelfAttention(nn.Module):
@@ -126,107 +116,108 @@ class Block(nn.Module):
         self.norm4 = RMSNorm(dim)
 
     def forward(
-        self,
-        streams: list[Tensor],
-        tables: list[StackTables],
-        context: Context,
-        skip_prefix: bool = False,
+        self, hidden: list[Tensor], context: Context, skip_prefix: bool = False
     ) -> list[Tensor]:
-        """streams: a residual stream ``[B, N, S, d]`` for each stack.
+        """hidden: hidden states ``[B, N, S, d]`` of each stack.
 
         skip_prefix: the attentions that do not see the condition were done already.
         """
-        streams = list(streams)  # a recomputed block must find its list as it was
+        hidden = list(hidden)  # a recomputed block must find its list as it was
         if not skip_prefix:
-            streams = self.prefix(streams, tables, context)
-        streams = self.cross(streams, tables, context)
-        return self.mlp(streams, context)
+            hidden = self.prefix(hidden, context)
+        hidden = self.cross(hidden, context)
+        return self.mlp(hidden, context)
 
-    def prefix(
-        self, streams: list[Tensor], tables: list[StackTables], context: Context
-    ) -> list[Tensor]:
+    def prefix(self, hidden: list[Tensor], context: Context) -> list[Tensor]:
         """The two sublayers that do not see the condition."""
-        across = _resolved(self.self_attn_n, streams[0])
-        for i in range(len(streams)):
-            # across layers: sequences of N, one a position, so the stream is looked at transposed
-            turned = self._self_attention(
-                streams[i].transpose(1, 2), self.norm1, across, tables[i].layers, context
+        return self.within(self.across(hidden, context), context)
+
+    def across(self, hidden: list[Tensor], context: Context) -> list[Tensor]:
+        """Attention across layers: sequences of N, one per position, so it is looked at transposed."""
+        products = _resolved(self.self_attn_n, hidden[0])
+        for i, tables in enumerate(context.tables):
+            turned = hidden[i].transpose(1, 2)
+            turned = self._self_attention(turned, self.norm1, products, tables.layers, context)
+            hidden[i] = turned.transpose(1, 2)
+        context.passes.settle(products["W_o"][1])
+        return hidden
+
+    def within(self, hidden: list[Tensor], context: Context) -> list[Tensor]:
+        """Attention within a layer: sequences of S, one per layer."""
+        products = _resolved(self.self_attn_hw, hidden[0])
+        for i, tables in enumerate(context.tables):
+            hidden[i] = self._self_attention(
+                hidden[i], self.norm2, products, tables.within, context
             )
-            streams[i] = turned.transpose(1, 2)
-        del across
-        within = _resolved(self.self_attn_hw, streams[0])
-        for i in range(len(streams)):
-            streams[i] = self._self_attention(
-                streams[i], self.norm2, within, tables[i].within, context
-            )
-        return streams
+        context.passes.settle(products["W_o"][1])
+        return hidden
 
     def _self_attention(
-        self, x: Tensor, norm: RMSNorm, resolved: _Resolved, axes: Axes, context: Context
+        self, x: Tensor, norm: RMSNorm, products: dict[str, Product], axes: Axes, context: Context
     ) -> Tensor:
         """Attention along dimension 2 of ``x [B, M, L, d]``; chunks along dimension 1."""
         batch, _, length, _ = x.shape
-        heads = self.heads
+        out = products["W_o"]
 
-        def attend(normed: Callable[[], Tensor], view: Tensor, start: int) -> Tensor:
-            qkv = linear(normed(), *resolved["W_qkv"])
-            qkv = qkv.view(-1, length, 3 * heads, self.head_dim)
-            turned = context.rotate(qkv[:, :, : 2 * heads], axes)  # q and k in one go
-            q, k = turned[:, :, :heads], turned[:, :, heads:]
-            out = _attention(q, k, qkv[:, :, 2 * heads :], None)
-            return out.view(view.shape)
+        def attend(normed: Callable[[], Any], view: Tensor, start: int) -> Any:
+            qkv = linear(normed(), *products["W_qkv"])
+            qkv = qkv.view(-1, length, qkv.shape[-1])
+            return context.passes.self_attention(qkv, axes, self.heads, out[0]).view(view.shape)
 
-        most = MOST_SEQUENCES // batch
-        return _residual(x, norm, attend, resolved["W_o"], batch * length, context, most)
+        most = passes.MOST_SEQUENCES // batch
+        return _residual(
+            x, norm, products["W_qkv"], attend, out, batch * length, context, most
+        )  # fmt: skip
 
-    def cross(
-        self, streams: list[Tensor], tables: list[StackTables], context: Context
-    ) -> list[Tensor]:
+    def cross(self, hidden: list[Tensor], context: Context) -> list[Tensor]:
         """Attention of every position to the condition."""
-        resolved = _resolved(self.self_attn_cross, streams[0])
-        kv = linear(context.condition, *resolved["W_kv"])
+        products = _resolved(self.self_attn_cross, hidden[0])
+        kv = linear(context.condition, *products["W_kv"])
         kv = kv.unflatten(-1, (2, self.heads, self.head_dim))
-        for i, stream in enumerate(streams):
-            batch, _, length, _ = stream.shape
+        for i, states in enumerate(hidden):
+            batch, _, length, _ = states.shape
             key = kv[:, :, 0]
-            if context.in_place and len(streams) > 1:
+            if context.in_place and len(hidden) > 1:
                 key = key.clone()  # kv is the keys' source for every stack
-            key = context.rotate(key, context.keys[i])
-            value, own = kv[:, :, 1], tables[i]
+            key = context.passes.rotate(key, context.keys[i])
+            value, own = kv[:, :, 1], context.tables[i]
 
             def attend(
-                normed: Callable[[], Tensor],
-                view: Tensor,
-                start: int,
-                key=key,
-                value=value,
-                own=own,
+                normed: Callable[[], Any], view: Tensor, start: int, key=key, value=value, own=own
             ) -> Tensor:
-                q = linear(normed(), *resolved["W_q"])
+                q = linear(normed(), *products["W_q"])
                 items, count, positions, _ = view.shape
                 q = q.reshape(-1, positions, self.heads, self.head_dim)
-                q = context.rotate(q, own.query(start, count, items))
+                q = context.passes.rotate(q, own.query(start, count, items))
                 q = q.view(items, -1, self.heads, self.head_dim)
-                return _attention(q, key, value, context.mask).view(view.shape)
+                return context.passes.attention(q, key, value, context.mask).view(view.shape)
 
-            streams[i] = _residual(
-                stream, self.norm3, attend, resolved["W_o"], batch * length, context
+            hidden[i] = _residual(
+                states,
+                self.norm3,
+                products["W_q"],
+                attend,
+                products["W_o"],
+                batch * length,
+                context,
             )
-        return streams
+        context.passes.settle(products["W_o"][1])
+        return hidden
 
-    def mlp(self, streams: list[Tensor], context: Context) -> list[Tensor]:
+    def mlp(self, hidden: list[Tensor], context: Context) -> list[Tensor]:
         """The feed-forward, over chunks of rows."""
-        resolved = _resolved(self.feed_forward, streams[0])
+        products = _resolved(self.feed_forward, hidden[0])
+        out = products["fc2"]
 
-        def hidden(normed: Callable[[], Tensor], view: Tensor, start: int) -> Tensor:
-            h = linear(normed(), *resolved["fc1"])
-            return F.silu(h, inplace=context.in_place)
+        def activated(normed: Callable[[], Any], view: Tensor, start: int) -> Any:
+            return context.passes.silu(linear(normed(), *products["fc1"]), out[0])
 
-        for i, stream in enumerate(streams):
-            rows = stream.view(1, -1, 1, stream.shape[-1]) if context.in_place else stream
-            result = _residual(rows, self.norm4, hidden, resolved["fc2"], 1, context)
-            streams[i] = result.view(stream.shape)
-        return streams
+        for i, states in enumerate(hidden):
+            rows = states.view(1, -1, 1, states.shape[-1]) if context.in_place else states
+            rows = _residual(rows, self.norm4, products["fc1"], activated, out, 1, context)
+            hidden[i] = rows.view(states.shape)
+        context.passes.settle(out[1])
+        return hidden
 
 
 class Transformer(nn.Module):
@@ -255,106 +246,29 @@ class Transformer(nn.Module):
         return self.hw_pos[stack].weight, self.layer_pos[stack].weight
 
 
-_Resolved = dict[str, tuple[Tensor, "Tensor | None"]]
-
-
-def _resolved(module: nn.Module, like: Tensor) -> _Resolved:
-    return {name: weights(linear, like) for name, linear in module.named_children()}
-
-
-def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Scaled dot-product attention of ``[B, L, H, hd]`` tensors; returns ``[B, L, H * hd]``."""
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask
-    )
-    return out.transpose(1, 2).flatten(2)
-
-
-def even_step(length: int, most: int) -> int:
-    """The step that cuts `length` into as few chunks of `most` as there must be, all alike."""
-    chunks = -(-length // max(1, most))
-    return -(-length // chunks)
-
-
 def _residual(
     x: Tensor,
     norm: RMSNorm,
-    branch: Callable[[Callable[[], Tensor], Tensor, int], Tensor],
-    out: tuple[Any, Tensor | None],
+    first: Product,
+    branch: Callable[[Callable[[], Any], Tensor, int], Any],
+    out: Product,
     rows_each: int,
     context: Context,
     most: int | None = None,
 ) -> Tensor:
     """``x + linear(branch(norm(x)))`` over ``x [B, M, L, d]``, in chunks along M when in place.
 
-    branch: takes the norm as a function (so that its result lives no longer than it must), the chunk
-    and the chunk's start. rows_each: rows of d values that one index of M holds. most: indices of M
-    that a chunk may hold at most, where not only memory says.
+    first: the product that the norm goes into. branch: takes the norm as a function (so that its result
+    lives no longer than it must), the chunk and the chunk's start. rows_each: rows of d values that
+    one index of M holds. most: indices of M that a chunk may hold at most, where not only memory says.
     """
     if not context.in_place:
         return x + linear(branch(lambda: norm(x), x, 0), *out)
-    weight, bias = out
-    # autocast leaves in-place products alone, which then meet two types
-    plain = not torch.is_autocast_enabled(x.device.type)
-    fitting = context.chunk_rows // rows_each
-    step = even_step(x.shape[1], fitting if most is None else min(fitting, most))
-    for start in range(0, x.shape[1], step):
-        view = x[:, start : start + step]
-        adds = plain and view.is_contiguous() and isinstance(weight, Tensor)
-        hidden = branch(_normed(norm, view, bias if adds else None, context), view, start)
-        if adds:
-            rows = view.view(-1, view.shape[-1])
-            if bias is not None and context.kernels is None:
-                rows.add_(bias)
-            rows.addmm_(hidden.view(-1, hidden.shape[-1]), weight.t())
-        else:
-            view.add_(linear(hidden, weight, bias))
+    for at in context.passes.chunks(x.shape[1], rows_each, most):
+        view = x[:, at]
+        hidden = branch(
+            lambda view=view: context.passes.norm(norm, view, out, first[0]), view, at.start
+        )
+        context.passes.accumulate(view, hidden, out)
         del hidden  # else it lives on while the next chunk's is made
     return x
-
-
-def _normed(
-    norm: RMSNorm, view: Tensor, bias: Tensor | None, context: Context
-) -> Callable[[], Tensor]:
-    """The chunk's norm, to be called once; with kernels it adds `bias` to the chunk on its way."""
-    kernels = context.kernels
-    if kernels is None:
-        return lambda: norm(view)
-    return lambda: kernels.rms_norm(view, norm.weight, EPS, bias)
-
-
-# -- Triton where there is Triton ------------------------------------------------------------------
-
-
-@functools.cache
-def rounds_to_e4m3(device: torch.device) -> bool:
-    """Whether a CUDA device has instructions for e4m3; Triton builds no kernel with it elsewhere."""
-    return torch.cuda.get_device_capability(device) >= (8, 9)
-
-
-@functools.cache
-def fused_kernels(device: torch.device) -> ModuleType | None:
-    """The Triton kernels for a device, or None: no CUDA, no Triton, or none that can be built.
-
-    Triton builds a kernel at its first call; that is tried once, on a few values, so that a machine
-    without a C compiler falls back to torch with one line in the log.
-    """
-    if device.type != "cuda":
-        return None
-    try:
-        from .speed import kernels
-
-        x = torch.ones(1, 1, 1, 16, device=device, dtype=torch.bfloat16)
-        table = torch.ones(1, 1, 4, 2, device=device)
-        kernels.rms_norm(x, x[0, 0, 0], EPS, x[0, 0, 0])
-        kernels.rotate_(x, table, table)
-        if rounds_to_e4m3(device):
-            kernels.quantize_rows(x.view(1, 16))
-    except ImportError:
-        return None
-    except (
-        Exception
-    ) as error:  # Triton, its compiler and the driver each raise classes of their own
-        log.warning("Triton kernels can't be built here, torch is used: %s", error)
-        return None
-    return kernels

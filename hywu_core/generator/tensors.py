@@ -55,14 +55,14 @@ def slots(generator: ParameterGenerator) -> dict[str, Slot]:
 def file_tensors(generator: ParameterGenerator) -> Iterator[tuple[str, Tensor]]:
     """(name in files, view of the parameter) for every tensor of a checkpoint.
 
-    Raises HYWUError when layers were rounded to fp8: the checkpoint's own values are gone.
+    Raises HYWUError when layers were quantized to fp8: the checkpoint's own values are gone.
     """
     check_saveable(generator)
     parameters = dict(generator.named_parameters())
     for name, slot in slots(generator).items():
         whole = parameters[slot.parameter]
         if whole.is_meta:
-            yield name, generator.mapped.tensor(name).to(whole.dtype)
+            yield name, generator.residency.mapped.tensor(name).to(whole.dtype)
         else:
             yield name, whole[slot.start : slot.start + slot.shape[0]]
 
@@ -73,7 +73,7 @@ def check_saveable(generator: ParameterGenerator) -> None:
 
     if uses_fp8(generator):
         raise HYWUError(
-            "this generator's linear layers were rounded to fp8, so it can't be saved; save it before "
+            "this generator's linear layers were quantized to fp8, so it can't be saved; save it before "
             "to_fp8, or copy the checkpoint that it was loaded from."
         )
 

@@ -17,8 +17,8 @@ from ...hywu_core.errors import HYWUError, out_of_memory
 from ...hywu_core.files import open_tensors
 from ...hywu_core.generator.checkpoints import load_generator, open_checkpoint
 from ...hywu_core.generator.config import GeneratorConfig
-from ...hywu_core.generator.model import CHUNK_BYTES, PREFIX_CACHE_BYTES
-from ...hywu_core.generator.speed.memory import Sizes
+from ...hywu_core.generator.speed.memory import Sizes, default_chunk_bytes
+from ...hywu_core.generator.speed.prefix import PREFIX_CACHE_BYTES
 from ...hywu_core.lora import GeneratedLoRA
 from . import operations
 from .cache import CACHE
@@ -39,9 +39,9 @@ def activation_bytes(config: GeneratorConfig, batch: int, tokens: int, itemsize:
     The engine's own bound, the kept prefix, and a sublayer's weights, which are cast where ComfyUI left
     them in host memory: those of the feed-forward are the largest, ``2 · 4d · d``.
     """
-    chunk = CHUNK_BYTES.get(mm.get_torch_device().type, CHUNK_BYTES["cuda"])
+    chunk = default_chunk_bytes(mm.get_torch_device())
     sizes = Sizes(config, 0, 0, itemsize, batch, tokens, chunk, PREFIX_CACHE_BYTES)
-    prefix = sizes.stream_bytes if sizes.stream_bytes <= PREFIX_CACHE_BYTES else 0
+    prefix = sizes.hidden_bytes if sizes.hidden_bytes <= PREFIX_CACHE_BYTES else 0
     return sizes.working_bytes(chunk) + prefix + 8 * config.d_model**2 * itemsize
 
 
@@ -53,6 +53,7 @@ class HostGenerator:
 
     def __init__(self, path: Path, dtype: torch.dtype, fp8: bool = False) -> None:
         network = load_generator(path, "cpu", dtype, operations=operations)
+        network.prefix_cache_bytes = PREFIX_CACHE_BYTES  # no more than ComfyUI is told
         if fp8:
             operations.round_weights(network.model.blocks)
         self.config: GeneratorConfig = network.config

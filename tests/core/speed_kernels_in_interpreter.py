@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +11,9 @@ import torch.nn.functional as F
 from bench.sizes import make
 from hywu_core import Condition, GeneratorConfig, LoRALayout
 from hywu_core.generator.rope import Axes, axis_table, rotate
-from hywu_core.generator.speed import kernels
-from hywu_core.generator.speed.fp8 import quantize_rows
+from hywu_core.generator.speed import kernels, passes
+from hywu_core.generator.speed.fp8 import Fp8Weight, quantize_rows, to_fp8
+from hywu_core.generator.speed.passes import Switches
 from hywu_core.layout import Module, Stack
 
 #: relative to the values; the interpreter and torch round once each
@@ -117,28 +119,86 @@ def rows(dtype: torch.dtype) -> None:
         assert same.float().mean() > 0.95
 
 
-def generator(dtype: torch.dtype) -> None:
-    """The whole fast path: several stacks and parts, a mask, a batch, chunks."""
+#: Parts of the fast path that floating-point weights take.
+PARTS = ("across", "wide_rope", "pending_bias", "strided_accumulate", "waves")
+
+
+def config() -> GeneratorConfig:
     stacks = (
         Stack(("d.0", "d.1"), (Module("qkv", 24, 40), Module("proj", 24, 24))),
         Stack(("s.0",), (Module("linear1", 24, 30),)),
     )
-    config = GeneratorConfig(LoRALayout(stacks, 4, 8.0), {"a": 12, "b": 20}, 16, 2, 32, 8, 2)
+    return GeneratorConfig(LoRALayout(stacks, 4, 8.0), {"a": 12, "b": 20}, 16, 2, 32, 16, 2)
+
+
+def given() -> Condition:
+    """Several parts, a batch, a mask."""
     parts = {"a": torch.randn(2, 3, 12), "b": torch.randn(2, 4, 20)}
     mask = torch.tensor([[True, True, False, True], [True, False, True, True]])
-    condition = Condition(parts, {"b": mask})
-    plain, fast = make(config, dtype=dtype), make(config, dtype=dtype)
-    exact = make(config).double()
+    return Condition(parts, {"b": mask})
+
+
+def off(values: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
+    apart = sum((v.double() - e).square().sum() for v, e in zip(values, exact, strict=True))
+    return (apart / sum(e.square().sum() for e in exact)).sqrt().item()
+
+
+def generator(dtype: torch.dtype) -> None:
+    """The whole fast path, and with each of its parts off: several stacks, chunks, waves."""
+    condition = given()
+    plain, fast = make(config(), dtype=dtype), make(config(), dtype=dtype)
+    for module in (plain, fast):  # biases are zero at first
+        torch.manual_seed(1)
+        for name, parameter in module.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.normal_(parameter, std=0.3)
+    exact = make(config()).double()
     exact.load_state_dict(plain.state_dict())
+    expected = exact.generate_grids(condition)
+    own = off(plain.generate_grids(condition), expected)
+    limit = 1e-5 if dtype == torch.float32 else 1.5 * own
     fast.kernels = kernels
-    for chunk_bytes in (None, 2000):
-        fast.chunk_bytes, fast._prefix = chunk_bytes, None
-        results = [g.generate_grids(condition) for g in (plain, fast, exact)]
-        for torchs, tritons, right in zip(*results, strict=True):
-            own = (torchs.double() - right).norm() / right.norm()
-            error = (tritons.double() - right).norm() / right.norm()
-            limit = 1e-5 if dtype == torch.float32 else 1.5 * own
-            assert error <= limit, (error, own)
+    everything = Switches()
+    settings = [(everything, None), (everything, 2000), (everything.without(*PARTS), 2000)]
+    if dtype == torch.float32:
+        settings += [(everything.without(part), 2000) for part in PARTS]
+    for switches, chunk_bytes in settings:
+        fast.switches, fast.chunk_bytes = switches, chunk_bytes
+        for _ in range(2 if switches == everything else 1):  # the prefix is made, and kept
+            error = off(fast.generate_grids(condition), expected)
+            assert error <= limit, (switches, error, own)
+
+
+class Rounding:
+    """The kernels, whose 8 bits torch rounds: the interpreter's own rounding forgets a carry."""
+
+    def __getattr__(self, name: str):
+        function = getattr(kernels, name)
+        if name == "quantize_rows":
+            return lambda x, silu=False: self._rounded(function(x, torch.float32, silu))
+        if name.endswith("_quantized"):
+            return lambda *args: self._rounded(function(*args, dtype=torch.float32))
+        return function
+
+    def _rounded(self, made: tuple[torch.Tensor, torch.Tensor]) -> tuple:
+        values, scales = made
+        return values.to(torch.float8_e4m3fn), scales
+
+
+def fp8(dtype: torch.dtype) -> None:
+    """Norm, SiLU and the attention across layers that write 8 bits, against torch doing it after them."""
+    condition = given()
+    expected = make(config()).double().generate_grids(condition)
+    plain, fast = to_fp8(make(config(), dtype=dtype)), to_fp8(make(config(), dtype=dtype))
+    own = off(plain.generate_grids(condition), expected)
+    fast.kernels = Rounding()
+    parts = ("fp8_norm", "fp8_silu", "fp8_across")
+    # on a CPU nothing multiplies 8 bits, so that nothing would be handed on in them
+    with mock.patch.object(passes, "_quantizes", lambda to, x: isinstance(to, Fp8Weight)):
+        for switches in (Switches(), *(Switches().without(part) for part in parts)):
+            fast.switches = switches
+            error = off(fast.generate_grids(condition), expected)
+            assert 0.8 * own < error < 1.2 * own, (switches, error, own)
 
 
 def main() -> None:
@@ -149,11 +209,11 @@ def main() -> None:
         ("across", across),
         ("quantize_rows", rows),
         ("generator", generator),
+        ("fp8", fp8),
     ):
         # the interpreter's tl.dot takes bfloat16 for integers: kernels with products go without it
-        half = (
-            (torch.float16,) if name in ("across", "generator") else (torch.float16, torch.bfloat16)
-        )
+        halves = {"across": (torch.float16,), "generator": (torch.float16,), "fp8": ()}
+        half = halves.get(name, (torch.float16, torch.bfloat16))
         for dtype in (torch.float32, *half):
             with torch.no_grad():
                 check(dtype)

@@ -206,7 +206,7 @@ def test_inference_equals_autograd_whatever_the_chunks():
     condition = two_part_condition()
     graph = generator(condition)
     assert graph["double.0.qkv"].A.requires_grad
-    assert generator._prefix is None  # a kept one would cut the graph
+    assert not generator.prefixes.found  # a kept one would cut the graph
     for chunk_bytes in (1, 600, 5000, None):
         generator.chunk_bytes = chunk_bytes
         with torch.no_grad():
@@ -232,11 +232,11 @@ def test_prefix_cache_follows_the_weights():
     condition = two_part_condition(batch=1)
     with torch.no_grad():
         before = generator(condition)
-        assert generator._prefix is not None
+        assert generator.prefixes.found
         again = generator(condition)
         generator.model.hw_pos[0].weight.mul_(1.5)
         changed = generator(condition)
-        generator._prefix = None
+        generator.prefixes.clear()
         fresh = generator(condition)
     for key, value in before.factors.items():
         assert torch.equal(again.factors[key], value)

@@ -48,7 +48,7 @@ def grid(generator) -> torch.Tensor:
         return generator.generate_grids(condition())[0]
 
 
-def streamed_budget(path: Path, **options) -> int:
+def offloaded_budget(path: Path, **options) -> int:
     """The least under which no block stays in memory and chunks are as large as ever."""
     plan = load_generator(path, memory_budget=ENOUGH, **options).memory_plan(1, TOKENS)
     return plan.fixed_bytes + SLOTS * plan.block_bytes + plan.working_bytes
@@ -65,9 +65,9 @@ def test_blocks_read_from_the_file_give_the_same_bits(tmp_path, dtype, kind):
         path = save_official(original, tmp_path / "official", shard_bytes=200_000)
         assert len(list(path.glob("*.safetensors"))) > 3
     expected = grid(load_generator(path, dtype=dtype))
-    generator = load_generator(path, dtype=dtype, memory_budget=streamed_budget(path, dtype=dtype))
+    generator = load_generator(path, dtype=dtype, memory_budget=offloaded_budget(path, dtype=dtype))
     plan = generator.memory_plan(1, TOKENS)
-    assert (plan.resident_blocks, generator.streaming) == (0, True)
+    assert (plan.resident_blocks, generator.residency.offloaded) == (0, True)
     for budget in (generator.memory_budget, ENOUGH, None):
         generator.memory_budget = budget
         assert torch.equal(grid(generator), expected)
@@ -76,7 +76,7 @@ def test_blocks_read_from_the_file_give_the_same_bits(tmp_path, dtype, kind):
 
 def test_it_can_be_saved_but_not_moved_or_trained(tmp_path):
     path = save_generator(make(config()), tmp_path / "g.safetensors")
-    generator = load_generator(path, memory_budget=streamed_budget(path))
+    generator = load_generator(path, memory_budget=offloaded_budget(path))
     again = save_generator(generator, tmp_path / "again.safetensors")
     assert again.read_bytes() == path.read_bytes()
     with pytest.raises(HYWUError, match="can't be moved or cast"):
@@ -88,7 +88,7 @@ def test_it_can_be_saved_but_not_moved_or_trained(tmp_path):
 
 def test_a_file_that_changed_is_not_read(tmp_path):
     path = save_generator(make(config()), tmp_path / "g.safetensors")
-    generator = load_generator(path, memory_budget=streamed_budget(path))
+    generator = load_generator(path, memory_budget=offloaded_budget(path))
     grid(generator)
     save_generator(other(), path, overwrite=True)
     with pytest.raises(HYWUError, match="changed since the generator was loaded"):
@@ -141,7 +141,7 @@ MEASURE = """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
-def test_streaming_holds_under_a_quarter_of_the_weights(tmp_path):
+def test_offloading_holds_under_a_quarter_of_the_weights(tmp_path):
     """Anonymous resident memory of a process of its own, over load and three generations."""
     path = tmp_path / "g.safetensors"
     small = save_generator(make(config()), tmp_path / "small.safetensors")
@@ -150,10 +150,10 @@ def test_streaming_holds_under_a_quarter_of_the_weights(tmp_path):
     weights = sum(p.nbytes for p in generator.parameters())
     del generator
     gc.collect()
-    budget = streamed_budget(path)
+    budget = offloaded_budget(path)
     plan = load_generator(path, memory_budget=budget).memory_plan(1, TOKENS)
     peaks = {}
-    for name, number in (("resident", 0), ("streamed", budget)):
+    for name, number in (("resident", 0), ("offloaded", budget)):
         done = subprocess.run(
             [sys.executable, "-c", textwrap.dedent(MEASURE), small, path, str(number)],
             capture_output=True, text=True, timeout=600, check=True,
@@ -164,4 +164,4 @@ def test_streaming_holds_under_a_quarter_of_the_weights(tmp_path):
     assert weights > 1e8
     assert peaks["resident"] > 0.95 * weights  # the measurement sees weights
     assert peaks["resident"] < 1.2 * weights + plan.working_bytes  # never two copies of them
-    assert peaks["streamed"] < 0.25 * weights + plan.working_bytes
+    assert peaks["offloaded"] < 0.25 * weights + plan.working_bytes

@@ -26,7 +26,7 @@ def test_the_whole_course_runs_on_a_cpu(tmp_path, monkeypatch, capsys):
     assert figures["rates"]["matmul_tflops"] > 0
     errors = figures["relative_error_at_reduced_size"]
     assert set(errors) == {"float32 eager", *names}
-    for name in ("float32 eager", "eager", "ours", "streamed"):
+    for name in ("float32 eager", "eager", "ours", "offloaded"):
         assert errors[name] < 1e-5
     assert 0.005 < errors["fp8"] < 0.08
     assert set(figures["sizes"]) == set(SIZES)
@@ -37,7 +37,7 @@ def test_the_whole_course_runs_on_a_cpu(tmp_path, monkeypatch, capsys):
         assert size["variants"]["graph"]["skipped"] == "graphs are for small generators on CUDA"
         for variant, result in size["variants"].items():
             if "skipped" in result:
-                assert variant in ("graph", "streamed"), (name, variant, result)
+                assert variant in ("graph", "offloaded"), (name, variant, result)
                 continue
             assert 0 < result["min_s"] <= result["median_s"] <= result["max_s"]
             assert result["peak_over_weights_bytes"] > 0

@@ -10,7 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from bench import estimate
-from bench.estimate import HostCopy, Ledger, pretended_cuda
+from bench.pretended import CUDA, HostCopy, Ledger, pretended_cuda
 from bench.sizes import SIZES, make
 from hywu_core import Condition, GeneratorConfig, LoRALayout, inject
 from hywu_core.generator.speed.fp8 import to_fp8
@@ -39,7 +39,7 @@ def test_the_reference_holds_what_the_issue_says():
     assert sum(eager["flops"].values()) == pytest.approx(config.flops(4000), rel=0.01)
 
 
-@pytest.mark.parametrize("how", ["plain", "masked", "fp8", "streamed"])
+@pytest.mark.parametrize("how", ["plain", "masked", "fp8", "offloaded"])
 def test_nothing_between_condition_and_applied_lora_waits_or_copies_to_the_host(how):
     ledger = Ledger()
     with pretended_cuda(ledger):
@@ -51,7 +51,7 @@ def test_nothing_between_condition_and_applied_lora_waits_or_copies_to_the_host(
         generator = make(config, "cuda", torch.bfloat16)
         if how == "fp8":
             to_fp8(generator)
-        if how == "streamed":
+        if how == "offloaded":
             generator.memory_budget = 1 << 40
             plan = generator.memory_plan(2, 14)
             generator.memory_budget = plan.total_bytes - plan.block_bytes
@@ -65,8 +65,8 @@ def test_nothing_between_condition_and_applied_lora_waits_or_copies_to_the_host(
             lora = generator(condition)
             with inject(base, lora.to(dtype=torch.float32), index=[1, 0]):
                 y = base["b"][1]["fc"](base["b"][0]["fc"](x))
-        assert y.device == estimate.CUDA
-        assert generator.streaming == (how == "streamed")
+        assert y.device == CUDA
+        assert generator.residency.offloaded == (how == "offloaded")
 
 
 def test_waiting_and_copying_are_noticed():

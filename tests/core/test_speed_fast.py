@@ -9,9 +9,8 @@ from torch import nn
 from bench.sizes import make, random_condition, reduced
 from bench.variants import relative_difference, variant
 from hywu_core import Condition, GeneratorConfig, HYWUError, LoRALayout, inject
-from hywu_core.generator import layers
 from hywu_core.generator.checkpoints import save_generator
-from hywu_core.generator.speed import fp8
+from hywu_core.generator.speed import fp8, passes
 from hywu_core.generator.speed.fp8 import Fp8Linear, quantize_rows, to_fp8
 from hywu_core.generator.speed.graphs import GRAPHS, GraphedGenerator, compile_blocks
 from hywu_core.layout import Module, Stack
@@ -36,7 +35,7 @@ def grids(generator, condition) -> list[torch.Tensor]:
 # -- fp8 ------------------------------------------------------------------------------------------
 
 
-def test_rows_are_rounded_within_half_a_step_of_e4m3():
+def test_rows_are_quantized_within_half_a_step_of_e4m3():
     x = torch.randn(50, 300) * torch.logspace(-6, 6, 50)[:, None]
     x[7] = 0
     values, scale = quantize_rows(x)
@@ -47,7 +46,7 @@ def test_rows_are_rounded_within_half_a_step_of_e4m3():
     assert not error[7].any()
 
 
-def test_an_fp8_layer_multiplies_the_rounded_values():
+def test_an_fp8_layer_multiplies_the_quantized_values():
     linear = nn.Linear(40, 24)
     x = torch.randn(2, 5, 40)
     weight, weight_scale = quantize_rows(linear.weight.detach())
@@ -76,10 +75,10 @@ def test_fp8_generators_stream_but_are_not_saved(tmp_path):
     generator.memory_budget = 1 << 40
     plan = generator.memory_plan(1, 9)
     generator.memory_budget = plan.total_bytes - plan.block_bytes
-    streamed = grids(generator, condition)
-    assert generator.streaming
-    assert all(torch.equal(a, b) for a, b in zip(streamed, expected, strict=True))
-    with pytest.raises(HYWUError, match="rounded to fp8"):
+    offloaded = grids(generator, condition)
+    assert generator.residency.offloaded
+    assert all(torch.equal(a, b) for a, b in zip(offloaded, expected, strict=True))
+    with pytest.raises(HYWUError, match="quantized to fp8"):
         save_generator(generator, tmp_path / "g.safetensors")
 
 
@@ -98,7 +97,7 @@ def test_fp8_names_what_it_cannot_round():
 def test_devices_without_e4m3_round_with_torch(monkeypatch):
     """Triton builds no e4m3 kernel for them, though it does the others."""
     built = object()
-    monkeypatch.setattr(fp8, "fused_kernels", lambda device: built)
+    monkeypatch.setattr(passes, "fused_kernels", lambda device: built)
     for index, (capability, kernels) in enumerate([((8, 0), None), ((8, 9), built)]):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
         assert fp8._kernels(torch.device("cuda", 90 + index)) is kernels
@@ -202,14 +201,14 @@ def test_attention_takes_no_more_sequences_than_a_grid_has(monkeypatch):
     condition = random_condition(small(), 9, CPU, torch.float32)
     expected = grids(generator, condition)
     batches = []
-    attention = layers._attention
+    attention = passes.attention
 
-    def watched(q, k, v, mask):
+    def watched(q, k, v, *others):
         batches.append(q.shape[0])
-        return attention(q, k, v, mask)
+        return attention(q, k, v, *others)
 
-    monkeypatch.setattr(layers, "_attention", watched)
-    monkeypatch.setattr(layers, "MOST_SEQUENCES", 2)
+    monkeypatch.setattr(passes, "attention", watched)
+    monkeypatch.setattr(passes, "MOST_SEQUENCES", 2)
     generator.forget()
     torch.testing.assert_close(grids(generator, condition), expected)
     assert max(batches) == 2
@@ -231,7 +230,7 @@ def test_runs_are_equal():
 @pytest.mark.skipif(
     not torch.cuda.is_available(), reason="waiting for a device is detected by CUDA alone"
 )
-@pytest.mark.parametrize("how", ["plain", "masked", "streamed", "graph", "fp8"])
+@pytest.mark.parametrize("how", ["plain", "masked", "offloaded", "graph", "fp8"])
 def test_the_path_to_an_applied_lora_never_waits_for_the_device(how):
     device = torch.device("cuda")
     base = nn.ModuleDict(
@@ -245,7 +244,7 @@ def test_the_path_to_an_applied_lora_never_waits_for_the_device(how):
     condition = Condition({"a": tokens}, {"a": mask} if how == "masked" else {})
     if how == "fp8":
         to_fp8(generator)
-    if how == "streamed":
+    if how == "offloaded":
         generator.memory_budget = 1 << 40
         plan = generator.memory_plan(2, 9)
         generator.memory_budget = plan.total_bytes - plan.block_bytes
@@ -262,4 +261,4 @@ def test_the_path_to_an_applied_lora_never_waits_for_the_device(how):
             finally:
                 torch.cuda.set_sync_debug_mode("default")
     assert y.isfinite().all()
-    assert generator.streaming == (how == "streamed")
+    assert generator.residency.offloaded == (how == "offloaded")

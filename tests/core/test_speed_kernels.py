@@ -25,7 +25,7 @@ def test_kernels_compute_what_torch_computes():
     )
     assert done.returncode == 0, done.stderr[-3000:]
     checked = done.stdout.split()
-    assert checked == ["rms_norm", "rotate", "across", "quantize_rows", "generator"]
+    assert checked == ["rms_norm", "rotate", "across", "quantize_rows", "generator", "fp8"]
 
 
 NORM = {"HAS_BIAS": False, "HAS_PENDING": False, "QUANTIZE": False, "LIMIT": 448.0, "BLOCK": 4096}

@@ -1,4 +1,4 @@
-"""A generator within a memory budget: the plan, streamed blocks, threads, runs that repeat."""
+"""A generator within a memory budget: the plan, offloaded blocks, threads, runs that repeat."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from hywu_core import (
     load_generator,
 )
 from hywu_core.generator.checkpoints import save_generator
-from hywu_core.generator.model import CHUNK_BYTES
-from hywu_core.generator.speed.memory import SLOTS, Sizes, blocks_a_buffer, plan_memory
+from hywu_core.generator.speed.memory import CHUNK_BYTES, SLOTS, Sizes, plan_memory
+from hywu_core.generator.speed.offload import blocks_per_buffer
 from hywu_core.layout import Module, Stack
 
 
@@ -73,16 +73,16 @@ def generator_prefix(generator) -> int:
 
 @pytest.mark.parametrize("resident", [0, 1, 2, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_streamed_blocks_give_the_same_bits(resident, dtype):
+def test_offloaded_blocks_give_the_same_bits(resident, dtype):
     generator = make(config(), dtype=dtype)
     expected = {batch: grids(generator, condition(batch)) for batch in (1, 3)}
     for batch in (3, 1, 1):
         generator.memory_budget = with_resident(generator, resident, batch)
         plan = generator.memory_plan(batch, 14)
-        assert (plan.resident_blocks, plan.streamed) == (resident, resident < 5)
+        assert (plan.resident_blocks, plan.offloads) == (resident, resident < 5)
         assert plan.total_bytes <= generator.memory_budget
         assert same(grids(generator, condition(batch)), expected[batch])
-        assert generator.streaming == (resident < 5)
+        assert generator.residency.offloaded == (resident < 5)
     generator.memory_budget = None
     assert same(grids(generator, condition()), expected[1])
 
@@ -90,7 +90,7 @@ def test_streamed_blocks_give_the_same_bits(resident, dtype):
 def test_page_locked_buffers_waste_little_to_rounding():
     """torch rounds each up to a power of two, which a block's size is far from."""
     for block, num_blocks in ((604_110_848, 24), (671_000_000, 24), (50 << 20, 6), (7 << 30, 3)):
-        group = blocks_a_buffer(block, num_blocks)
+        group = blocks_per_buffer(block, num_blocks)
         assert 1 <= group <= num_blocks
         held = sum(
             1 << (min(group, num_blocks - first) * block - 1).bit_length()
@@ -99,11 +99,11 @@ def test_page_locked_buffers_waste_little_to_rounding():
         assert held <= 1.2 * num_blocks * block, (block, group)
 
 
-def test_only_two_slots_hold_what_is_streamed():
+def test_only_two_slots_hold_what_is_offloaded():
     generator = make(config())
     generator.memory_budget = with_resident(generator, 1)
     grids(generator, condition())
-    streamer = generator._streamer
+    streamer = generator.residency._offloaded
     assert len(streamer._slots) == SLOTS
     assert set(streamer._resident) == {0}
     seen = []
@@ -124,7 +124,7 @@ def test_weights_changed_or_moved_between_calls_are_the_ones_used():
     assert not same(before, changed)
     generator.memory_budget = None
     generator.to(torch.float64).to(torch.float32)
-    assert not generator.streaming
+    assert not generator.residency.offloaded
     assert same(grids(generator, condition()), changed)
 
 
@@ -179,13 +179,13 @@ def test_tighter_budgets_stream_first_and_then_take_smaller_chunks():
 
 
 def test_the_official_size_is_estimated_to_keep_what_is_asked():
-    """4 GB over the weights, and 12 GB in all with blocks streamed."""
+    """4 GB over the weights, and 12 GB in all with blocks offloaded."""
     with torch.device("meta"):
         generator = ParameterGenerator(official_config()).to(torch.bfloat16)
     generator.chunk_bytes = CHUNK_BYTES["cuda"]
     generator.memory_budget = 1 << 50
     plan = generator.memory_plan(1, 4000)
-    assert not plan.streamed
+    assert not plan.offloads
     assert plan.working_bytes <= 4e9
     generator.memory_budget = 12_000_000_000
     plan = generator.memory_plan(1, 4000)
@@ -205,7 +205,7 @@ def test_a_checkpoint_loads_within_a_budget(tmp_path):
         assert same(grids(load_generator(again), condition()), expected)
 
 
-def test_streaming_is_for_inference():
+def test_offloading_is_for_inference():
     generator = make(config())
     generator.memory_budget = with_resident(generator, 0)
     grids(generator, condition())

@@ -230,13 +230,13 @@ def test_the_generator_keeps_nothing_of_its_weights_when_they_are_swapped(tmp_pa
 
     def kept_and_new():
         kept = generator(condition)
-        generator._prefix = None
+        generator.prefixes.clear()
         new = generator(condition)
         return max(float((kept[path].B - new[path].B).abs().max()) for path in kept)
 
     with torch.no_grad():
         generator(condition)
-        assert generator._prefix is not None
+        assert generator.prefixes.found
         with trainer.average.swapped():
             assert kept_and_new() == 0
         assert kept_and_new() == 0

@@ -1,8 +1,8 @@
-"""Linear layers in 8-bit floating point (e4m3) with one scale a row, for inference.
+"""Linear layers in 8-bit floating point (e4m3) with one scale per row, for inference.
 
-Weights are rounded once, a scale for each output; activations on each call, a scale for each position
+Weights are quantized once, a scale for each output; activations on each call, a scale for each position
 (Micikevicius et al. 2022, "FP8 formats for deep learning"). Products run on the device's fp8 units
-through torch._scaled_mm where it has row-wise scales; elsewhere the same rounded values are multiplied
+through torch._scaled_mm where it has row-wise scales; elsewhere the same quantized values are multiplied
 in float32, which is slow and tells the accuracy. docs/speed.md states it.
 """
 
@@ -10,22 +10,25 @@ from __future__ import annotations
 
 import functools
 import logging
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import HYWUError
-from ..layers import fused_kernels, rounds_to_e4m3
-from ..model import ParameterGenerator
+
+if TYPE_CHECKING:
+    from ..model import ParameterGenerator
 
 log = logging.getLogger(__name__)
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0
 
-#: Not rounded: it runs over the condition's tokens only, so that it costs next to nothing.
+#: Not quantized: it runs over the condition's tokens only, so that it costs next to nothing.
 KEPT = ("W_kv",)
 
 
@@ -36,39 +39,64 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
+class Quantized:
+    """Activations in 8 bits: values ``[R, d]`` e4m3, scale ``[R, 1]`` float32.
+
+    shape, dtype: of the tensor that they stand for, whose rows they are.
+    """
+
+    values: Tensor
+    scale: Tensor
+    shape: Sequence[int]
+    dtype: torch.dtype
+
+    def view(self, shape: Sequence[int]) -> Quantized:
+        """The same rows of a tensor of another shape."""
+        return replace(self, shape=shape)
+
+
+@dataclass(frozen=True)
 class Fp8Weight:
-    """A rounded weight: values ``[out, in]`` e4m3, scale ``[out, 1]`` float32."""
+    """A quantized weight: values ``[out, in]`` e4m3, scale ``[out, 1]`` float32."""
 
     values: Tensor
     scale: Tensor
 
-    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """``x [..., in]`` rounded row by row, times the weight: ``[..., out]`` in x's dtype."""
-        rows = x.reshape(-1, x.shape[-1]).contiguous()
-        kernels = _kernels(x.device)
-        rounded, scale = (kernels.quantize_rows if kernels else quantize_rows)(rows)
-        if self._fast(x):
+    def linear(self, x: Tensor | Quantized, bias: Tensor | None) -> Tensor:
+        """``x [..., in]`` quantized row by row, times the weight: ``[..., out]`` in x's dtype."""
+        given = x if isinstance(x, Quantized) else _quantized(x)
+        device = given.values.device
+        if self.fast(device, given.dtype):
+            takes = bias is None or scaled_mm_works(device, True)
             out = torch._scaled_mm(
-                rounded,
+                given.values,
                 self.values.t(),
-                scale_a=scale,
+                scale_a=given.scale,
                 scale_b=self.scale.t(),
-                bias=bias,
-                out_dtype=x.dtype,
+                bias=bias if takes else None,
+                out_dtype=given.dtype,
                 use_fast_accum=True,
             )
+            out = out if takes else out.add_(bias)
         else:
-            out = (rounded.float() @ self.values.float().t()) * scale * self.scale.t()
-            out = (out if bias is None else out + bias).to(x.dtype)
-        return out.view(*x.shape[:-1], self.values.shape[0])
+            out = (given.values.float() @ self.values.float().t()) * given.scale * self.scale.t()
+            out = (out if bias is None else out + bias).to(given.dtype)
+        return out.view(*given.shape[:-1], self.values.shape[0])
 
-    def _fast(self, x: Tensor) -> bool:
+    def fast(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether the device's fp8 units multiply activations of this dtype."""
         aligned = all(n % 16 == 0 for n in self.values.shape)
-        return aligned and x.dtype == torch.bfloat16 and scaled_mm_works(x.device)
+        return aligned and dtype == torch.bfloat16 and scaled_mm_works(device)
+
+
+def _quantized(x: Tensor) -> Quantized:
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    kernels = _kernels(x.device)
+    return Quantized(*(kernels.quantize_rows if kernels else quantize_rows)(rows), x.shape, x.dtype)
 
 
 class Fp8Linear(nn.Module):
-    """A Linear with a rounded weight; layers.py asks it through `resolve`, as it asks a host's."""
+    """A Linear with a quantized weight; layers.py asks it through `resolve`, as it asks a host's."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -91,14 +119,14 @@ class Fp8Linear(nn.Module):
 
 
 def to_fp8(generator: ParameterGenerator) -> ParameterGenerator:
-    """Round the linear layers of the generator's blocks to e4m3, in place; returns the generator.
+    """Quantize the linear layers of the generator's blocks to e4m3, in place; returns the generator.
 
-    It can't be trained or saved any more. Call it before a memory_budget starts streaming.
-    Raises HYWUError when the layers are a host's own, or blocks are streamed already.
+    It can't be trained or saved any more. Call it before a memory_budget starts to offload blocks.
+    Raises HYWUError when the layers are a host's own, or blocks are offloaded already.
     """
-    if generator.streaming:
+    if generator.residency.offloaded:
         raise HYWUError(
-            "the generator's blocks are streamed from host memory already; call to_fp8 before the "
+            "the generator's blocks are offloaded to host memory already; call to_fp8 before the "
             "first generation."
         )
     for block in generator.model.blocks:
@@ -108,7 +136,7 @@ def to_fp8(generator: ParameterGenerator) -> ParameterGenerator:
                     if hasattr(linear, "resolve"):
                         raise HYWUError(
                             "the generator's Linear layers belong to a host that casts them itself; "
-                            "load it with load_generator(path) to round it to fp8."
+                            "load it with load_generator(path) to quantize it to fp8."
                         )
                     setattr(owner, name, Fp8Linear(linear))
     generator.forget()
@@ -116,35 +144,46 @@ def to_fp8(generator: ParameterGenerator) -> ParameterGenerator:
 
 
 @functools.cache
-def scaled_mm_works(device: torch.device) -> bool:
-    """Whether the device multiplies e4m3 with row-wise scales; tried once, on one tile or so."""
+def scaled_mm_works(device: torch.device, bias: bool = False) -> bool:
+    """Whether the device multiplies e4m3 with row-wise scales, and adds a bias; tried once, on a tile."""
     if device.type != "cuda" or not hasattr(torch, "_scaled_mm"):
         return False
     try:
         a = torch.ones(256, 256, device=device).to(E4M3)
         ones = torch.ones(256, 1, device=device)
-        bias = torch.ones(256, device=device, dtype=torch.bfloat16)
+        added = torch.ones(256, device=device, dtype=torch.bfloat16) if bias else None
         torch._scaled_mm(
             a,
             a.t(),
             scale_a=ones,
             scale_b=ones.t(),
-            bias=bias,
+            bias=added,
             out_dtype=torch.bfloat16,
             use_fast_accum=True,
         )
     except (RuntimeError, ValueError, TypeError) as error:
-        log.warning("fp8 products run in float32 here, slowly: %s", error)
+        if bias:
+            log.info("fp8 products add their bias in a pass of its own here: %s", error)
+        else:
+            log.warning("fp8 products run in float32 here, slowly: %s", error)
         return False
     return True
 
 
+@functools.cache
+def has_e4m3(device: torch.device) -> bool:
+    """Whether a CUDA device has instructions for e4m3; Triton builds no kernel with it elsewhere."""
+    return torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def _kernels(device: torch.device) -> ModuleType | None:
-    if device.type != "cuda" or torch.compiler.is_compiling() or not rounds_to_e4m3(device):
+    from .passes import fused_kernels
+
+    if device.type != "cuda" or torch.compiler.is_compiling() or not has_e4m3(device):
         return None
     return fused_kernels(device)
 
 
 def uses_fp8(module: nn.Module) -> bool:
-    """Whether any layer was rounded."""
+    """Whether any layer was quantized."""
     return any(isinstance(m, Fp8Linear) for m in module.modules())

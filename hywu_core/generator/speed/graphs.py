@@ -87,7 +87,7 @@ class GraphedGenerator:
             like.is_cuda
             and size <= LARGEST_STREAM_BYTES
             and generator.memory_budget is None
-            and not generator.streaming
+            and not generator.residency.offloaded
             and not torch.is_grad_enabled()
         )
 
@@ -117,12 +117,12 @@ class GraphedGenerator:
             )
             outputs, replay = self._record(lambda: generator.generate_grids(inputs))
         # what the graph reads must outlive it: tables and the constant prefix are the generator's
-        kept = (generator._tables.copy(), generator._prefix)
+        kept = (generator.tables.found, generator.prefixes.found)
         return _Graph(inputs, outputs, replay, weights, _places(generator), kept)
 
     def _record(self, run: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Callable[[], None]]:
         """Run once for good, and return the outputs and what repeats the run into them."""
-        if self._streams is None:  # libraries keep a workspace a stream, so always the same ones
+        if self._streams is None:  # libraries keep a workspace per stream, so always the same ones
             self._streams = torch.cuda.Stream(), torch.cuda.Stream()
         side, recording = self._streams
         side.wait_stream(torch.cuda.current_stream())
