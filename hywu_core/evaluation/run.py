@@ -7,6 +7,8 @@ loses nothing and the same call goes on.
 from __future__ import annotations
 
 import logging
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -136,13 +138,28 @@ def generate(
 
 @dataclass
 class JudgingCount:
-    """What one run did: questions answered, refused and failed now, found answered, and no result."""
+    """What one run did: questions answered, refused and failed now, found answered, and no result.
+
+    refused_before: how many of `kept` are refusals; reasons: why questions got no answer, as
+    "failed: ..." or "refused: ...", with how many did; what differs by numbers alone counts as one.
+    """
 
     answered: int = 0
     refused: int = 0
     failed: int = 0
     kept: int = 0
     without_result: int = 0
+    refused_before: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+
+    def add(self, judgement: Judgement) -> None:
+        """Count what was just judged."""
+        setattr(self, judgement.status, getattr(self, judgement.status) + 1)
+        if judgement.status != ANSWERED:
+            reason = f"{judgement.status}: {judgement.text}"
+            alike = re.sub(r"[0-9a-f]{6,}|[0-9]+", "#", reason)
+            known = {re.sub(r"[0-9a-f]{6,}|[0-9]+", "#", told): told for told in self.reasons}
+            self.reasons[known.get(alike, reason)] += 1
 
 
 @dataclass(frozen=True)
@@ -182,17 +199,38 @@ def judge(
     ):
         asked = list(_asked(results, items, questionnaire, store, again, count))
 
-        def ask(one: _Asked) -> str:
-            judgement = _ask(one, results, judge)
+        def ask(one: _Asked) -> tuple[Judgement, bool]:
+            judgement, of_item = _ask(one, results, judge)
             store.append(judgement)
-            return judgement.status
+            return judgement, of_item
 
+        in_a_row = 0
         title = f"judging {results.method}"
         with tqdm(total=len(asked), desc=title, disable=not progress) as bar:
-            for _, status in in_threads(asked, ask, judge.parallel, getattr(judge, "close", None)):
-                setattr(count, status, getattr(count, status) + 1)
+            close = getattr(judge, "close", None)
+            for _, (judgement, of_item) in in_threads(asked, ask, judge.parallel, close):
+                count.add(judgement)
                 bar.update()
+                if judgement.status != FAILED:
+                    in_a_row = 0
+                elif not of_item:
+                    in_a_row += 1
+                    _check_patience(judge, count, in_a_row, judgement.text)
     return count
+
+
+def _check_patience(judge: Judge, count: JudgingCount, in_a_row: int, reason: str) -> None:
+    """Raises HYWUError when so many questions failed that the others would only cost time and money."""
+    if count.answered + count.refused == 0 and in_a_row >= 3:
+        raise HYWUError(
+            f"{judge.name}: no question got an answer, {in_a_row} in a row failed: {reason}; put that right "
+            "and give the same command again."
+        )
+    if in_a_row >= 10 + 2 * judge.parallel:
+        raise HYWUError(
+            f"{judge.name}: {reason}; {in_a_row} questions in a row failed. What was answered is kept: the "
+            "same command goes on."
+        )
 
 
 def _asked(
@@ -215,19 +253,21 @@ def _asked(
                 yield _Asked(item, question, images)
             else:
                 count.kept += 1
+                count.refused_before += known.status == REFUSED
 
 
-def _ask(one: _Asked, results: Results, judge: Judge) -> Judgement:
+def _ask(one: _Asked, results: Results, judge: Judge) -> tuple[Judgement, bool]:
+    """The judgement, and whether a failure lies in the item itself."""
     key = (one.item.id, one.question.name, one.images, one.question.digest)
     try:
         reply = judge.score(build_request(results, one.item, one.question))
     except Refusal as refusal:
-        return Judgement(*key, REFUSED, _writable(str(refusal)))
+        return Judgement(*key, REFUSED, _writable(str(refusal))), False
     except Failure as failure:
-        return Judgement(*key, FAILED, _writable(str(failure)))
+        return Judgement(*key, FAILED, _writable(str(failure))), failure.of_item
     text, model = _writable(reply.text), _writable(reply.model)
     counts = reply.tokens_in, reply.tokens_out, reply.attempts
-    return Judgement(*key, ANSWERED, text, model, *counts)
+    return Judgement(*key, ANSWERED, text, model, *counts), False
 
 
 def _writable(text: str) -> str:
@@ -242,7 +282,7 @@ def build_request(results: Results, item: Item, question: Question) -> JudgeRequ
         edited = load_image(results.image(item))
         target = None if item.target is None else load_image(item.target)
     except HYWUError as error:
-        raise Failure(str(error)) from error
+        raise Failure(str(error), of_item=True) from error
     return JudgeRequest(question, source, results.benchmark.judged(edited, source), target)
 
 

@@ -293,4 +293,4 @@ def test_one_path_takes_a_shipped_workflow_to_a_users_folder(server, weights, na
     if "refused" in shown:
         judge_id = next(i for i, n in shipped.items() if n["class_type"] == "HYWUJudge")
         answers = record["outputs"][judge_id]["text"]
-        assert all("no target picture" in answer for answer in answers)
+        assert all("no target image" in answer for answer in answers)

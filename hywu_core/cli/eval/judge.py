@@ -11,10 +11,11 @@ the next run. Exit code 3: finished, but some questions got no answer.
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from ...evaluation.benchmarks import load_questionnaire
 from ...evaluation.judges import JUDGES
-from ...evaluation.results import open_results
+from ...evaluation.results import JUDGEMENTS, open_results
 from ...evaluation.run import JudgingCount
 from ...evaluation.run import judge as run_judge
 from ...evaluation.store import ANSWERED, FAILED, REFUSED
@@ -47,15 +48,21 @@ def run(args: argparse.Namespace) -> int:
         name = args.questionnaire or results.benchmark.usual
         questionnaire = load_questionnaire(name, args.prompts)
         count = run_judge(results, items, questionnaire, judge, tuple(args.again))
-        say(f"{root}: {tell(count)}")
+        tell(root, count)
         if count.failed or count.refused:
             code = shared.INCOMPLETE
     return code
 
 
-def tell(count: JudgingCount) -> str:
-    """One line on what a run did."""
-    return (
-        f"{count.answered} answered, {count.refused} refused, {count.failed} failed, "
+def tell(root: str | Path, count: JudgingCount) -> None:
+    """Say what a run did, and why questions got no answer."""
+    say(
+        f"{root}: {count.answered} answered, {count.refused} refused, {count.failed} failed, "
         f"{count.kept} known already; {count.without_result} items have no result"
     )
+    for reason, times in count.reasons.most_common(10):
+        say(f"  {times} x {' '.join(reason.split())}")
+    if len(count.reasons) > 10:
+        say(f"  and {len(count.reasons) - 10} other reasons, all in its {JUDGEMENTS} folder")
+    if count.refused_before:
+        say(f"  {count.refused_before} were refused before; --again refused asks them once more")

@@ -94,7 +94,7 @@ def _judged(results: Results, items: ItemList, questionnaire: Questionnaire) -> 
     """Judge and score one method; what is there is kept."""
     pixels = ReferenceJudge()
     judged = run_judge(results, items, questionnaire, pixels)
-    say(f"{results.root}: {judge.tell(judged)}")
+    judge.tell(results.root, judged)
     name = store_name(pixels, questionnaire)
     scores = score_results(results, items, questionnaire, name)
     write_scores(scores)

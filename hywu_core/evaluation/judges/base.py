@@ -45,7 +45,14 @@ class Refusal(Exception):
 
 
 class Failure(Exception):
-    """No answer came (after retries); asking again later may help."""
+    """No answer came (after retries); asking again later may help.
+
+    of_item: it lies in this item's images or text and says nothing about other questions.
+    """
+
+    def __init__(self, text: str, of_item: bool = False) -> None:
+        super().__init__(text)
+        self.of_item = of_item
 
 
 class Judge(Protocol):

@@ -69,8 +69,15 @@ class LocalJudge:
             output = self._model.generate(
                 **inputs, max_new_tokens=self.max_tokens, do_sample=False, num_beams=1
             )[0, length:]
+        if len(output) >= self.max_tokens and int(output[-1]) not in self._ends():
+            raise Failure(f"the answer was cut off at {self.max_tokens} tokens; raise --max-tokens")
         text = self._processor.decode(output, skip_special_tokens=True)
         return Reply(text, self.name, length, len(output))
+
+    def _ends(self) -> list[int]:
+        """Tokens that end an answer."""
+        end = self._model.generation_config.eos_token_id
+        return [] if end is None else list(end) if isinstance(end, (list, tuple)) else [end]
 
 
 def _load(folder: Path, device: str, dtype: str) -> tuple[Any, Any]:

@@ -11,8 +11,10 @@ import contextlib
 import email.utils
 import http.client
 import json
+import logging
 import os
 import random
+import re
 import threading
 import time
 import urllib.error
@@ -28,16 +30,19 @@ from ...files import parse_json
 from ...images import encode_image
 from ..options import Kind, Option
 from .base import MAX_TOKENS, Failure, JudgeRequest, Refusal, Reply
+from .faults import Concern, Fault, fault_of, read_fault
 
-#: Worth another try: timeouts, conflicts, too many requests, and whatever is the server's fault.
-RETRIED = frozenset({408, 409, 425, 429})
-#: No request can succeed: a wrong key, no right to the model, or a wrong URL or model name.
-FATAL = frozenset({401, 403, 404, 405})
+log = logging.getLogger(__name__)
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 #: An endpoint that asks to wait longer than this is treated as failing, in seconds.
 LONGEST_WAIT = 120.0
+#: Bytes of an answer that are read: one that is longer is none.
+LONGEST_ANSWER = 1 << 24
+
+#: Why an answer ended, in the words of several servers, where the limit of its length ended it.
+CUT_OFF = frozenset({"length", "max_tokens", "MAX_TOKENS"})
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -72,8 +77,9 @@ class OpenAIJudge:
     key_env: environment variable with the key; unset means no Authorization header (a local
     server). retries: further tries after the first; backoff: seconds before the first of them,
     doubled each time, with jitter, unless the server's Retry-After says longer; per_minute: rate
-    limit, 0 for none; max_tokens: of an answer; timeout: seconds a request.
-    Raises HYWUError on a URL that is not http(s), or a key that would travel unencrypted.
+    limit, 0 for none; max_tokens: of an answer; timeout: seconds a request; temperature: of the
+    sampling; None is 0, or the model's own where it can't be set.
+    Raises HYWUError on a URL that is not http(s), a key that would travel unencrypted, or none at all.
     """
 
     model: str
@@ -85,25 +91,48 @@ class OpenAIJudge:
     per_minute: float = 0.0
     timeout: float = 120.0
     max_tokens: int = 512
+    temperature: float | None = None
     version: str = field(default="chat-1", init=False)
     _stop: threading.Event = field(default_factory=threading.Event, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        parts = urllib.parse.urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise HYWUError(f"The judge's URL '{self.url}' must begin with http:// or https://.")
-        if parts.username or parts.password or parts.query:
+        self._check_url()
+        if self.temperature:
+            self.version += f"-t{self.temperature:g}"
+        self._limit = RateLimit(self.per_minute)
+        self._random = random.Random(self.model)
+        self._opener = urllib.request.build_opener(_NoRedirect)
+        # What newer models take under another name, or not at all: found out by asking
+        self._settings = {"temperature": self.temperature or 0, "max_tokens": self.max_tokens}
+        self._settings_lock = threading.Lock()
+
+    def _check_url(self) -> None:
+        try:
+            parts = urllib.parse.urlsplit(self.url)
+            known = parts.scheme in ("http", "https") and bool(parts.hostname)
+            secret = bool(parts.username or parts.password or parts.query) or "@" in self.url
+        except ValueError:
+            known = secret = False
+        if secret:
             raise HYWUError(
                 "The judge's URL holds credentials; put the key in an environment variable."
+            )
+        if not known:
+            raise HYWUError(f"The judge's URL '{self.url}' must begin with http:// or https://.")
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.key_env):
+            raise HYWUError(
+                "The judge's key_env is no name of an environment variable; put the key into one, such as "
+                "OPENAI_API_KEY, and give its name."
+            )
+        if not re.fullmatch(r"[!-~]*", self._key()):
+            raise HYWUError(
+                f"{self.key_env} holds blanks, line breaks or letters that no key has; set it anew."
             )
         if self._key() and parts.scheme == "http" and parts.hostname not in LOOPBACK:
             raise HYWUError(
                 f"{self.url}: the key in {self.key_env} would be sent unencrypted; use https, or "
                 f"unset {self.key_env} for a server that needs none."
             )
-        self._limit = RateLimit(self.per_minute)
-        self._random = random.Random(self.model)
-        self._opener = urllib.request.build_opener(_NoRedirect)
 
     @property
     def name(self) -> str:
@@ -112,39 +141,48 @@ class OpenAIJudge:
     def _key(self) -> str:
         return os.environ.get(self.key_env, "").strip()
 
+    def _hidden(self, text: str) -> str:
+        """The text without the key, which a server may echo."""
+        return text.replace(key, "***") if (key := self._key()) else text
+
     def close(self) -> None:
         """Wake every request that waits for its next try, so that an interrupted run ends."""
         self._stop.set()
 
     def score(self, request: JudgeRequest) -> Reply:
         """Ask, and ask again after passing faults. Raises Failure, Refusal or HYWUError."""
-        body = json.dumps(self._body(request)).encode()
-        for attempt in range(1, self.retries + 2):
+        content = self._content(request)
+        attempt = 0
+        while True:
+            attempt += 1
             self._limit.wait(self._stop)
             if self._stop.is_set():
                 raise Failure("interrupted")
-            fault, wait = self._try(body)
-            if isinstance(fault, dict):
-                return self._reply(fault, attempt)
-            if attempt <= self.retries:
-                pause = self.backoff * 2 ** (attempt - 1) * self._random.uniform(0.5, 1.5)
-                self._stop.wait(min(max(pause, wait), LONGEST_WAIT))
-        raise Failure(f"{fault} ({self.retries + 1} tries)")
+            settings = dict(self._settings)
+            answer, fault, wait = self._try(content, settings)
+            if answer is not None:
+                return self._reply(answer, attempt)
+            if isinstance(fault, Fault) and fault.concern is not Concern.PASSING:
+                self._settle(fault, settings)
+                attempt -= 1  # adapted: that was no try of the question
+                continue
+            if attempt > self.retries:
+                raise Failure(self._hidden(f"{fault} ({attempt} tries)"))
+            pause = self.backoff * 2 ** (attempt - 1) * self._random.uniform(0.5, 1.5)
+            self._stop.wait(min(max(pause, wait), LONGEST_WAIT))
 
-    def _body(self, request: JudgeRequest) -> dict[str, Any]:
+    def _content(self, request: JudgeRequest) -> list[dict[str, Any]]:
         content: list[dict[str, Any]] = [{"type": "text", "text": request.question.prompt}]
-        content += [
+        return content + [
             {"type": "image_url", "image_url": {"url": data_url(image)}} for image in request.images
         ]
-        return {
-            "model": self.model,
-            "temperature": 0,
-            "max_tokens": self.max_tokens,
-            "messages": [{"role": "user", "content": content}],
-        }
 
-    def _try(self, body: bytes) -> tuple[dict[str, Any] | str, float]:
-        """One request: the answer, or what went wrong and how long the server says to wait."""
+    def _try(
+        self, content: list[dict[str, Any]], settings: dict[str, Any]
+    ) -> tuple[dict[str, Any] | None, Fault | str, float]:
+        """One request: the answer, else what went wrong and how long the server says to wait."""
+        messages = [{"role": "user", "content": content}]
+        body = json.dumps({"model": self.model, **settings, "messages": messages}).encode()
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if key := self._key():
             headers["Authorization"] = f"Bearer {key}"
@@ -152,35 +190,63 @@ class OpenAIJudge:
         request = urllib.request.Request(target, body, headers)
         try:
             with self._opener.open(request, timeout=self.timeout) as response:
-                answer = parse_json(response.read(), "the endpoint's answer", finite=False)
+                answer = parse_json(response.read(LONGEST_ANSWER), "the answer", dict, finite=False)
         except urllib.error.HTTPError as error:
-            return self._refused(error), _retry_after(error.headers.get("Retry-After"))
+            said = b""
+            # An overloaded server may stall or hang up in the middle of its complaint
+            with error, contextlib.suppress(OSError, http.client.HTTPException):
+                said = error.read(8000)
+            fault = read_fault(error.code, said, error.headers.get("Location"))
+            return None, fault, _retry_after(error.headers.get("Retry-After"))
         except (OSError, http.client.HTTPException) as error:
-            return (
-                f"no answer: {getattr(error, 'reason', None) or error or type(error).__name__}",
-                0,
-            )
+            reason = getattr(error, "reason", None) or error or type(error).__name__
+            return None, f"no answer: {reason}", 0
         except HYWUError:
-            return "the endpoint's answer is not JSON", 0
-        return (answer, 0) if isinstance(answer, dict) else ("the answer is not an object", 0)
+            return None, "the endpoint's answer is not JSON, or no object", 0
+        if "choices" not in answer and (fault := fault_of(answer, 200)):
+            return None, fault, 0
+        return answer, "", 0
 
-    def _refused(self, error: urllib.error.HTTPError) -> str:
-        """The text of a passing fault. Raises HYWUError or Refusal for one that stays."""
-        detail = ""
-        # An overloaded server may stall or hang up in the middle of its complaint
-        with error, contextlib.suppress(OSError, http.client.HTTPException):
-            detail = error.read(2000).decode("utf-8", "replace").strip()
-        if key := self._key():
-            detail = detail.replace(key, "***")
-        text = f"HTTP {error.code} {detail}".strip()[:300]
-        if error.code in FATAL:
+    def _settle(self, fault: Fault, settings: dict[str, Any]) -> None:
+        """Adapt the settings that a request was sent with, where that helps against the fault.
+
+        Raises Refusal, Failure or HYWUError where it doesn't.
+        """
+        told = self._hidden(str(fault))
+        if fault.concern is Concern.CONTENT:
+            raise Refusal(told)
+        if fault.status in (400, 422) and self._adapt(fault, settings):
+            return
+        if fault.concern is Concern.SETTINGS:
             raise HYWUError(
-                f"{self.url}: {text}: check the URL, the model '{self.model}' and the key in "
-                f"{self.key_env}."
+                f"{self.url}: {told}: check the URL, the model '{self.model}', the account and the key in "
+                f"{self.key_env}; what was answered is kept, and the same command goes on."
             )
-        if error.code in RETRIED or error.code >= 500:
-            return text
-        raise Refusal(text)
+        raise Failure(told, of_item=fault.concern is Concern.ITEM)
+
+    def _adapt(self, fault: Fault, settings: dict[str, Any]) -> bool:
+        """Whether the settings are other ones now than those that the fault is about."""
+        with self._settings_lock:
+            if "max_tokens" in settings and fault.names("max_tokens"):
+                change = "max_tokens is sent as max_completion_tokens"
+                new = {"max_completion_tokens": self.max_tokens}
+                gone = "max_tokens"
+            elif (
+                "temperature" in settings
+                and self.temperature is None
+                and fault.names("temperature")
+            ):
+                change, new, gone = (
+                    "no temperature is sent, the model's own counts",
+                    {},
+                    "temperature",
+                )
+            else:
+                return False
+            if gone in self._settings:  # else another thread was told the same
+                self._settings = {k: v for k, v in self._settings.items() if k != gone} | new
+                log.warning("%s: %s: %s", self.model, self._hidden(str(fault)), change)
+            return True
 
     def _reply(self, answer: dict[str, Any], attempts: int) -> Reply:
         try:
@@ -191,12 +257,20 @@ class OpenAIJudge:
             raise Failure("the endpoint's answer has no choices[0].message") from None
         if isinstance(text, list):  # some servers answer in parts
             text = "".join(str(p.get("text") or "") for p in text if isinstance(p, dict))
-        if refusal or choice.get("finish_reason") == "content_filter" or not text:
-            raise Refusal(str(refusal or choice.get("finish_reason") or "an empty answer")[:300])
+        reason = choice.get("finish_reason")
+        if refusal or reason == "content_filter":
+            raise Refusal(self._hidden(str(refusal or reason))[:300])
+        if reason in CUT_OFF:
+            raise Failure(
+                f"the answer was cut off at {self.max_tokens} tokens (finish_reason {reason}); raise "
+                "--max-tokens, more so for a model that reasons first"
+            )
+        if not text:
+            raise Failure(f"an empty answer (finish_reason {reason})")
         usage = answer.get("usage") or {}
         return Reply(
-            text=str(text),
-            model=str(answer.get("model") or ""),
+            text=self._hidden(str(text)),
+            model=self._hidden(str(answer.get("model") or "")),
             tokens_in=_count(usage, "prompt_tokens"),
             tokens_out=_count(usage, "completion_tokens"),
             attempts=attempts,
@@ -263,5 +337,10 @@ KIND = Kind(
         Option("retries", "further tries (%(default)s)", 6, int),
         Option("timeout", "seconds a request (%(default)s)", 120, float),
         MAX_TOKENS,
+        Option(
+            "temperature",
+            "of the sampling (default: 0, or the model's own where it can't be set)",
+            type=float,
+        ),
     ),
 )
