@@ -102,3 +102,10 @@ def test_one_lora_a_task_and_a_task_without_one_is_listed(weights, tmp_path):
 def _digest_of(out) -> str:
     manifest = json.loads((out / "single" / "hywu_run.json").read_text())
     return manifest["editor"]["lora"].split()[1]
+
+
+@pytest.mark.parametrize("device", ["nonsense", "meta", "cuda:99"])
+def test_a_device_that_is_not_there_is_an_error(weights, tmp_path, capsys, device):
+    assert generate(tmp_path, "hywu", "--device", device) == 1
+    assert f"device '{device}'" in capsys.readouterr().err
+    assert not (tmp_path / "hywu").exists()

@@ -535,3 +535,12 @@ def test_local_folder_errors(tmp_path):
 
 def test_statuses_are_words_of_the_report():
     assert {ANSWERED, REFUSED, FAILED} == {"answered", "refused", "failed"}
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
+def test_local_model_on_a_device_that_is_not_there(tmp_path, device):
+    from hywu_core.evaluation.judges.local import LocalJudge
+
+    (tmp_path / "config.json").write_text('{"model_type": "llava"}')
+    with pytest.raises(HYWUError, match=f"device '{device}'"):
+        LocalJudge(tmp_path, device)

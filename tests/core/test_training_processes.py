@@ -14,6 +14,7 @@ import pytest
 import torch
 import toy_base as toy
 
+from hywu_core.devices import chosen_device
 from hywu_core.errors import HYWUError
 from hywu_core.files import read_header, read_tensors
 from hywu_core.training import devices
@@ -154,10 +155,10 @@ def test_a_device_that_is_not_there_is_an_error(tmp_path, monkeypatch, name, sai
 def test_an_index_beyond_the_devices_is_an_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert devices.chosen_device("cuda:1") == torch.device("cuda", 1)
-    assert devices.chosen_device(None) == torch.device("cuda")
+    assert chosen_device("cuda:1") == torch.device("cuda", 1)
+    assert chosen_device(None) == torch.device("cuda")
     with pytest.raises(HYWUError, match=r"has 2 cuda device\(s\), 0 to 1"):
-        devices.chosen_device("cuda:2")
+        chosen_device("cuda:2")
 
 
 @pytest.mark.parametrize("command", ["train", "conflict", "pretrain"])

@@ -18,6 +18,7 @@ from ... import fingerprint
 from ...bases.bundled.checkpoint import bundled, bundled_loras, editor_identity, load_editor
 from ...bases.bundled.engine import BundledEditor
 from ...bases.bundled.sampling import edit
+from ...devices import chosen_device
 from ...errors import HYWUError
 from ...files import read_tensors
 from ...formats import load_lora
@@ -49,7 +50,7 @@ class EngineEditor:
     ) -> None:  # fmt: skip
         if fine_tuned is not None and lora not in (None, "none"):
             raise HYWUError(f"Fine-tuned weights have no LoRA; leave out '{lora}' or {fine_tuned}.")
-        self.steps, self.strength = steps, strength
+        self.steps, self.strength, device = steps, strength, str(chosen_device(device))
         self._lock = threading.Lock()  # the LoRA of one item is on the model while it is edited
         self._engine, self._loras, self._lora = None, {}, lora or "generated"
         path = bundled("editor")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from ...errors import HYWUError, need
+from ...files import parse_json
 from . import session
 from .store import Conflict, Store
 
@@ -161,8 +161,8 @@ async def _body(request: Any, *names: str) -> dict[str, str]:
         if len(raw) > MAX_BODY:
             raise Refused(413, f"The request is longer than {MAX_BODY} bytes.")
     try:
-        body = json.loads(raw)
-    except (ValueError, RecursionError) as error:
+        body = parse_json(raw, "the request")
+    except HYWUError as error:
         raise Refused(400, "The request isn't valid JSON.") from error
     fields = ("voter", *names)
     if not isinstance(body, dict) or not all(isinstance(body.get(n), str) for n in fields):

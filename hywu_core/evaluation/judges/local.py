@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ... import fingerprint
+from ...devices import chosen_device
 from ...errors import HYWUError, need
 from ..options import Kind, Option
 from .base import MAX_TOKENS, Failure, JudgeRequest, Reply
@@ -40,7 +41,8 @@ class LocalJudge:
             )
         self.name = self.folder.resolve().name
         self.version = f"local-1-{_folder_hash(self.folder)}"
-        self._model, self._processor = _load(self.folder, self.device, self.dtype)
+        device = str(chosen_device(self.device))
+        self._model, self._processor = _load(self.folder, device, self.dtype)
         self._lock = threading.Lock()
 
     def close(self) -> None:
