@@ -1,7 +1,7 @@
 """Train the bundled editor on the pretraining tasks; run the same command again to go on.
 
 example:
-  hywu pretrain --out runs/editor --steps 20000
+  hywu pretrain --out runs/editor --steps 12000
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from ..bases.bundled.checkpoint import load_editor, save_editor
 from ..bases.bundled.model import Editor, EditorConfig
 from ..experiments.images import ImagePool, split_files
-from ..experiments.pretraining import FIRST, LAST, MAIN, WEIGHTS, pretrain
+from ..experiments.pretraining import STAGES, WEIGHTS, pretrain
 from ..training.schedule import OPTIMIZERS, TrainConfig, chosen_precision
 from ..training.state import recorded_precision
 from ..training.trainer import STATE
@@ -26,15 +26,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, required=True, help="folder of states, logs and weights"
     )
     parser.add_argument(
-        "--steps", type=int, default=20000, help="optimizer steps of the main stage (default 20000)"
+        "--steps", type=int, default=12000, help="optimizer steps of the main stage (default 12000)"
     )
     parser.add_argument(
         "--first-steps", type=int, default=600,
         help="steps before, on the mean squared error (default 600)",
     )  # fmt: skip
     parser.add_argument(
+        "--fine-steps", type=int, default=8000,
+        help="steps after, in which small errors count more (default 8000)",
+    )  # fmt: skip
+    parser.add_argument(
         "--last-steps", type=int, default=4000,
-        help="steps after, on larger crops and at falling rates (default 4000)",
+        help="steps at the end, on larger crops and at falling rates (default 4000)",
     )  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=24, help="crops a step (default 24)")
     parser.add_argument(
@@ -55,7 +59,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     pool, samples = ImagePool(split_files("train")), ImagePool(split_files("held_out"))
-    plan = ((FIRST, args.first_steps), (MAIN, args.steps), (LAST, args.last_steps))
+    asked = (args.first_steps, args.steps, args.fine_steps, args.last_steps)
+    plan = tuple(zip(STAGES, asked, strict=True))
     torch.manual_seed(args.seed)
     editor = Editor(EditorConfig())
     editor.reset_parameters()

@@ -22,7 +22,7 @@ from .tasks import make_batch
 from .unknown_requests import unknown_request
 
 #: What is not known is left as it is, in one of so many examples.
-UNKNOWN, UNKNOWN_SHARE = "unknown", 0.12
+UNKNOWN, UNKNOWN_SHARE = "unknown", 0.06
 WEIGHTS = "editor.safetensors"
 
 
@@ -30,32 +30,33 @@ WEIGHTS = "editor.safetensors"
 class Stage:
     """A part of the pretraining, in a folder of its own below the run's.
 
-    error: see `EditorBase`. size: side of the crops. batch: in those of the command. schedule: see
-    `TrainConfig`; a constant one can be gone on with beyond its end.
+    error, smallest: see `EditorBase`. size: side of the crops. batch: in those of the command. schedule:
+    see `TrainConfig`; a constant one can be gone on with beyond its end.
     """
 
     name: str
     error: str
+    smallest: float = 5e-4
     size: int = 64
     batch: float = 1.0
     schedule: str = "constant"
 
 
-#: Tones first, which the logarithm of the error learns slowly; then everything; then, at falling rates,
-#: what a crop of 64 pixels can't show.
-FIRST, MAIN, LAST = (
+#: Large errors first: the logarithm counts most what is nearly right, and a network that can't tell
+#: tasks apart yet learns from it to leave every image alone. Then, at falling rates, what a crop of 64
+#: pixels can't show.
+STAGES = (
     Stage("first", "mse"),
-    Stage("main", "log"),
+    Stage("main", "log", 2e-2),
+    Stage("fine", "log"),
     Stage("last", "log", size=128, batch=1 / 3, schedule="cosine"),
 )
 
 
 class PretrainingBase(EditorBase):
     """The editor as it is pretrained: sampling starts at t = 1, where the error counts whole, so half of
-    the draws lie above 0.7. An image left alone must be so to 40 dB and more.
+    the draws lie above 0.7.
     """
-
-    smallest = 1e-4
 
     def draw(self, batch: Batch, seed: int) -> Draws:
         draws = super().draw(batch, seed)
@@ -105,7 +106,7 @@ def pretrain(
     pool: ImagePool,
     config: TrainConfig,
     folder: Path,
-    stage: Stage = MAIN,
+    stage: Stage = STAGES[0],
     samples: ImagePool | None = None,
     save_every: int = 200,
     commit: str = "",
@@ -116,7 +117,7 @@ def pretrain(
 
     Raises HYWUError when `folder` holds a run with other settings.
     """
-    base = PretrainingBase(editor, error=stage.error)
+    base = PretrainingBase(editor, error=stage.error, smallest=stage.smallest)
 
     def write(step: int) -> None:
         with trainer.average.swapped():

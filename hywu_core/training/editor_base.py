@@ -33,15 +33,20 @@ class EditorBase:
 
     sampling_steps: Euler steps of `edit`. error: "mse" of an item, or its logarithm ("log"), by which
     each item counts by its own measure: a mean of squares hardly sees a task whose edits are small, such as
-    a blur, beside one that changes every pixel. Images must be no larger than one window.
+    a blur, beside one that changes every pixel. smallest: added before the logarithm. Images must be no larger than one window.
     """
 
-    smallest = SMALLEST
-
-    def __init__(self, editor: nn.Module, sampling_steps: int = 4, error: str = "mse") -> None:
+    def __init__(
+        self,
+        editor: nn.Module,
+        sampling_steps: int = 4,
+        error: str = "mse",
+        smallest: float = SMALLEST,
+    ) -> None:
         if error not in ERRORS:
             raise HYWUError(f"training: error '{error}'; it is one of {', '.join(ERRORS)}.")
         self.module, self.sampling_steps = editor.requires_grad_(False), sampling_steps
+        self.smallest = smallest
         self.name, self.error = NAMES[architecture(editor)], error
         self._encoder = EditorEncoder(editor, editor_identity(editor))
 

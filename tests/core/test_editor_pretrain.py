@@ -84,7 +84,9 @@ def test_training_lowers_the_loss(pool, tmp_path):
 
     before = loss(make_editor())
     config = TrainConfig(40, 12, 5e-3, warmup=2, ema=0.9, optimizer="muon")
-    module.pretrain(make_editor(), pool, config, tmp_path / "run", module.Stage("s", "mse", 32))
+    module.pretrain(
+        make_editor(), pool, config, tmp_path / "run", module.Stage("s", "mse", size=32)
+    )
     assert loss(load_editor(tmp_path / "run" / module.WEIGHTS)) < 0.9 * before
 
 
@@ -92,7 +94,7 @@ def test_unknown_requests_leave_every_kind_of_image_alone(pool):
     batches = module.PretrainingBatches(pool, 400, 16)
     batch = batches(0)
     counts = Counter(batch.task)
-    assert 0.06 < counts[module.UNKNOWN] / 400 < 0.18
+    assert 0.03 < counts[module.UNKNOWN] / 400 < 0.1
     assert counts["identity"] < counts["shake"] + counts["median"]
     told = {text for task in module.PRETRAINING.values() for text in task.phrasings}
     for i, task in enumerate(batch.task):
@@ -116,14 +118,14 @@ def test_the_command_goes_through_its_stages_and_on(pool, tmp_path, monkeypatch,
     monkeypatch.setattr(pretrain_command, "EditorConfig", lambda: TINY)
     out = tmp_path / "out"
     command = [
-        "pretrain", "--out", str(out), "--first-steps", "2", "--steps", "3", "--last-steps", "1",
+        "pretrain", "--out", str(out), "--first-steps", "2", "--steps", "3", "--fine-steps", "0", "--last-steps", "1",
         "--batch-size", "3", "--save-every", "1",
     ]  # fmt: skip
     interrupting(monkeypatch, at=1)
     assert main(command) == 130
     assert "first: stopped after 2 of 2 steps; the same command goes on" in capsys.readouterr().out
     assert main([*command, "--commit", "abc"]) == 0
-    assert "2 steps first, 3 steps main, 1 steps last" in capsys.readouterr().out
+    assert "2 steps first, 3 steps main, 0 steps fine, 1 steps last" in capsys.readouterr().out
     editor = load_editor(out / module.WEIGHTS)
     assert editor.provenance["steps"] == 1
     assert editor.provenance["stage"]["name"] == "last"

@@ -100,6 +100,11 @@ def said(outputs: dict[str, Any], name: str) -> dict[str, Any]:
     return json.loads(outputs[name]["text"][0])
 
 
+#: Levels of 255 by which images that should be equal may differ: products are in bfloat16, in other
+#: orders, and ComfyUI cuts off where it writes 8 bits.
+SAME = 2
+
+
 def levels(one: Tensor, two: Tensor) -> float:
     """Largest difference in levels of 255."""
     return float((one - two).abs().max() * 255)
