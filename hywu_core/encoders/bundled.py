@@ -63,7 +63,7 @@ class EditorEncoder:
     which a share of the tokens is taken: as many tokens as in training, each of detail at the scale of
     training, spread over the whole image. identity: which editor it is. rows: images that go through the
     editor at once. on_window: called as (done, total) before each of them and at the end, for progress
-    and interruption.
+    and interruption. fingerprints: False leaves conditions without; a fingerprint waits for the device.
     """
 
     def __init__(
@@ -72,8 +72,9 @@ class EditorEncoder:
         identity: str,
         rows: int | None = None,
         on_window: Callable[[int, int], None] | None = None,
+        fingerprints: bool = True,
     ) -> None:
-        self.editor, self.rows = editor, rows
+        self.editor, self.rows, self.fingerprints = editor, rows, fingerprints
         self.identity = {"type": TYPE, "editor": identity}
         self.on_window = on_window or (lambda done, total: None)
 
@@ -98,7 +99,7 @@ class EditorEncoder:
         return Condition(
             {IMAGE: image, WORDS: words},
             {WORDS: counted},
-            self._fingerprint(source, instructions),
+            self._fingerprint(source, instructions) if self.fingerprints else "",
             {"instruction": list(instructions), "encoder": TYPE},
         )
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bases.bundled.checkpoint import architecture, editor_identity
+from ..bases.bundled.sampling import edit
 from ..condition import Condition
 from ..encoders.bundled import EditorEncoder
 from ..errors import HYWUError
@@ -48,7 +49,8 @@ class EditorBase:
         self.module, self.sampling_steps = editor.requires_grad_(False), sampling_steps
         self.smallest = smallest
         self.name, self.error = NAMES[architecture(editor)], error
-        self._encoder = EditorEncoder(editor, editor_identity(editor))
+        # no training step waits for the device, nor hashes what is seen once
+        self._encoder = EditorEncoder(editor, editor_identity(editor), fingerprints=False)
 
     @property
     def encoder(self) -> Mapping[str, Any]:
@@ -89,12 +91,5 @@ class EditorBase:
 
     @torch.no_grad()
     def edit(self, module: nn.Module, batch: Batch, seed: int) -> Tensor:
-        source = batch.source * 2 - 1
-        generator = torch.Generator().manual_seed(seed)
-        x = torch.randn(source.shape, generator=generator).to(source)
-        text, mask = module.encode_text(batch.instruction)
-        for i in range(self.sampling_steps, 0, -1):
-            t = source.new_full((len(batch),), i / self.sampling_steps)
-            clean = module.predict(x, t, source, text, mask)
-            x = clean + (i - 1) / i * (x - clean)
-        return (x.float().clamp(-1, 1) + 1) / 2
+        steps = self.sampling_steps
+        return edit(module, batch.source, batch.instruction, steps=steps, seed=seed)

@@ -10,6 +10,7 @@ import logging
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -30,11 +31,10 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 @dataclass(frozen=True)
 class Stored:
-    """An image inside another file. name: for messages; read: its bytes; size: their number."""
+    """An image inside another file. name: for messages; read: its bytes."""
 
     name: str
     read: Callable[[], bytes]
-    size: int
 
     def __str__(self) -> str:
         return self.name
@@ -80,15 +80,15 @@ def _size(image: Source) -> tuple[int, int]:
 
 
 def pairs_identity(pairs: Sequence[Pair]) -> str:
-    """16 digits of all rows: texts, names and sizes of the files; the same on another machine."""
+    """16 digits of all rows: texts and images (of large files some places); the same on another machine."""
 
-    def size(image: Source) -> int:
-        return image.stat().st_size if isinstance(image, Path) else image.size
+    @lru_cache(None)
+    def content(image: Source) -> str:
+        if isinstance(image, Path):
+            return fingerprint.sampled([image])
+        return fingerprint.digest([image.read()])
 
-    rows = [
-        [p.instruction, p.task, *([PurePosixPath(str(i)).name, size(i)] for i in p.images)]
-        for p in pairs
-    ]
+    rows = [[p.instruction, p.task, *map(content, p.images)] for p in pairs]
     return fingerprint.of_json(rows, 16)
 
 
@@ -167,7 +167,7 @@ def _reader(path: Path) -> Callable[[Path], Iterator[Row]]:
     for find, reader in READERS:
         if path.is_dir() and any(path.glob(find)):
             return reader
-        if path.is_file() and path.match(find):
+        if path.is_file() and path.match(find) and reader is not _folder:
             return reader
     kinds = ", ".join(find for find, _ in READERS)
     what = "holds no" if path.is_dir() else "is no"
@@ -248,7 +248,7 @@ def _member(file: Path, name: str, offset: int, size: int) -> Stored:
             stream.seek(offset)
             return stream.read(size)
 
-    return Stored(f"{file}:{name}", read, size)
+    return Stored(f"{file}:{name}", read)
 
 
 def _of_sample(files: Mapping[str, Source]) -> Pair:
@@ -303,7 +303,7 @@ def _of_columns(row: Mapping[str, Any], where: str) -> Pair:
         data = value.get("bytes") if isinstance(value, Mapping) else value
         if not isinstance(data, bytes):
             raise HYWUError(f"'{name}' holds no image's bytes")
-        return Stored(f"{where}, {name}", lambda: data, len(data))
+        return Stored(f"{where}, {name}", lambda: data)
 
     if not isinstance(row.get("instruction"), str) or not row["instruction"].strip():
         raise HYWUError("'instruction' is missing or empty")
@@ -322,7 +322,7 @@ READERS: tuple[tuple[str, Callable[[Path], Iterator[Row]]], ...] = (
     ("*.jsonl", _jsonl),
     ("*.tar", _shards),
     ("*.parquet", _parquet),
-    ("*.source.*", _folder),
+    ("**/*.source.*", _folder),
 )
 
 

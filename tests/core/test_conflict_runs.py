@@ -53,7 +53,7 @@ def trainings(monkeypatch) -> list[Trainer]:
 
 
 def rates(monkeypatch, *values: float) -> None:
-    monkeypatch.setattr(module, "LEARNING_RATES", {"shared": values, "hywu": values})
+    monkeypatch.setattr(module, "LEARNING_RATES", {"muon": {"shared": values, "hywu": values}})
 
 
 def test_the_rate_with_the_lowest_loss_is_taken_and_kept(make, monkeypatch, trainings, tmp_path):

@@ -15,17 +15,26 @@ from ...errors import HYWUError
 from ...training.schedule import TrainConfig
 from ..tasks import CONFLICT
 
-#: strategy -> learning rates tried; as many for each. A static LoRA and a generator live on different
+#: optimizer -> strategy -> learning rates tried; as many for each. A static LoRA and a generator live on different
 #: scales: one step of a generator's output head moves every value of every LoRA. None is higher than what
 #: holds for a whole run, for a short trial would choose it: at 1e-2 a Single LoRA looked best after 120
-#: steps, and then its gradients grew a hundredfold and it ended 4 dB below that of 2e-3.
-LEARNING_RATES: Mapping[str, tuple[float, ...]] = MappingProxyType(
+#: steps with Muon, and then its gradients grew a hundredfold and it ended 4 dB below that of 2e-3.
+LEARNING_RATES: Mapping[str, Mapping[str, tuple[float, ...]]] = MappingProxyType(
     {
-        "hywu": (4e-4, 6e-4, 9e-4),
-        "shared": (9e-4, 1.4e-3, 2e-3),
-        "shared_large": (1e-4, 3e-4, 1e-3),
-        "sft": (1e-4, 3e-4, 1e-3),
-        "single": (9e-4, 1.4e-3, 2e-3),
+        "muon": {
+            "hywu": (4e-4, 6e-4, 9e-4),
+            "shared": (9e-4, 1.4e-3, 2e-3),
+            "shared_large": (1e-4, 3e-4, 1e-3),
+            "sft": (1e-4, 3e-4, 1e-3),
+            "single": (9e-4, 1.4e-3, 2e-3),
+        },
+        "adamw": {
+            "hywu": (6e-4, 1.2e-3, 2.4e-3),
+            "shared": (3e-3, 1e-2, 3e-2),
+            "shared_large": (1e-4, 3e-4, 1e-3),
+            "sft": (1e-4, 3e-4, 1e-3),
+            "single": (3e-3, 1e-2, 3e-2),
+        },
     }
 )
 
@@ -100,6 +109,11 @@ class ConflictPlan:
     def steps_of(self, run: Run) -> int:
         return self.sweep_steps if run.sweep else self.steps
 
+    @property
+    def opposites(self) -> dict[str, str]:
+        """Task -> the one that undoes it."""
+        return {task: CONFLICT[task].opposite for task in self.tasks}
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -115,7 +129,7 @@ class ConflictPlan:
 
 @dataclass(frozen=True)
 class Run:
-    """One training: strategy (a key of `LEARNING_RATES`), rank (0 where the strategy sets it), task.
+    """One training: strategy (a key in `LEARNING_RATES`), rank (0 where the strategy sets it), task.
 
     sweep: of the sweep over ranks, in which only the seen phrasings are evaluated.
     """

@@ -14,7 +14,7 @@ from ...generator.config import GeneratorConfig
 from ...layout import LoRALayout
 from ...training.base import BaseModel, BatchSource
 from ...training.strategies import FullFineTuning, HyperNetwork, StaticLoRA, Strategy, rank_for
-from ...training.trainer import Trainer
+from ...training.trainer import STATE, Trainer
 from ..images import ImagePool
 from ..tasks import CONFLICT, TaskBatches
 from .plan import LEARNING_RATES, ConflictPlan, Run
@@ -88,7 +88,7 @@ class Runs:
 
         Judged by the loss on other crops of the training images; kept in ``tuning/``.
         """
-        rates = LEARNING_RATES[run.strategy]
+        rates = LEARNING_RATES[self.plan.optimizer][run.strategy]
         if not self.plan.tune_steps:
             return rates[len(rates) // 2]
         trial = Run(run.strategy, self.plan.main_rank if run.rank else 0, run.task)
@@ -125,7 +125,10 @@ class Runs:
 
     def train(self, run: Run, say: Callable[[str], None] = lambda text: None) -> Trainer:
         """Train a run to its end, or load it when it is done. Raises KeyboardInterrupt when stopped."""
-        rate = self.learning_rate(run)
+        state = self.folder / "runs" / run.name / STATE
+        # a run that was begun keeps its rate, whatever rates are tried today
+        begun = files.read_header(state)["config"]["lr"] if state.exists() else None
+        rate = begun or self.learning_rate(run)
         say(f"{run.name}: learning rate {rate:g}")
         trainer = self._trainer(run, rate, self.plan.steps_of(run), self.folder / "runs" / run.name)
         if not trainer.run():

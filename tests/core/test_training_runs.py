@@ -1,0 +1,256 @@
+"""What a run keeps and refuses: identity, moments, more steps, validation, early end, beginning with a checkpoint."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import toy_base as toy
+
+from hywu_core.cli.main import main
+from hywu_core.errors import HYWUError
+from hywu_core.experiments.bundled import BEST, WEIGHTS, Request
+from hywu_core.files import folder_lock, read_header, read_tensors, save_tensors
+from hywu_core.generator.checkpoints import load_generator
+from hywu_core.training.logs import read_log
+from hywu_core.training.schedule import RATES, TrainConfig, lr_at
+from hywu_core.training.strategies import HyperNetwork
+from hywu_core.training.trainer import STATE
+from hywu_core.training.validation import FIELDS, Validation
+
+FORMER = __import__("pathlib").Path(__file__).with_name("former_runs")
+
+
+def command(out, *more: str, data="pairs.jsonl") -> list[str]:
+    return ["train", "--out", str(out), "--data", str(FORMER / data), "--batch-size", "2",
+            "--sample-every", "0", "--device", "cpu", "--precision", "no", "--strategy", "shared",
+            "--editor", str(FORMER / "editor.safetensors"), *more]  # fmt: skip
+
+
+def small(*more: str) -> list[str]:
+    return ["--strategy", "hywu", "--d-model", "64", *more]
+
+
+# -- identity ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (["--rank", "3"], "rank 2 -> 3"),
+        (["--optimizer", "adamw"], "optimizer muon -> adamw"),
+        (["--seed", "5"], "seed 0 -> 5"),
+        (["--task", "custom", "--strategy", "single"], "strategy shared -> single"),
+        (["--strategy", "sft"], "strategy shared -> sft"),
+    ],
+)
+def test_a_run_of_other_settings_is_refused_by_name(tmp_path, capsys, changed, said):
+    assert main(command(tmp_path, "--steps", "2")) == 0
+    before = (tmp_path / STATE).read_bytes()
+    assert main(command(tmp_path, "--steps", "3", *changed)) == 1
+    assert said in capsys.readouterr().err
+    assert (tmp_path / STATE).read_bytes() == before
+
+
+def test_other_data_under_the_same_name_is_refused(tmp_path, capsys, write_pairs):
+    path = write_pairs(tmp_path, 4)
+    run = ["--data", str(path)]
+    assert main(command(tmp_path / "run", "--steps", "2", *run)) == 0
+    path.write_text("\n".join(path.read_text().splitlines()[:3]))
+    assert main(command(tmp_path / "run", "--steps", "3", *run)) == 1
+    assert "data " in capsys.readouterr().err
+
+
+def test_two_runs_into_one_folder_are_refused(tmp_path, capsys):
+    tmp_path.mkdir(exist_ok=True)
+    with folder_lock(tmp_path):
+        assert main(command(tmp_path, "--steps", "2")) == 1
+    assert "another run is working on this folder" in capsys.readouterr().err
+    assert not (tmp_path / STATE).exists()
+
+
+@pytest.mark.parametrize("moment", ["exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize("counted", [True, False])
+def test_a_state_without_one_of_its_moments_is_refused(tmp_path, moment, counted):
+    toy.make_trainer(tmp_path).run(until=2)
+    header, tensors = dict(read_header(tmp_path / STATE)), read_tensors(tmp_path / STATE)[0]
+    gone = next(key for key in tensors if key.startswith(f"{moment}."))
+    if not counted:  # as states of before
+        del header["moments"]
+    del tensors[gone]
+    save_tensors(tmp_path / STATE, tensors, header, overwrite=True)
+    if moment == "exp_avg_sq" and not counted:
+        pytest.skip("a state of before doesn't say that there was one")
+    with pytest.raises(HYWUError, match="the optimizer's state lacks"):
+        toy.make_trainer(tmp_path).run()
+
+
+# -- more steps --------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_goes_on_beyond_its_end(tmp_path, caplog):
+    assert toy.make_trainer(tmp_path, steps=4).run()
+    first = read_tensors(tmp_path / STATE)[0]
+    longer = toy.make_trainer(tmp_path, steps=9)
+    assert longer.run()
+    assert "goes on from step 4 to 9, where it was to end at 4" in caplog.text
+    assert [row["step"] for row in read_log(tmp_path / "log.csv")] == list(range(1, 10))
+    rates = [row["lr"] for row in read_log(tmp_path / "log.csv")]
+    assert rates[4:] == pytest.approx([lr_at(longer.config, step) for step in range(4, 9)])
+    after = read_tensors(tmp_path / STATE)[0]
+    assert max(float((after[k] - first[k]).abs().max()) for k in first) > 1e-3
+    with pytest.raises(HYWUError, match="steps 9 -> 6"):
+        toy.make_trainer(tmp_path, steps=6).run()
+
+
+def test_the_command_goes_on_with_the_warm_up_that_it_began_with(tmp_path):
+    assert main(command(tmp_path, "--steps", "5")) == 0
+    assert main(command(tmp_path, "--steps", "10")) == 0
+    config = read_header(tmp_path / STATE)["config"]
+    assert (config["steps"], config["warmup"]) == (10, 1)
+
+
+# -- validation --------------------------------------------------------------------------------------
+
+
+def validated(folder, patience: int = 0, **settings):
+    trainer = toy.make_trainer(folder, save_every=2, **settings)
+    best: list[int] = []
+    held_out = [toy.batches(900), toy.batches(901)]
+    trainer.validation = Validation(held_out, patience, lambda: best.append(trainer.step))
+    return trainer, best
+
+
+def test_the_best_measurement_is_told_and_logged(tmp_path):
+    trainer, best = validated(tmp_path, steps=12, lr=1e-2)
+    assert trainer.run()
+    rows = read_log(tmp_path / "validation.csv", FIELDS)
+    assert [row["step"] for row in rows] == [2, 4, 6, 8, 10, 12]
+    losses = [row["loss"] for row in rows]
+    wanted = [
+        row["step"] for i, row in enumerate(rows) if row["loss"] < min([math.inf, *losses[:i]])
+    ]
+    assert best == wanted
+    assert losses[-1] < losses[0]
+    assert losses[-1] == pytest.approx(
+        trainer.mean_loss([(toy.batches(900), 0), (toy.batches(901), 1)])
+    )
+
+
+def test_measuring_changes_nothing_and_goes_on(tmp_path):
+    validated(tmp_path / "cut", steps=8)[0].run(until=4)
+    validated(tmp_path / "cut", steps=8)[0].run()
+    validated(tmp_path / "whole", steps=8)[0].run()
+    toy.make_trainer(tmp_path / "without", steps=8).run()
+    states = [read_tensors(tmp_path / n / STATE)[0] for n in ("cut", "whole", "without")]
+    assert all(torch.equal(states[0][k], other[k]) for other in states[1:] for k in states[0])
+    logs = [(tmp_path / n / "validation.csv").read_text() for n in ("cut", "whole")]
+    assert logs[0] == logs[1]
+
+
+def test_patience_ends_a_run_and_stays_ended(tmp_path):
+    trainer, best = validated(tmp_path, patience=2, steps=400, lr=1e-2)
+    worse = iter([3.0, 2.0, 2.5, 2.2, 1.0])
+    trainer.mean_loss = lambda examples: next(worse)
+    assert trainer.run()
+    assert trainer.step == 8
+    assert best == [2, 4]
+    again, _ = validated(tmp_path, patience=2, steps=400, lr=1e-2)
+    assert again.run()
+    assert again.step == 8
+    longer, _ = validated(tmp_path, patience=3, steps=400, lr=1e-2)
+    assert not longer.run(until=9)
+    assert longer.step == 9
+
+
+def test_the_command_keeps_the_best_weights_and_says_what_to_do_next(tmp_path, capsys):
+    more = small("--steps", "4", "--save-every", "2", "--validation", "0.4")
+    assert main(command(tmp_path, *more)) == 0
+    said = capsys.readouterr().out
+    assert f"--generator {tmp_path / BEST}" in said
+    assert load_generator(tmp_path / BEST).config.provenance["steps"] in (2, 4)
+    assert read_header(tmp_path / STATE)["identity"]["validation"] == 0.4
+    # the printed step works
+    line = next(line for line in said.splitlines() if "hywu edit" in line)
+    words = [str(FORMER / "coffee.png") if w == "image.png" else w for w in line.split()[2:]]
+    words = " ".join(words).replace("'an instruction'", "blur").split()
+    words[words.index("--out") + 1] = str(tmp_path / "edited.png")
+    assert main(["edit", *words]) == 0
+    assert (tmp_path / "edited.png").stat().st_size > 100
+
+
+# -- what is begun with ------------------------------------------------------------------------------
+
+
+def test_a_run_begins_with_a_checkpoint(tmp_path, capsys):
+    assert main(command(tmp_path / "one", *small("--steps", "3"))) == 0
+    first = tmp_path / "one" / WEIGHTS
+    assert (
+        main(
+            command(tmp_path / "two", *small("--steps", "1", "--init", str(first), "--lr", "1e-9"))
+        )
+        == 0
+    )
+    one, two = (load_generator(p / WEIGHTS) for p in (tmp_path / "one", tmp_path / "two"))
+    for (name, a), b in zip(one.named_parameters(), two.parameters(), strict=True):
+        assert torch.allclose(a.float(), b.float(), atol=1e-6, rtol=1e-3), name
+    assert main(command(tmp_path / "two", *small("--steps", "1"))) == 1
+    assert "init " in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_encoder_is_refused(tmp_path):
+    trainer = toy.make_trainer(tmp_path, steps=1)
+    trainer.run()
+    path = trainer.export(tmp_path / "generator.safetensors", {})
+    other = toy.ToyBase()
+    other.encoder = {"type": "other"}
+    with pytest.raises(HYWUError, match=r"reads what .*toy.* makes, the base's encoder is .*other"):
+        HyperNetwork.begun_with(other, path)
+    begun = HyperNetwork.begun_with(toy.ToyBase(), path)
+    assert all(p.requires_grad for p in begun.trained.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"strategy": "single"}, "name it"),
+        ({"task": "blur"}, "only then"),
+        ({"strategy": "shared", "init": "bundled"}, "it goes with 'hywu'"),
+        ({"validation": 0.1}, "share of --data"),
+        ({"data": FORMER, "tasks": ["blur"]}, "says its tasks itself"),
+    ],
+)
+def test_options_that_do_not_go_together(tmp_path, options, said):
+    with pytest.raises(HYWUError, match=said):
+        Request(tmp_path, **options)
+
+
+def test_rates_are_of_the_strategy_and_the_optimizer(tmp_path):
+    for optimizer in ("muon", "adamw"):
+        for strategy in ("shared", "sft"):
+            out = tmp_path / optimizer / strategy
+            more = ["--steps", "1", "--optimizer", optimizer, "--strategy", strategy]
+            assert main(command(out, *more)) == 0
+            assert read_header(out / STATE)["config"]["lr"] == RATES[optimizer][strategy]
+    # what docs/training.md recommends
+    assert 1e-3 <= RATES["muon"]["shared"] <= 2e-3
+    assert RATES["adamw"]["hywu"] < RATES["muon"]["hywu"]
+
+
+def test_a_constant_rate_stays_at_the_peak():
+    config = TrainConfig(20, lr=1.0, warmup=4, schedule="constant")
+    assert [lr_at(config, step) for step in range(4, 20)] == [1.0] * 16
+    assert lr_at(config, 0) < 0.5
+    assert TrainConfig(20).to_json().keys().isdisjoint({"schedule", "betas"})
+    assert config.to_json()["schedule"] == "constant"
+    with pytest.raises(HYWUError, match="schedule constant -> cosine"):
+        TrainConfig(20, lr=1.0, warmup=4).check_same(config.to_json(), "state")
+
+
+def test_channels_last_trains_the_same(tmp_path):
+    toy.make_trainer(tmp_path / "one", "sft").run()
+    toy.make_trainer(tmp_path / "two", "sft", channels_last=True).run(until=3)
+    toy.make_trainer(tmp_path / "two", "sft", channels_last=True).run()
+    one, two = (read_tensors(tmp_path / n / STATE)[0] for n in ("one", "two"))
+    assert max(float((one[k] - two[k]).abs().max()) for k in one) < 1e-4
