@@ -1,235 +1,214 @@
-"""Make workflows/*.json, the form that the frontend loads, from workflows/api/*.json and workflows/layouts.
+"""Make the workflows that the frontend loads, and subgraphs/, from workflows/{api,layouts,blueprints}.
 
 `python3 dev.py workflows` calls it with a running server: the nodes' sockets and widgets come from its
 /object_info, so that a node that has changed only needs the files made anew. `--pictures` also runs each
 workflow there and makes the thumbnails and docs/pictures from what comes out.
 
-A layout has notes, rows of groups of columns of nodes (by the ids of the API file, or `note:NAME`), and
-the rows of pictures of the thumbnail (an input's file name, or the id of a SaveImage node).
+workflows/api/NAME.json is the graph as programs queue it. workflows/layouts/NAME.json says how a person sees
+it: `file`, the name in the template dialog; `instances`, the blueprints that stand for several of its nodes
+(`nodes`: path inside -> id in the API file); `notes`; `rows` of groups of columns of ids, of those of
+instances, `note:NAME`, or pixels left free; `sizes` of single nodes; `app`, inputs and outputs of App mode; and the rows of
+images of the `thumbnail` (an input's file name, or the id of a SaveImage node).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import uuid
 from pathlib import Path
 from typing import Any
 
 from hywu_core.cli.console import say
 from hywu_core.errors import HYWUError
+from hywu_core.files import atomic_path
 from hywu_core.headless.graph import read_graph
 from hywu_core.headless.local import get_json
 
+from . import blueprints, pictures
+from .canvas import Level
+
 HERE = Path(__file__).parent
-#: The project's name in pyproject.toml, under which the registry lists it.
-EXTENSION = "hywu"
-TITLE, SLOT, WIDGET, GAP, MARGIN = 30, 20, 24, 30, 20
-GROUP_TITLE, GROUP_GAP = 50, 50
-WIDTH = 310
-#: Width and height of nodes that show pictures, maps or long texts; the others are as high as needed.
-SIZES = {
-    "LoadImage": (WIDTH, 340),
-    "SaveImage": (WIDTH, 340),
-    "HYWUGenerateLoRA": (WIDTH, 320),
-    "HYWULoadLoRA": (WIDTH, 320),
-    "HYWUInspectLoRA": (WIDTH, 560),
-    "PreviewAny": (WIDTH, 400),
-    "PrimitiveStringMultiline": (WIDTH, 110),
-    "CLIPTextEncode": (WIDTH, 110),
-    "HYWUConditionEncode": (WIDTH, 260),
-    "HYWUTrainGenerator": (WIDTH, 1080),
-}
-#: Widgets at the end of stock nodes that newer ComfyUIs require. Older servers ignore them in a prompt,
-#: older frontends their values; no socket is written for them.
-NEWER = {"LoraModelLoader": {"bypass": ["BOOLEAN", {"default": False}]}}
-NOTE_COLOURS = {"color": "#432", "bgcolor": "#653"}
-GROUP_COLOURS = ("#3f789e", "#3f6e4e", "#8a6d3b", "#6b4f8a")
+ROOT = HERE.parent
+SUBGRAPHS = ROOT / "subgraphs"
+#: The node that holds an instruction in the API files, where programs find it by its title.
+TEXT = "PrimitiveStringMultiline"
 
 
-def is_widget(spec: list) -> bool:
-    """Whether the frontend makes a widget for this input of /object_info, and not only a socket."""
-    kind, options = spec[0], spec[1] if len(spec) > 1 else {}
-    known = isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
-    return known and not options.get("forceInput")
+def layout_of(name: str) -> dict[str, Any]:
+    return json.loads((HERE / "layouts" / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def inputs_of(info: dict[str, Any]) -> list[tuple[str, list, bool]]:
-    """(name, spec, optional) of a node's inputs, in the order of its definition."""
-    found = []
-    for part in ("required", "optional"):
-        specs = info["input"].get(part) or {}
-        order = (info.get("input_order") or {}).get(part) or list(specs)
-        found += [(name, specs[name], part == "optional") for name in order]
-    known = {name for name, _, _ in found}
-    newer = NEWER.get(info["name"], {}).items()
-    return found + [(name, spec, False) for name, spec in newer if name not in known]
+def names() -> list[str]:
+    """The workflows, in the order of the template dialog."""
+    found = [path.stem for path in (HERE / "layouts").glob("*.json")]
+    return sorted(found, key=lambda name: layout_of(name)["file"])
 
 
-def widget_values(info: dict[str, Any], inputs: dict[str, Any]) -> list[Any]:
-    """Values in the order of the node's widgets; linked ones hold their default."""
-    values: list[Any] = []
-    for name, spec, _ in inputs_of(info):
-        if not is_widget(spec):
-            continue
-        options = spec[1] if len(spec) > 1 else {}
-        value = inputs.get(name)
-        if value is None or isinstance(value, list):
-            choices = spec[0] if isinstance(spec[0], list) else options.get("options") or [""]
-            blank = "" if spec[0] == "STRING" else 0
-            value = options.get("default", choices[0] if choices != [""] else blank)
-        values.append(value)
-        if options.get("control_after_generate") or name in ("seed", "noise_seed"):
-            values.append("fixed")
-        if options.get("image_upload"):
-            values.append("image")
-    return values
+def file_of(name: str) -> Path:
+    """The workflow as the frontend loads it; its thumbnail lies beside it."""
+    return HERE / f"{layout_of(name)['file']}.json"
 
 
-class Canvas:
-    """One workflow on its way from the API form to the frontend's."""
+# -- which nodes of the API file an instance stands for -------------------------------------------
 
-    def __init__(self, name: str, graph: dict, layout: dict, info: dict) -> None:
-        self.name, self.graph, self.layout, self.info = name, graph, layout, info
-        self.links: list[list] = []
-        self.nodes: dict[str, dict] = {}
-        self.groups: list[dict] = []
 
-    def build(self) -> dict[str, Any]:
-        """The workflow as the frontend saves it. Raises HYWUError where file, layout and server disagree."""
-        for ident, node in self.graph.items():
-            self.nodes[ident] = self.node(int(ident), node)
-        for ident, node in self.graph.items():
-            self.connect(ident, node)
-        first = max(map(int, self.graph)) + 1
-        for number, (name, note) in enumerate(self.layout["notes"].items(), first):
-            self.nodes[f"note:{name}"] = self.note(number, note)
-        width, height = self.place()
-        # Below this, frontends leave out all texts: the upper left is more than a gray overview.
-        scale = round(max(0.62, min(1.0, 1500 / width, 820 / height)), 2)
-        ordered = sorted(self.nodes.values(), key=lambda node: node["id"])
-        for order, node in enumerate(ordered):
-            node["order"] = order
-        return {
-            "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"hywu/{self.name}")),
-            "revision": 0,
-            "last_node_id": max(node["id"] for node in ordered),
-            "last_link_id": len(self.links),
-            "nodes": ordered,
-            "links": self.links,
-            "groups": self.groups,
-            "config": {},
-            "extra": {"ds": {"scale": scale, "offset": [round(90 / scale), round(150 / scale)]}},
-            "version": 0.4,
+class Folding:
+    """An API graph with some of its nodes folded into instances of blueprints.
+
+    graph: the API file. Afterwards `nodes` has what remains: nodes of classes and, by the instances' ids,
+    nodes of the class `blueprint:NAME`. A loader that stands inside an instance may also be placed outside.
+    A text node that is not placed is written into the widgets it is linked with.
+    Raises HYWUError where layout and API file disagree.
+    """
+
+    def __init__(self, name: str, graph: dict[str, dict], layout: dict[str, Any]) -> None:
+        self.name, self.graph = name, graph
+        instances = layout.get("instances", {})
+        self.placed = {key for row in layout["rows"] for group in row for column in group["columns"]
+                       for key in column}  # fmt: skip
+        #: id in a prompt that the frontend queues -> id in the API file
+        self.ids: dict[str, str] = {}
+        #: (id in the API file, output) -> [instance, name of its output]
+        self.ends: dict[tuple[str, int], list] = {}
+        found = {key: self.fold(key, one) for key, one in instances.items()}
+        folded = set(self.ids.values()) - self.placed
+        texts = {key for key, node in graph.items() if node["class_type"] == TEXT} - self.placed
+        kept = {key: node for key, node in graph.items() if key not in folded | texts}
+        self.nodes = {
+            key: {**node, "inputs": {k: self.outside(v) for k, v in node["inputs"].items()}}
+            for key, node in {**kept, **found}.items()
         }
+        self.ids |= {key: key for key in kept}
 
-    def node(self, ident: int, node: dict) -> dict[str, Any]:
-        """Sockets first, then the sockets of widgets, as the frontend orders them."""
-        kind = node["class_type"]
-        if kind not in self.info:
-            raise HYWUError(f"{self.name}: the server doesn't know the node {kind}; update it.")
-        info = self.info[kind]
-        sockets, widgets = [], []
-        newer = NEWER.get(kind, {})
-        for name, spec, optional in inputs_of(info):
-            if name in newer:
-                continue
-            entry: dict[str, Any] = {"name": name, "type": spec[0], "link": None}
-            if optional:
-                entry["shape"] = 7
-            if is_widget(spec):
-                entry["type"] = "COMBO" if isinstance(spec[0], list) else spec[0]
-                entry["widget"] = {"name": name}
-            (widgets if is_widget(spec) else sockets).append(entry)
-        unknown = set(node["inputs"]) - set(newer) - {entry["name"] for entry in sockets + widgets}
-        if unknown:
-            raise HYWUError(f"{self.name}: {kind} has no input {', '.join(sorted(unknown))}.")
-        # Where a manager finds a missing node; without it, frontends ask the registry for each node.
-        pack = EXTENSION if info["python_module"].startswith("custom_nodes.") else "comfy-core"
-        made = {
-            "id": ident, "type": kind, "pos": [0, 0], "size": list(self.size(info, sockets, widgets)),
-            "flags": {}, "order": 0, "mode": 0, "inputs": sockets + widgets,
-            "outputs": [
-                {"name": name, "type": output, "links": None}
-                for name, output in zip(info["output_name"], info["output"], strict=True)
-            ],
-            "properties": {"cnr_id": pack, "Node name for S&R": kind},
-            "widgets_values": widget_values(info, node["inputs"]),
-        }  # fmt: skip
-        title = (node.get("_meta") or {}).get("title")
-        return {**made, "title": title} if title else made
+    def fold(self, key: str, one: dict) -> dict:
+        """The node for one instance; its inputs are links and values of the API file."""
+        flat, outputs = blueprints.flatten(one["blueprint"], key, {})
+        ids = {f"{key}:{path}": ident for path, ident in one["nodes"].items()}
+        if set(ids) != set(flat):
+            raise self.error(key, f"names {', '.join(sorted(set(ids) ^ set(flat)))} wrongly")
+        inputs: dict[str, Any] = {}
+        for path, node in flat.items():
+            wanted = self.graph[ids[path]]
+            if node["class_type"] != wanted["class_type"]:
+                raise self.error(path, f"is a {node['class_type']}, not node {ids[path]}'s class")
+            if set(node["inputs"]) != set(wanted["inputs"]):
+                raise self.error(path, f"has other inputs than node {ids[path]}")
+            for name, value in node["inputs"].items():
+                self.agree(path, name, value, wanted["inputs"][name], ids, inputs)
+        self.ids |= ids
+        for output, (path, slot) in outputs.items():
+            self.ends[ids[path], slot] = [key, output]
+        title = {"_meta": {"title": one["title"]}} if "title" in one else {}
+        return {"class_type": blueprints.PREFIX + one["blueprint"], "inputs": inputs, **title}
 
-    def size(self, info: dict, sockets: list, widgets: list) -> tuple[int, int]:
-        rows = max(len(sockets), len(info["output"]))
-        return SIZES.get(info["name"], (WIDTH, SLOT * rows + (WIDGET + 4) * len(widgets) + 20))
+    def agree(self, path: str, name: str, value: Any, wanted: Any, ids: dict, inputs: dict) -> None:
+        """Check a value inside against the API file's; one from outside becomes the instance's input."""
+        if isinstance(value, list) and value[0] == "in":
+            if inputs.setdefault(value[1], wanted) != wanted:
+                raise self.error(path, f"{name}: {wanted!r} here, {inputs[value[1]]!r} elsewhere")
+            return
+        found = [ids[value[0]], value[1]] if isinstance(value, list) else value
+        if found != wanted:
+            raise self.error(path, f"{name} is {found!r}, in the API file {wanted!r}")
 
-    def connect(self, ident: str, node: dict) -> None:
-        target = self.nodes[ident]
-        for slot, entry in enumerate(target["inputs"]):
-            value = node["inputs"].get(entry["name"])
-            if not isinstance(value, list):
-                continue
-            source, index = self.nodes[value[0]], value[1]
-            output = source["outputs"][index]
-            link = [len(self.links) + 1, source["id"], index, target["id"], slot, output["type"]]
-            self.links.append(link)
-            entry["link"] = link[0]
-            output["links"] = [*(output["links"] or []), link[0]]
+    def outside(self, value: Any) -> Any:
+        """A link to a folded node as a link to its instance's output, a text's as the text itself."""
+        if not isinstance(value, list) or value[0] in self.placed:
+            return value
+        if self.graph[value[0]]["class_type"] == TEXT:
+            return self.graph[value[0]]["inputs"]["value"]
+        if value[0] in self.ids.values() and (value[0], value[1]) not in self.ends:
+            raise self.error(value[0], f"no output of the blueprint is its output {value[1]}")
+        return self.ends.get((value[0], value[1]), value)
 
-    def note(self, ident: int, note: dict) -> dict[str, Any]:
-        text = "\n".join(note["text"])
-        lines = sum(1 + len(line) // 48 for line in note["text"])
-        return {
-            "id": ident, "type": "MarkdownNote", "title": note["title"], "pos": [0, 0],
-            "size": [WIDTH, max(90, 50 + 17 * lines)], "flags": {}, "order": 0, "mode": 0,
-            "inputs": [], "outputs": [], "properties": {}, "widgets_values": [text], **NOTE_COLOURS,
-        }  # fmt: skip
-
-    def place(self) -> tuple[int, int]:
-        """Put nodes and groups at their places; returns the size of the whole."""
-        placed: list[str] = []
-        top = right = 0
-        for row in self.layout["rows"]:
-            left, bottom = 0, top
-            for group in row:
-                width, height = self.place_group(group, left, top)
-                placed += [name for column in group["columns"] for name in column]
-                left += width + GROUP_GAP
-                right, bottom = max(right, left), max(bottom, top + height)
-            top = bottom + GROUP_GAP
-        if sorted(placed) != sorted(self.nodes):
-            odd = set(placed) ^ set(self.nodes) or {n for n in placed if placed.count(n) > 1}
-            raise HYWUError(
-                f"layouts/{self.name}.json: {', '.join(sorted(odd))} must be placed once, and exist."
-            )
-        return right, top
-
-    def place_group(self, group: dict, left: int, top: int) -> tuple[int, int]:
-        x, bottom = left + MARGIN, top
-        for column in group["columns"]:
-            y, width = top + GROUP_TITLE + TITLE, 0
-            for name in column:
-                if name not in self.nodes:
-                    raise HYWUError(f"layouts/{self.name}.json places {name}, which is no node.")
-                node = self.nodes[name]
-                node["pos"] = [x, y]
-                width = max(width, node["size"][0])
-                y += node["size"][1] + TITLE + GAP
-            x, bottom = x + width + GAP, max(bottom, y - TITLE - GAP)
-        width, height = x - GAP + MARGIN - left, bottom + MARGIN - top
-        self.groups.append({
-            "id": len(self.groups) + 1, "title": group["title"],
-            "bounding": [left, top, width, height],
-            "color": GROUP_COLOURS[group.get("colour", 0)], "font_size": 24, "flags": {},
-        })  # fmt: skip
-        return width, height
+    def error(self, where: str, what: str) -> HYWUError:
+        return HYWUError(f"layouts/{self.name}.json and its API file: {where} {what}.")
 
 
-def write(path: Path, content: bytes) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    os.replace(part, path)
+def api_ids(name: str) -> dict[str, str]:
+    """Id of a node in a prompt that the frontend queues ("20:101") -> its id in the API file."""
+    graph = read_graph(HERE / "api" / f"{name}.json")
+    return Folding(name, graph, layout_of(name)).ids
+
+
+# -- the file -------------------------------------------------------------------------------------
+
+
+def workflow(name: str, graph: dict, layout: dict, info: dict) -> dict[str, Any]:
+    """The workflow as the frontend saves it. Raises HYWUError where file, layout and server disagree."""
+    folding = Folding(name, graph, layout)
+    level = Level(f"layouts/{name}.json")
+    for key, node in folding.nodes.items():
+        if blueprint := blueprints.blueprint_of(node):
+            level.nodes[key] = blueprints.instance(blueprint, int(key), node, info)
+        else:
+            level.add(key, int(key), node, info)
+    for key, node in folding.nodes.items():
+        level.connect(key, node["inputs"])
+    first = max(map(int, level.nodes)) + 1
+    for number, (key, note) in enumerate(layout["notes"].items(), first):
+        level.note(f"note:{key}", number, note)
+    for key, measure in layout.get("sizes", {}).items():
+        level.nodes[key]["size"] = measure
+    level.place(layout["rows"])
+    nodes = level.ordered()
+    kinds = [blueprints.blueprint_of(node) for node in folding.nodes.values()]
+    needed = dict.fromkeys(one for kind in kinds if kind for one in blueprints.used(kind))
+    extra: dict[str, Any] = {"ds": view(nodes)}
+    if app := layout.get("app"):
+        inputs = [[int(ident), widget] for ident, widget in app["inputs"]]
+        extra["linearData"] = {"inputs": inputs, "outputs": list(map(int, app["outputs"]))}
+    return {
+        "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"hywu/{name}")),
+        "revision": 0,
+        "last_node_id": max(node["id"] for node in nodes),
+        "last_link_id": len(level.links),
+        "nodes": nodes,
+        "links": [
+            [number, link.source, link.slot, link.target, link.socket, link.kind]
+            for number, link in level.numbered()
+        ],
+        "groups": level.groups,
+        "definitions": {"subgraphs": [blueprints.definition(one, info) for one in needed]},
+        "config": {},
+        "extra": extra,
+        "version": 0.4,
+    }
+
+
+def view(nodes: list[dict]) -> dict[str, Any]:
+    """Zoom and offset that show all nodes in a window of 1600 x 900, for frontends that keep them."""
+    width = max(node["pos"][0] + node["size"][0] for node in nodes)
+    height = max(node["pos"][1] + node["size"][1] for node in nodes)
+    # Below this, frontends leave out all texts: the upper left is more than a gray overview.
+    scale = round(max(0.62, min(1.0, 1450 / width, 800 / height)), 2)
+    return {"scale": scale, "offset": [round(90 / scale), round(90 / scale)]}
+
+
+def write(path: Path, content: bytes) -> str:
+    """Write atomically; returns the path from the project's folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path, overwrite=True) as part:
+        part.write_bytes(content)
+    return path.relative_to(ROOT).as_posix()
+
+
+def write_json(path: Path, value: dict) -> str:
+    # ASCII: ComfyUI 0.3.75 reads subgraphs/ in the system's encoding
+    return write(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def library(info: dict) -> list[str]:
+    """Write subgraphs/: the blueprints that stand in the node search."""
+    wanted = [name for name in blueprints.names() if blueprints.source(name).get("library")]
+    return [
+        write_json(
+            SUBGRAPHS / f"{blueprints.source(name)['title']}.json",
+            blueprints.library_file(name, info),
+        )
+        for name in wanted
+    ]
 
 
 def main() -> None:
@@ -239,20 +218,17 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="workflows to make; all by default")
     args = parser.parse_args()
     info = get_json(f"{args.server}/object_info", timeout=60)
-    for path in sorted((HERE / "layouts").glob("*.json")):
-        if args.names and path.stem not in args.names:
-            continue
-        layout = json.loads(path.read_text(encoding="utf-8"))
-        graph = read_graph(HERE / "api" / path.name)
-        saved = Canvas(path.stem, graph, layout, info).build()
-        text = json.dumps(saved, indent=1, ensure_ascii=False) + "\n"
-        write(HERE / path.name, text.encode())
-        say(f"workflows/{path.name}")
+    for made in library(info):
+        say(made)
+    for name in args.names or names():
+        layout, path = layout_of(name), file_of(name)
+        graph = read_graph(HERE / "api" / f"{name}.json")
+        say(write_json(path, workflow(name, graph, layout, info)))
         if args.pictures:
-            from .pictures import make_pictures
-
-            for made in make_pictures(args.server, path.stem, graph, layout):
-                say(made)
+            images = pictures.thumbnail_and_sheet(args.server, HERE / "inputs", graph, layout)
+            say(write(path.with_suffix(".jpg"), images[0]))
+            if images[1]:
+                say(write(ROOT / "docs" / "pictures" / f"{layout['picture']}.jpg", images[1]))
 
 
 if __name__ == "__main__":

@@ -18,12 +18,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from hywu_core.cli.console import say, table
+from hywu_core.files import atomic_path
 from hywu_core.headless.client import Client, ServerError
 from hywu_core.headless.graph import find_node, read_graph, set_input
 
-from .build import HERE, write
-
-WORKFLOW = HERE / "api" / "conflict_blur_deblur.json"
+WORKFLOW = Path(__file__).parent / "api" / "conflict_blur_deblur.json"
 #: title of a SaveImage node -> name of its picture
 RESULTS = {"Result: blur": "blur", "Result: deblur": "deblur"}
 #: class of a node -> what it does, for nodes that report their seconds
@@ -93,10 +92,9 @@ def side_by_side(images: list[Image.Image]) -> Image.Image:
     return sheet
 
 
-def png(image: Image.Image) -> bytes:
-    content = io.BytesIO()
-    image.save(content, "PNG")
-    return content.getvalue()
+def save(image: Image.Image, path: Path) -> None:
+    with atomic_path(path, overwrite=True) as part:
+        image.save(part, "PNG")
 
 
 def main() -> int:
@@ -115,11 +113,11 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     source, rows = sharpness(pictures["source"]), []
     for name, image in pictures.items():
-        write(args.out / f"{name}.png", png(image))
+        save(image, args.out / f"{name}.png")
         value = sharpness(image)
         rows.append((name, f"{value:.1f}", f"{value / source:.2f}", str(args.out / f"{name}.png")))
     together = args.out / "source_blur_deblur.png"
-    write(together, png(side_by_side(list(pictures.values()))))
+    save(side_by_side(list(pictures.values())), together)
     table(rows, ("picture", "sharpness", "of the source's", "file"))
     say(f"side by side: {together}")
     table([(stage, f"{value:.2f}") for stage, value in seconds.items()], ("both edits", "seconds"))

@@ -17,12 +17,11 @@ from PIL import Image
 
 from hywu_core.cli.console import say
 from hywu_core.errors import HYWUError, need
+from hywu_core.files import atomic_path
 from hywu_core.headless.local import get_json
 
 from .browser import FLAGS, SETTINGS, find_chromium, open_frontend
-from .build import HERE, write
-
-DOCS = HERE.parent / "web" / "docs" / "pictures"
+DOCS = Path(__file__).parents[1] / "web" / "docs" / "pictures"
 #: Pixels of the window; a picture's width, and the node's within it.
 WINDOW, WIDTH, NODE = (1400, 1700), 492, 412
 #: Zoom, and the height from which on a node is drawn at its natural size.
@@ -191,11 +190,11 @@ def draw(server: str, folder: Path, names: Sequence[str] = ()) -> Iterator[Path]
         size = dict(zip(("width", "height"), WINDOW, strict=True))
         page = open_frontend(browser.new_context(viewport=size), server, PLAIN)
         for class_type in names or idents:
-            content = io.BytesIO()
-            image = picture(page, idents[class_type], class_type)
-            image.save(content, "WEBP", quality=QUALITY, method=6)
-            write(folder / f"{class_type}.webp", content.getvalue())
-            yield folder / f"{class_type}.webp"
+            path = folder / f"{class_type}.webp"
+            with atomic_path(path, overwrite=True) as part:
+                image = picture(page, idents[class_type], class_type)
+                image.save(part, "WEBP", quality=QUALITY, method=6)
+            yield path
         browser.close()
 
 

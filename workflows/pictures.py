@@ -11,11 +11,9 @@ from PIL import Image, ImageOps
 from hywu_core.errors import HYWUError
 from hywu_core.headless.client import Client
 
-from .build import HERE, write
-
-THUMBNAIL = (400, 300)
+#: Width and height of a thumbnail: the cards of the template browser are square.
+THUMBNAIL = (400, 400)
 LIMIT = 40_000
-DOCS = HERE.parent / "docs" / "pictures"
 #: The loader of a model that only the user has; the bundled editor has the same three outputs.
 OWN_MODEL = "CheckpointLoaderSimple"
 STAND_IN = {"class_type": "HYWULoadBundledEditor", "inputs": {}}
@@ -37,7 +35,7 @@ def with_stand_in(graph: dict) -> dict:
 
 
 async def run(server: str, graph: dict) -> dict[str, Image.Image]:
-    """Run it; "ID" and "ID:NUMBER" -> the pictures of its SaveImage nodes."""
+    """Run it; "ID" and "ID:NUMBER" -> the images of its SaveImage nodes."""
     found: dict[str, Image.Image] = {}
     async with Client(server, timeout=1800) as client:
         record = await client.run(graph)
@@ -52,7 +50,7 @@ async def run(server: str, graph: dict) -> dict[str, Image.Image]:
 
 
 def table(rows: list[list[Image.Image]], size: tuple[int, int], gap: int = 4) -> Image.Image:
-    """Pictures in rows on a sheet of `size`, each cropped to its cell."""
+    """Images in rows on a sheet of `size`, each cropped to its cell."""
     sheet = Image.new("RGB", size, "white")
     height = (size[1] - gap * (len(rows) - 1)) // len(rows)
     for at, row in enumerate(rows):
@@ -73,22 +71,28 @@ def jpeg(image: Image.Image, limit: int) -> bytes:
     raise HYWUError(f"The picture doesn't fit into {limit} bytes.")
 
 
-def make_pictures(server: str, name: str, graph: dict, layout: dict) -> list[str]:
-    """Write workflows/NAME.jpg and, where the layout names one, docs/pictures/PICTURE.jpg."""
+def thumbnail_and_sheet(
+    server: str, inputs: Path, graph: dict, layout: dict
+) -> tuple[bytes, bytes | None]:
+    """The thumbnail, and the documentation's picture where the layout names one, as JPEG.
+
+    inputs: the folder of the images that come along. The layout's `sheet` are the rows of the latter,
+    where they aren't those of the thumbnail.
+    """
     results = asyncio.run(run(server, with_stand_in(graph)))
-    rows = [[_picture(results, entry) for entry in row] for row in layout["thumbnail"]]
-    made = [HERE / f"{name}.jpg"]
-    write(made[0], jpeg(table(rows, THUMBNAIL), LIMIT))
-    if layout.get("picture"):
-        DOCS.mkdir(parents=True, exist_ok=True)
-        side, gap = 256, 4
-        columns = max(map(len, rows))
-        size = (columns * (side + gap) - gap, len(rows) * (side + gap) - gap)
-        made.append(DOCS / f"{layout['picture']}.jpg")
-        write(made[1], jpeg(table(rows, size, gap), 150_000))
-    return [path.relative_to(HERE.parent).as_posix() for path in made]
+
+    def rows(wanted: list[list[str]]) -> list[list[Image.Image]]:
+        return [[_image(results, inputs, entry) for entry in row] for row in wanted]
+
+    small = jpeg(table(rows(layout["thumbnail"]), THUMBNAIL), LIMIT)
+    if not layout.get("picture"):
+        return small, None
+    large = rows(layout.get("sheet", layout["thumbnail"]))
+    side, gap = 256, 4
+    columns = max(map(len, large))
+    size = (columns * (side + gap) - gap, len(large) * (side + gap) - gap)
+    return small, jpeg(table(large, size, gap), 150_000)
 
 
-def _picture(results: dict[str, Image.Image], entry: str) -> Image.Image:
-    path: Path = HERE / "inputs" / entry
-    return results[entry] if entry in results else Image.open(path).convert("RGB")
+def _image(results: dict[str, Image.Image], inputs: Path, entry: str) -> Image.Image:
+    return results[entry] if entry in results else Image.open(inputs / entry).convert("RGB")
