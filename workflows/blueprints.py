@@ -23,12 +23,10 @@ from hywu_core.errors import HYWUError
 from .canvas import (
     BADGE,
     EXTENSION,
-    GAP,
     INPUT,
     OUTPUT,
     SLOT,
     TEXT,
-    TITLE,
     WIDGET,
     WIDTH,
     Level,
@@ -45,15 +43,44 @@ FOLDER = Path(__file__).parent / "blueprints"
 PREFIX = "blueprint:"
 #: Width of the nodes at which a subgraph's inputs begin and its outputs end.
 EDGE = 120
+#: Distance of the ids in a copy of a blueprint.
+COPY = 1000
 
 
 @functools.cache
 def source(name: str) -> dict[str, Any]:
-    """What workflows/blueprints/NAME.json says. Raises HYWUError where there is none."""
+    """What workflows/blueprints/NAME.json says. Raises HYWUError where there is none.
+
+    "NAME#1" is a copy of it, and of all that lie in it, with ids of its own: the frontend of ComfyUI 0.3.75
+    has one text for all nodes that are the same subgraph.
+    """
+    name, _, copy = name.partition("#")
     path = FOLDER / f"{name}.json"
     if not path.is_file():
         raise HYWUError(f"{path}: there is no such blueprint.")
-    return json.loads(path.read_text(encoding="utf-8"))
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return _renumbered(found, int(copy)) if copy else found
+
+
+def renumber(path: str, copy: int) -> str:
+    """A node's path inside the blueprint as it is in a copy: "131:101" becomes "1131:1101"."""
+    return ":".join(str(int(ident) + COPY * copy) for ident in path.split(":"))
+
+
+def _renumbered(blueprint: dict[str, Any], copy: int) -> dict[str, Any]:
+    def link(value: Any) -> Any:
+        inner = isinstance(value, list) and value[0] != "in"
+        return [renumber(value[0], copy), value[1]] if inner else value
+
+    nodes = {}
+    for ident, node in blueprint["nodes"].items():
+        inner = f"#{copy}" if blueprint_of(node) else ""
+        inputs = {key: link(value) for key, value in node["inputs"].items()}
+        kind = node["class_type"] + inner
+        nodes[renumber(ident, copy)] = {**node, "class_type": kind, "inputs": inputs}
+    outputs = {name: link(end) for name, end in blueprint["outputs"].items()}
+    columns = [[renumber(ident, copy) for ident in column] for column in blueprint["columns"]]
+    return {**blueprint, "nodes": nodes, "outputs": outputs, "columns": columns}
 
 
 def names() -> list[str]:
@@ -165,8 +192,9 @@ def instance(name: str, ident: int, node: dict, info: dict[str, Any]) -> dict[st
     values = []
     for one in widgets:
         value = node["inputs"].get(one)
-        unset = value is None or isinstance(value, list)
-        values.append(default_of(specs[one][0]) if unset else value)
+        if isinstance(value, list):  # what is linked shouldn't look like a text of its own
+            value = "" if specs[one][0][-1].get("multiline") else None
+        values.append(default_of(specs[one][0]) if value is None else value)
     texts = sum(bool(specs[one][0][-1].get("multiline")) for one in widgets)
     rows = max(len(specs) - len(widgets), len(blueprint["outputs"]))
     height = SLOT * rows + TEXT * texts + WIDGET * (len(widgets) - texts) + BADGE + 16
@@ -278,8 +306,3 @@ def library_file(name: str, info: dict[str, Any]) -> dict[str, Any]:
         },
     }  # fmt: skip
 
-
-__all__ = [
-    "FOLDER", "GAP", "PREFIX", "TITLE", "blueprint_of", "definition", "flatten", "identity", "instance",
-    "library_file", "names", "source", "used",
-]  # fmt: skip

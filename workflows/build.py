@@ -64,7 +64,7 @@ class Folding:
 
     def __init__(self, name: str, graph: dict[str, dict], layout: dict[str, Any]) -> None:
         self.name, self.graph = name, graph
-        instances = layout.get("instances", {})
+        instances = _apart(layout.get("instances", {}))
         self.placed = {key for row in layout["rows"] for group in row for column in group["columns"]
                        for key in column}  # fmt: skip
         #: id in a prompt that the frontend queues -> id in the API file
@@ -124,6 +124,18 @@ class Folding:
 
     def error(self, where: str, what: str) -> HYWUError:
         return HYWUError(f"layouts/{self.name}.json and its API file: {where} {what}.")
+
+
+def _apart(instances: dict[str, dict]) -> dict[str, dict]:
+    """The instances, each of a blueprint of its own: later ones of the same are of its copies."""
+    found: dict[str, dict] = {}
+    for key, one in instances.items():
+        copies = [other["blueprint"].partition("#")[0] for other in found.values()]
+        if copy := copies.count(one["blueprint"]):
+            nodes = {blueprints.renumber(path, copy): i for path, i in one["nodes"].items()}
+            one = {**one, "blueprint": f"{one['blueprint']}#{copy}", "nodes": nodes}
+        found[key] = one
+    return found
 
 
 def api_ids(name: str) -> dict[str, str]:

@@ -47,7 +47,8 @@ def open_template(page: Any, file: str) -> None:
     dialog.get_by_text("hywu", exact=True).last.click()
     card = dialog.get_by_test_id(f"template-workflow-{file}")
     card.wait_for(timeout=30_000)
-    card.locator("img").first.click()
+    card.scroll_into_view_if_needed()
+    card.click()
     page.wait_for_function("window.app.graph._nodes.length > 0", timeout=30_000)
     page.wait_for_timeout(1500)  # sizes settle a few frames later
 
