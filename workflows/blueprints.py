@@ -305,4 +305,3 @@ def library_file(name: str, info: dict[str, Any]) -> dict[str, Any]:
             "BlueprintSearchAliases": blueprint.get("aliases", []),
         },
     }  # fmt: skip
-

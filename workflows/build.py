@@ -194,8 +194,8 @@ def view(nodes: list[dict]) -> dict[str, Any]:
     width = max(node["pos"][0] + node["size"][0] for node in nodes)
     height = max(node["pos"][1] + node["size"][1] for node in nodes)
     # Below this, frontends leave out all texts: the upper left is more than a gray overview.
-    scale = round(max(0.62, min(1.0, 1450 / width, 800 / height)), 2)
-    return {"scale": scale, "offset": [round(90 / scale), round(90 / scale)]}
+    scale = round(max(0.62, min(1.0, 1450 / width, 780 / height)), 2)
+    return {"scale": scale, "offset": [round(90 / scale), round(150 / scale)]}
 
 
 def write(path: Path, content: bytes) -> str:

@@ -21,6 +21,7 @@ from hywu_core.files import atomic_path
 from hywu_core.headless.local import get_json
 
 from .browser import FLAGS, SETTINGS, find_chromium, open_frontend
+
 DOCS = Path(__file__).parents[1] / "web" / "docs" / "pictures"
 #: Pixels of the window; a picture's width, and the node's within it.
 WINDOW, WIDTH, NODE = (1400, 1700), 492, 412

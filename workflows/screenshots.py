@@ -15,6 +15,7 @@ from typing import Any
 
 from hywu_core.cli.console import say
 from hywu_core.errors import HYWUError, need
+from hywu_core.headless.local import get_json
 
 from . import blueprints, build
 from .browser import FLAGS, SETTINGS, find_chromium, open_frontend
@@ -53,10 +54,10 @@ def open_template(page: Any, file: str) -> None:
     page.wait_for_timeout(1500)  # sizes settle a few frames later
 
 
-def overlaps(page: Any) -> list[str]:
-    """Pairs of nodes that lie on each other by more than a pixel."""
+def overlaps(boxes: list[list]) -> list[str]:
+    """Pairs of nodes that lie on each other by more than a pixel; boxes as `BOXES` gives them."""
     found = []
-    for one, two in itertools.combinations(page.evaluate(BOXES), 2):
+    for one, two in itertools.combinations(boxes, 2):
         across = min(one[3], two[3]) - max(one[1], two[1])
         down = min(one[4], two[4]) - max(one[2], two[2])
         if across > 1 and down > 1:
@@ -64,21 +65,31 @@ def overlaps(page: Any) -> list[str]:
     return found
 
 
+def cut_texts(page: Any) -> list[str]:
+    """Texts of the Vue renderer's toggles that are wider than the room they have."""
+    return page.evaluate(
+        """() => [...document.querySelectorAll('[data-node-id] [role=radio], [data-node-id] button')]
+             .filter((e) => e.textContent.trim() && e.scrollWidth > e.clientWidth + 1)
+             .map((e) => `the text '${e.textContent.trim()}' is cut`)"""
+    )
+
+
 def problems(page: Any) -> list[str]:
     """What keeps the open graph from being read: small text, overlaps, nodes outside the window."""
-    found = overlaps(page)
+    boxes = page.evaluate(BOXES)
+    found = [*overlaps(boxes), *cut_texts(page)]
     scale = page.evaluate("window.app.canvas.ds.scale")
     if scale < READABLE:
         found.append(f"drawn at {scale:.2f}, text needs {READABLE}")
     width, height = page.viewport_size["width"], page.viewport_size["height"]
-    for title, left, top, right, bottom in page.evaluate(BOXES):
+    for title, left, top, right, bottom in boxes:
         if left < 0 or top < 0 or right > width or bottom > height:
             found.append(f"'{title}' is not wholly in the window")
     return found
 
 
 def put_blueprint(page: Any, file: dict) -> None:
-    """A blueprint's node alone on the canvas, at natural size."""
+    """A blueprint's node alone on the canvas, large."""
     page.evaluate(
         """async (file) => {
              await window.app.loadGraphData(file);
@@ -102,34 +113,60 @@ def enter(page: Any) -> None:
     page.wait_for_timeout(1200)
 
 
-def shoot(page: Any, folder: Path, what: str, renderer: str, size: str) -> Iterator[str]:
-    """All templates, blueprints and apps in one window; yields what is wrong."""
+def shoot_templates(page: Any, folder: Path, renderer: str) -> Iterator[str]:
+    """All templates, and in Nodes 2.0 their apps, in the page's window; yields what is wrong."""
+    size = "{width}x{height}".format(**page.viewport_size)
     for name in build.names():
-        file = build.file_of(name).stem
-        open_template(page, file)
-        page.screenshot(path=folder / f"{name}_{what}.png")
-        # 1440 x 900 is looked at, but a graph needs to fit a full HD window only
-        wrong = problems(page) if size == "1920x1080" else overlaps(page)
+        open_template(page, build.file_of(name).stem)
+        page.screenshot(path=folder / f"{name}_{renderer}_{size}.png")
+        # smaller windows are looked at, but a graph needs to fit a full HD one only
+        full = page.viewport_size["width"] == SIZES[0][0]
+        wrong = problems(page) if full else overlaps(page.evaluate(BOXES))
         yield from (f"{name}, {renderer}, {size}: {one}" for one in wrong)
         if build.layout_of(name).get("app") and renderer == "nodes2":
             page.evaluate("window.app.extensionManager.command.execute('Comfy.ToggleLinear')")
             page.wait_for_timeout(1500)
-            page.screenshot(path=folder / f"{name}_{what}_app.png")
+            page.screenshot(path=folder / f"{name}_app_{size}.png")
             page.evaluate("window.app.extensionManager.command.execute('Comfy.ToggleLinear')")
             page.wait_for_timeout(800)
 
 
 def shoot_blueprints(page: Any, folder: Path, renderer: str, info: dict) -> Iterator[str]:
+    """Every blueprint as a node and from inside; yields what is wrong."""
+    inside = BOXES.replace("app.graph._nodes", "app.canvas.graph._nodes")
     for name in blueprints.names():
         put_blueprint(page, blueprints.library_file(name, info))
         page.screenshot(path=folder / f"blueprint_{name}_{renderer}.png")
+        wrong = cut_texts(page)
         enter(page)
         page.screenshot(path=folder / f"blueprint_{name}_{renderer}_inside.png")
-        yield from (f"blueprint {name}, {renderer}, inside: {one}" for one in inside(page))
+        wrong += [*overlaps(page.evaluate(inside)), *cut_texts(page)]
+        yield from (f"blueprint {name}, {renderer}: {one}" for one in wrong)
 
 
-def inside(page: Any) -> list[str]:
-    return overlaps_of(page.evaluate(BOXES.replace("app.graph._nodes", "app.canvas.graph._nodes")))
+def shoot(server: str, folder: Path) -> list[str]:
+    """All screenshots, PNG files in `folder`; returns what is wrong in them. Raises HYWUError."""
+    playwright = need("playwright.sync_api", "to take screenshots")
+    chromium = find_chromium()
+    if chromium is None:
+        raise HYWUError(
+            "there is no Chromium here; install it (`apt-get install chromium`) or set CHROMIUM."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    info = get_json(f"{server}/object_info", timeout=60)
+    wrong: list[str] = []
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=chromium, args=FLAGS)
+        for renderer, (width, height) in itertools.product(RENDERERS, SIZES):
+            context = browser.new_context(viewport={"width": width, "height": height})
+            page = open_frontend(context, server, settings_of(renderer))
+            wrong += shoot_templates(page, folder, renderer)
+            if width == SIZES[0][0]:
+                wrong += shoot_blueprints(page, folder, renderer, info)
+            context.close()
+            say(f"{renderer}, {width}x{height}: done")
+        browser.close()
+    return wrong
 
 
 def main() -> int:
@@ -137,7 +174,14 @@ def main() -> int:
     parser.add_argument("--server", required=True, help="address of a running ComfyUI")
     parser.add_argument("--out", type=Path, default=build.ROOT / "artefacts" / "templates")
     args = parser.parse_args()
-    return 0
+    try:
+        wrong = shoot(args.server, args.out)
+    except HYWUError as error:
+        raise SystemExit(f"screenshots: {error}") from error
+    for one in wrong:
+        say(one)
+    say(f"screenshots: {args.out}, {len(wrong)} faults")
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":

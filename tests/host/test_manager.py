@@ -84,6 +84,6 @@ def test_the_manager_installs_it_and_comfyui_starts(comfyui, address, tmp_path):
         templates = get_json(f"{server.url}/workflow_templates", timeout=60)
     assert "IMPORT FAILED" not in server.log.read_text(encoding="utf-8")
     assert {"HYWULoadGenerator", "HYWUGenerateLoRA", "HYWUApplyLoRA"} <= set(nodes)
-    assert {"edit_bundled", "conflict_blur_deblur"} <= set(templates["hywu"])
+    assert {"01 Edit an image", "02 Opposite edits of one model"} <= set(templates["hywu"])
     offered = {path.name for path in (dev.ROOT / "workflows" / "inputs").glob("*.png")}
     assert offered <= {path.name for path in (tree / "input").iterdir()}

@@ -20,12 +20,13 @@ from hywu_core.cli import main
 from hywu_core.headless.client import run_sync
 from hywu_core.headless.graph import find_node, read_graph
 from hywu_core.headless.local import get_json
-from workflows import demo
-from workflows.build import Canvas, inputs_of, is_widget
+from workflows import blueprints, build, demo
+from workflows.canvas import INPUT, has_control, inputs_of, is_widget
 from workflows.pictures import THUMBNAIL, with_stand_in
 
 FOLDER = dev.ROOT / "workflows"
-NAMES = sorted(path.stem for path in (FOLDER / "layouts").glob("*.json"))
+NAMES = build.names()
+LIBRARY = sorted(path.name for path in build.SUBGRAPHS.glob("*.json"))
 #: tests/host/test_evaluation_nodes.py runs the benchmarks, test_train_server.py the training.
 EDITS = [
     name
@@ -40,7 +41,17 @@ def api(name: str) -> dict:
 
 
 def saved(name: str) -> dict:
-    return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    return json.loads(build.file_of(name).read_text(encoding="utf-8"))
+
+
+def levels(workflow: dict) -> list[dict]:
+    """The graph and its subgraphs, all with links as [id, source, output, target, input, type]."""
+    keys = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
+    inner = [
+        {**one, "links": [[link[key] for key in keys] for link in one["links"]]}
+        for one in workflow["definitions"]["subgraphs"]
+    ]
+    return [workflow, *inner]
 
 
 @pytest.fixture(scope="module")
@@ -79,51 +90,116 @@ def test_all_six_are_there():
     assert {*wanted, "save_and_reuse_lora", "apply_to_your_model"} == set(EDITS)
 
 
-def from_ui(name: str, info: dict) -> dict[str, dict]:
-    """The graph that the frontend would queue: widget values by their order, links by their slots."""
-    workflow = saved(name)
-    links = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
-    graph = {}
-    for node in workflow["nodes"]:
-        if node["type"] == "MarkdownNote":
-            continue
-        values = iter(node["widgets_values"])
-        inputs = {}
-        for key, spec, _ in inputs_of(info[node["type"]]):
+class Queued:
+    """The graph that the frontend would queue: subgraphs unfolded, widget values by their order."""
+
+    def __init__(self, workflow: dict, info: dict) -> None:
+        self.info, self.levels = info, {one.get("id"): one for one in levels(workflow)}
+        self.graph: dict[str, dict] = {}
+        self.unfold(workflow["id"], "", {})
+
+    def unfold(self, level: str, path: str, given: dict) -> dict[str, list]:
+        """Add the nodes of a level; given: what its inputs bring. Returns its outputs by name."""
+        here = self.levels[level]
+        links = {link[0]: link for link in here["links"]}
+        nodes = {node["id"]: node for node in here["nodes"] if node["type"] != "MarkdownNote"}
+        outputs: dict[int, dict[str, list]] = {}
+
+        def value(link: int):
+            _, source, slot, *_ = links[link]
+            if source == INPUT:
+                return given[here["inputs"][slot]["name"]]
+            node = nodes[source]
+            if node["type"] not in self.levels:
+                return [f"{path}{source}", slot]
+            if source not in outputs:
+                enter(node)
+            return outputs[source][node["outputs"][slot]["name"]]
+
+        def linked(node: dict) -> dict:
+            sockets = [one for one in node["inputs"] if one["link"] is not None]
+            found = {one["name"]: value(one["link"]) for one in sockets}
+            return {name: one for name, one in found.items() if one is not None}
+
+        def enter(node: dict) -> None:
+            widgets = [name for _, name in node["properties"]["proxyWidgets"]]
+            values = dict(zip(widgets, node["widgets_values"], strict=True))
+            sockets = dict.fromkeys(one["name"] for one in node["inputs"])
+            brought = {**sockets, **values, **linked(node)}
+            outputs[node["id"]] = self.unfold(node["type"], f"{path}{node['id']}:", brought)
+
+        for node in nodes.values():
+            if node["type"] in self.levels and node["id"] not in outputs:
+                enter(node)
+            elif node["type"] not in self.levels:
+                made = {**self.widgets(node), **linked(node)}
+                self.graph[f"{path}{node['id']}"] = {"class_type": node["type"], "inputs": made}
+        ends = {one["name"]: one["linkIds"][0] for one in here.get("outputs", [])}
+        return {name: value(link) for name, link in ends.items()}
+
+    def widgets(self, node: dict) -> dict:
+        values, found = iter(node["widgets_values"]), {}
+        for key, spec, _ in inputs_of(self.info[node["type"]]):
             if not is_widget(spec):
                 continue
-            inputs[key] = next(values)
+            found[key] = next(values)
             options = spec[1] if len(spec) > 1 else {}
-            if options.get("control_after_generate") or key == "seed":
+            if has_control(key, options):
                 assert next(values) == "fixed"
             if options.get("image_upload"):
                 assert next(values) == "image"
         assert list(values) == []
-        linked = {e["name"]: links[e["link"]] for e in node["inputs"] if e["link"] is not None}
-        graph[str(node["id"])] = {
-            "class_type": node["type"],
-            "inputs": {**inputs, **linked},
-            "_meta": {"title": node["title"]},
-        }
-    return graph
+        return found
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_both_forms_are_the_same_graph(name, info):
-    assert from_ui(name, info) == api(name)
+    """Nodes that stand for one of the API file are alike; a text there may be a widget's value here."""
+    queued, wanted, ids = Queued(saved(name), info).graph, api(name), build.api_ids(name)
+    texts = {i: n["inputs"]["value"] for i, n in wanted.items() if n["class_type"] == build.TEXT}
+    kept = set(ids.values())
+    assert ids.keys() == queued.keys()
+    assert kept | texts.keys() == wanted.keys()
+    for key, node in queued.items():
+        links = {k: [ids[v[0]], v[1]] for k, v in node["inputs"].items() if isinstance(v, list)}
+        given = {**node["inputs"], **links}
+        expected = {
+            k: texts[v[0]] if isinstance(v, list) and v[0] in texts.keys() - kept else v
+            for k, v in wanted[ids[key]]["inputs"].items()
+        }
+        assert node["class_type"] == wanted[ids[key]]["class_type"]
+        assert given == expected, key
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_links_are_the_same_from_both_ends(name):
-    workflow = saved(name)
-    nodes = {node["id"]: node for node in workflow["nodes"]}
-    for ident, source, out, target, slot, kind in workflow["links"]:
-        assert nodes[target]["inputs"][slot]["link"] == ident
-        assert ident in nodes[source]["outputs"][out]["links"]
-        assert nodes[source]["outputs"][out]["type"] == kind
-        assert nodes[target]["inputs"][slot]["type"] in (kind, "*")
-    ends = [e["link"] for n in workflow["nodes"] for e in n["inputs"] if e["link"] is not None]
-    assert sorted(ends) == sorted(link[0] for link in workflow["links"])
+    for level in levels(saved(name)):
+        nodes = {node["id"]: node for node in level["nodes"]}
+        for ident, source, out, target, slot, kind in level["links"]:
+            if target in nodes:
+                assert nodes[target]["inputs"][slot]["link"] == ident
+                assert nodes[target]["inputs"][slot]["type"] in (kind, "*")
+            else:
+                assert level["outputs"][slot]["linkIds"] == [ident]
+            if source in nodes:
+                assert ident in nodes[source]["outputs"][out]["links"]
+                assert nodes[source]["outputs"][out]["type"] == kind
+            else:
+                assert ident in level["inputs"][out]["linkIds"]
+        ends = [e["link"] for n in level["nodes"] for e in n["inputs"] if e["link"] is not None]
+        ends += [link for one in level.get("outputs", []) for link in one["linkIds"]]
+        assert sorted(ends) == sorted(link[0] for link in level["links"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_two_nodes_or_links_of_a_file_have_one_id(name):
+    """Frontends give duplicates in subgraphs other ids, with a warning each."""
+    found = levels(saved(name))
+    for ids in (
+        [node["id"] for level in found for node in level["nodes"]],
+        [link[0] for level in found for link in level["links"]],
+    ):
+        assert len(ids) == len(set(ids))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -146,47 +222,73 @@ def test_every_widget_is_set_to_a_value_that_it_takes(name, info):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_file_is_what_its_sources_make(name, info, comfyui):
-    layout = json.loads((FOLDER / "layouts" / f"{name}.json").read_text(encoding="utf-8"))
-    made = json.loads(json.dumps(Canvas(name, api(name), layout, info).build()))
+    made = build.workflow(name, api(name), build.layout_of(name), info)
+    same(json.loads(json.dumps(made)), saved(name), comfyui)
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_the_blueprint_is_what_its_source_makes(name, info, comfyui):
+    titles = {f"{blueprints.source(one)['title']}.json": one for one in blueprints.names()}
+    made = json.loads(json.dumps(blueprints.library_file(titles[name], info)))
+    content = (build.SUBGRAPHS / name).read_bytes()
+    assert content.isascii()  # ComfyUI 0.3.75 reads it in the system's encoding
+    same(made, json.loads(content), comfyui)
+
+
+def same(made: dict, shipped: dict, comfyui: dev.Host) -> None:
     if comfyui.origin == dev.HOST_PACKAGE:
-        assert made == saved(name), "run `python3 dev.py workflows`"
-    ours = [[n for n in w["nodes"] if n["type"].startswith("HYWU")] for w in (made, saved(name))]
+        assert made == shipped, "run `python3 dev.py workflows`"
+    ours = [
+        [n for level in levels(one) for n in level["nodes"] if n["type"].startswith("HYWU")]
+        for one in (made, shipped)
+    ]
     for new, old in zip(*ours, strict=True):  # another ComfyUI's stock nodes may have other sockets
         assert new["widgets_values"] == old["widgets_values"]
         assert new["inputs"] == old["inputs"] or comfyui.origin != dev.HOST_PACKAGE
 
 
+def test_every_library_blueprint_is_shipped():
+    wanted = [blueprints.source(name) for name in blueprints.names()]
+    assert sorted(f"{one['title']}.json" for one in wanted if one.get("library")) == LIBRARY
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_nodes_lie_in_one_group_each_and_do_not_overlap(name):
-    workflow = saved(name)
+def test_a_graph_is_small_and_its_nodes_do_not_overlap(name):
+    """In a window of 1920 x 1080 frontends fit a template into three quarters of about 1850 x 1040."""
+    nodes = saved(name)["nodes"]
 
     def box(node: dict) -> tuple[float, ...]:
         (x, y), (width, height) = node["pos"], node["size"]
         return x, y - 30, x + width, y + height  # the title stands above
 
-    boxes = {node["id"]: box(node) for node in workflow["nodes"]}
-    for (_, a), (_, b) in itertools.combinations(boxes.items(), 2):
+    boxes = [box(node) for node in nodes]
+    for a, b in itertools.combinations(boxes, 2):
         assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
-    for x0, y0, x1, y1 in boxes.values():
-        around = [
-            group for group in workflow["groups"]
-            if group["bounding"][0] <= x0 and group["bounding"][1] <= y0
-            and x1 <= group["bounding"][0] + group["bounding"][2]
-            and y1 <= group["bounding"][1] + group["bounding"][3]
-        ]  # fmt: skip
-        assert len(around) == 1
+    width, height = max(b[2] for b in boxes), max(b[3] for b in boxes)
+    assert min(0.75 * 1850 / width, 0.75 * 1040 / height) > 0.65
+    assert len([node for node in nodes if node["type"] != "MarkdownNote"]) <= 12
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_thumbnail_and_notes(name):
-    path = FOLDER / f"{name}.jpg"
+    path = build.file_of(name).with_suffix(".jpg")
     assert path.stat().st_size < 40_000
     with Image.open(path) as image:
         assert image.size == THUMBNAIL
         assert np.asarray(image).std() > 10
     notes = [n["widgets_values"][0] for n in saved(name)["nodes"] if n["type"] == "MarkdownNote"]
-    assert len(notes) >= 3
+    assert len(notes) >= 2
     assert any("**Run**" in text for text in notes)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "app" in build.layout_of(name)])
+def test_an_app_names_widgets_and_outputs_that_there_are(name, info):
+    workflow = saved(name)
+    app = workflow["extra"]["linearData"]
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    for ident, widget in app["inputs"]:
+        assert widget in [one["name"] for one in nodes[ident]["inputs"] if "widget" in one]
+    assert {nodes[ident]["type"] for ident in app["outputs"]} == {"SaveImage"}
 
 
 # -- the photographs ------------------------------------------------------------------------------
