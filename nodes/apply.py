@@ -50,8 +50,8 @@ class HYWUApplyLoRA:
                 True,
                 "Off leaves the negative branch of guidance without the LoRA, which makes guidance push "
                 "towards the edit. Needs unmerged; no effect at cfg 1.",
-                label_on="both branches",
-                label_off="positive only",
+                label_on="both",
+                label_off="positive",
             ),
             "scope": ui.socket(
                 SCOPE,

@@ -106,10 +106,13 @@ class HYWUBenchmarkItems:
             ),
         }  # fmt: skip
         optional = {
-            "tasks": ui.text("", "Only these tasks, separated by commas; empty: all of them."),
+            "tasks": ui.text(
+                "", "Only these tasks, separated by commas; empty: all of them.", advanced=True
+            ),
             "languages": ui.text(
                 "",
                 "Only these languages, separated by commas (GEdit-Bench: en, cn); empty: all of them.",
+                advanced=True,
             ),
         }
         return {"required": required, "optional": optional}
@@ -183,9 +186,13 @@ class HYWUJudge:
             ),
         }
         optional = {
-            "model": ui.text("", "The model's name at the endpoint, for openai only."),
+            "model": ui.text(
+                "", "The model's name at the endpoint, for openai only.", advanced=True
+            ),
             "folder": ui.text(
-                "hywu_eval", "Folder of all methods' results, below ComfyUI's output folder."
+                "hywu_eval",
+                "Folder of all methods' results, below ComfyUI's output folder.",
+                advanced=True,
             ),
         }
         return {"required": required, "optional": optional}

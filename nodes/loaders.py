@@ -39,7 +39,7 @@ class HYWULoadGenerator:
             "with.",
             "auto",
         )
-        return {"required": {"checkpoint": checkpoint, "precision": precision}}
+        return {"required": {"checkpoint": checkpoint, "precision": ui.advanced(precision)}}
 
     @classmethod
     def IS_CHANGED(cls, checkpoint, precision):

@@ -74,9 +74,12 @@ class HYWUTrainGenerator:
 
     @classmethod
     def INPUT_TYPES(cls):
+        widgets = {**_what(), **_schedule(), **_how(), **ui.PATTERNS, "reads": _READS}
+        widgets |= {name: ui.advanced(widgets[name]) for name in _RARE}
+        optional = {name: widgets.pop(name) for name in (*ui.PATTERNS, "reads")}
         return {
-            "required": {**_SOCKETS, **_what(), **_schedule(), **_how()},
-            "optional": {"clip_vision": _CLIP_VISION, **ui.PATTERNS, "reads": _READS},
+            "required": {**_SOCKETS, **widgets},
+            "optional": {"clip_vision": _CLIP_VISION, **optional},
         }
 
     @classmethod
@@ -112,6 +115,10 @@ _SOCKETS = {
         "where it reads hidden states, as of the bundled editor).",
     ),
 }
+
+#: Widgets that most runs leave as they are.
+_RARE = ("accumulation", "learning_rate", "crops", "source_input", "precision", "checkpointing",
+         "sample_every", "sample_steps", "include", "exclude", "reads")  # fmt: skip
 
 _CLIP_VISION = ui.socket(
     "CLIP_VISION",

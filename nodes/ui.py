@@ -102,6 +102,11 @@ def switch(default: bool, tooltip: str, **more: Any) -> Input:
     return "BOOLEAN", {"default": default, **more, "tooltip": tooltip}
 
 
+def advanced(made: Input) -> Input:
+    """An input that is rarely set: Nodes 2.0 shows it when asked to, the classic renderer always."""
+    return made[0], {**made[1], "advanced": True}
+
+
 #: Widgets that two nodes have.
 PATTERNS = {
     "include": text(

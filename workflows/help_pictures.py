@@ -17,7 +17,7 @@ from PIL import Image
 
 from hywu_core.cli.console import say
 from hywu_core.errors import HYWUError, need
-from hywu_core.files import atomic_path
+from hywu_core.files import atomic_path, write_text
 from hywu_core.headless.local import get_json
 
 from .browser import FLAGS, SETTINGS, find_chromium, open_frontend
@@ -199,12 +199,19 @@ def draw(server: str, folder: Path, names: Sequence[str] = ()) -> Iterator[Path]
         browser.close()
 
 
+def copy_pages(pages: Path) -> None:
+    """NAME/en.md from NAME.md: frontends ask for the one first, and for the other in all other languages."""
+    for page in pages.glob(f"{OWN}*.md"):
+        write_text(pages / page.stem / "en.md", page.read_text(encoding="utf-8"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m workflows.help_pictures", description=__doc__)
     parser.add_argument("--server", required=True, help="address of a running ComfyUI")
     parser.add_argument("--out", type=Path, default=DOCS, help="folder for the pictures")
     parser.add_argument("names", nargs="*", help="classes of nodes to draw; all by default")
     args = parser.parse_args()
+    copy_pages(DOCS.parent)
     try:
         for path in draw(args.server, args.out, args.names):
             say(str(path))

@@ -44,4 +44,12 @@ def test_a_picture_is_small_and_whole(name):
 
 def test_no_page_is_of_a_node_that_is_gone():
     files = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*") if path.is_file()}
-    assert files == {page for _, page in PAGES} | {f"pictures/{name}.webp" for name in NAMES}
+    pages = {page for _, page in PAGES} | {f"{name}/en.md" for name in NAMES}
+    assert files == pages | {f"pictures/{name}.webp" for name in NAMES}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_page_that_frontends_ask_for_first_is_the_same(name):
+    """They ask for en.md and, where it isn't there, say so in the console before they take NAME.md, which is
+    also what all other languages get. `python3 dev.py help-pictures` copies it."""
+    assert (DOCS / name / "en.md").read_bytes() == (DOCS / f"{name}.md").read_bytes()

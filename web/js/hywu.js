@@ -10,11 +10,15 @@
 import { app } from "/scripts/app.js";
 import { api } from "/scripts/api.js";
 import { currentLocale, translateDefinitions, translateNode } from "./locale.js";
+import { notice } from "./notices.js";
+import { element, frame, grow, nodesAt, panel, panelOf, removePanel } from "./panel.js";
 
 const NODES = new Set(["HYWUGenerateLoRA", "HYWUInspectLoRA", "HYWULoadLoRA"]);
 const KEY = "hywu_norms";
 /** More numbers than this are shown but not kept in the workflow file. */
 const KEPT_NUMBERS = 4096;
+/** The template that stands first, by which the extension's list is known. */
+const FIRST_TEMPLATE = "01 Edit an image";
 /** Of the last so many prompts, a map is looked for. */
 const REMEMBERED_PROMPTS = 32;
 /** Black, violet, orange, yellow: the colours of the Inspect node's picture. */
@@ -68,13 +72,6 @@ function colour(share) {
   return COLOURS[low].map((c, i) => Math.round(c + (COLOURS[low + 1][i] - c) * (place - low)));
 }
 
-function element(tag, style, text = "") {
-  const made = document.createElement(tag);
-  Object.assign(made.style, style);
-  made.textContent = text;
-  return made;
-}
-
 /** One pixel a cell; the page enlarges it without smoothing. */
 function paint(canvas, map, largest) {
   canvas.width = map.layers.length;
@@ -101,13 +98,7 @@ class NormMap {
   constructor() {
     this.maps = [];
     this.index = 0;
-    this.root = element("div", {
-      boxSizing: "border-box", width: "100%", padding: "6px 8px", overflow: "hidden",
-      borderRadius: "6px", border: "1px solid var(--border-color, #666)",
-      background: "var(--comfy-input-bg, #222)", color: "var(--input-text, #ddd)",
-      font: "11px/14px system-ui, sans-serif",
-    });
-    this.root.className = "hywu-norm-map";
+    this.root = frame("hywu-norm-map");
     this.root.setAttribute("role", "img");
   }
 
@@ -208,35 +199,20 @@ class NormMap {
   }
 }
 
-function removeMaps(node, widget) {
-  widget.onRemove?.();
-  node.widgets.splice(node.widgets.indexOf(widget), 1);
-}
-
-/** Show maps on a node; its widget is made with the first ones and goes when there are none. */
+/** Show maps on a node; its panel is made with the first ones and goes when there are none. */
 function showMaps(node, maps) {
-  if (typeof node.addDOMWidget !== "function") return;
-  let widget = node.widgets?.find((w) => w.name === KEY);
   if (!maps.length) {
-    if (widget) removeMaps(node, widget);
+    removePanel(node, KEY);
     return;
   }
-  if (!widget) {
-    const view = new NormMap();
-    widget = node.addDOMWidget(KEY, "hywu_norm_map", view.root, {
-      serialize: false, // not sent with the prompt
-      hideOnZoom: true,
-      getMinHeight: () => view.height,
-      getMaxHeight: () => view.height,
-    });
-    widget.serialize = false; // and no widget value in the workflow
-    widget.hywuView = view;
-  }
-  widget.hywuView.show(maps);
-  const [width, height] = node.computeSize?.() ?? [0, 0];
-  const size = [Math.max(node.size[0], width, 270), Math.max(node.size[1], height)];
-  if (size[0] !== node.size[0] || size[1] !== node.size[1]) node.setSize?.(size);
-  app.graph?.setDirtyCanvas?.(true, true);
+  const view = panel(node, KEY, () => new NormMap());
+  if (!view) return;
+  view.show(maps);
+  grow(node, 270);
+  if (node.comfyClass !== "HYWUInspectLoRA") return;
+  // The map again as an image is for programs and further nodes.
+  node.hideOutputImages = true;
+  node.onDrawBackground = () => {}; // older frontends, and the canvas, draw it here
 }
 
 /** Classes and inputs of a node and of all before it in a prompt, to be compared. */
@@ -255,20 +231,24 @@ function recipe(prompt, id) {
 
 /**
  * A page that was opened anew hears nothing of nodes whose results ComfyUI still has (0.3.75; later ones
- * send them). Their maps are those of the last prompt that had the same nodes with the same inputs.
+ * send them). What they show is from the last prompt that had the same nodes with the same inputs.
  */
-async function recallMaps(ids) {
-  const bare = ids.map((id) => app.graph?.getNodeById?.(id)).filter((node) =>
-    NODES.has(node?.comfyClass) && !node.widgets?.some((w) => w.name === KEY));
+async function recall(ids) {
+  const bare = ids.filter((id) => {
+    const node = nodesAt(id).at(-1);
+    return NODES.has(node?.comfyClass) && !panelOf(node, KEY);
+  });
   if (!bare.length) return;
   const answer = await api.fetchApi(`/history?max_items=${REMEMBERED_PROMPTS}`);
   const records = Object.values(await answer.json()).reverse(); // the newest first
   const { output: prompt } = await app.graphToPrompt();
-  for (const node of bare) {
-    const wanted = recipe(prompt, node.id);
-    const record = records.find((r) => Array.isArray(r.outputs?.[node.id]?.[KEY])
-      && recipe(r.prompt?.[2], node.id) === wanted);
-    if (record) node.onExecuted(record.outputs[node.id]);
+  for (const id of ids) {
+    if (!prompt?.[id]?.class_type?.startsWith("HYWU")) continue;
+    const wanted = recipe(prompt, id);
+    const record = records.find((r) => r.outputs?.[id] && recipe(r.prompt?.[2], id) === wanted);
+    if (!record) continue;
+    if (bare.includes(id)) nodesAt(id).at(-1).onExecuted(record.outputs[id]);
+    notice(id, record.outputs[id]);
   }
 }
 
@@ -290,12 +270,27 @@ function chain(prototype, name, added) {
   };
 }
 
+/** ComfyUI lists templates as the file system does; these have numbers in their names. */
+function sortTemplates() {
+  const list = api.getWorkflowTemplates;
+  if (typeof list !== "function") return;
+  api.getWorkflowTemplates = async function (...args) {
+    const templates = await list.apply(this, args);
+    for (const names of Object.values(templates ?? {})) {
+      if (Array.isArray(names) && names.includes(FIRST_TEMPLATE)) names.sort();
+    }
+    return templates;
+  };
+}
+
 app.registerExtension({
   name: "hywu",
 
   setup() {
+    sortTemplates();
+    api.addEventListener("executed", ({ detail }) => notice(detail?.node, detail?.output));
     api.addEventListener("execution_cached", ({ detail }) => {
-      recallMaps(detail?.nodes ?? []).catch((error) => console.warn("HY-WU: no norm maps:", error));
+      recall(detail?.nodes ?? []).catch((error) => console.warn("HY-WU: no norm maps:", error));
     });
   },
 

@@ -7,8 +7,12 @@ import { app } from "/scripts/app.js";
 import { api } from "/scripts/api.js";
 
 const PREFIX = "HYWU";
-/** Class -> {english, display_name, description, inputs, outputs}, of the nodes that stayed English. */
+/** Class -> {locale, english, display_name, description, inputs, outputs}, of nodes that stayed English. */
 const missing = {};
+/** Class -> toggle -> language -> its two texts: the locale files have no place for them. */
+const TOGGLES = {
+  HYWUApplyLoRA: { apply_to_negative: { zh: ["仅正面", "两者"] } },
+};
 
 export function currentLocale() {
   const setting = app.extensionManager?.setting;
@@ -31,7 +35,7 @@ export async function translateDefinitions(definitions) {
     const definition = definitions[name];
     const text = texts[name];
     if (!text || definition.display_name === plain(text.display_name)) continue;
-    missing[name] = { ...text, english: definition.display_name };
+    missing[name] = { ...text, locale, english: definition.display_name };
     definition.display_name = plain(text.display_name);
     definition.description = plain(text.description);
     for (const inputs of Object.values(definition.input ?? {})) {
@@ -47,8 +51,9 @@ export async function translateDefinitions(definitions) {
 
 /** Name the sockets and widgets of a new node, if its definition had to be translated here. */
 export function translateNode(node) {
+  labelToggles(node);
   const text = missing[node.comfyClass];
-  if (!text) return;
+  if (text?.locale !== currentLocale()) return; // the language was changed since
   if (node.title === text.english) node.title = plain(text.display_name); // after R, definitions anew
   for (const input of node.inputs ?? []) {
     const name = text.inputs?.[input.name]?.name;
@@ -62,4 +67,12 @@ export function translateNode(node) {
     const name = text.outputs?.[i]?.name;
     if (name) output.localized_name = plain(name);
   });
+}
+
+function labelToggles(node) {
+  for (const [name, texts] of Object.entries(TOGGLES[node.comfyClass] ?? {})) {
+    const options = node.widgets?.find((widget) => widget.name === name)?.options;
+    const [off, on] = texts[currentLocale().split("-")[0]] ?? [];
+    if (options && on) Object.assign(options, { on, off });
+  }
 }

@@ -19,6 +19,8 @@ import nodes as stock
 
 STORED = dev.ROOT / "tests" / "host" / "stored"
 PINNED = json.loads((STORED / "nodes.json").read_text(encoding="utf-8"))
+#: Options that say how an input looks.
+SHOWN = {"tooltip", "advanced", "label_on", "label_off"}
 #: Lists of files, which are as long as the folders are full.
 FILES = {"checkpoint", "condition", "lora"}
 GRAPHS = sorted(path.stem for path in (STORED / "api").glob("*.json"))
@@ -35,13 +37,21 @@ def installed(nodes, weights):
 
 
 def described(cls: type, group: str) -> list[list]:
-    """Inputs of a group in the form of nodes.json: name, type, options without their tooltips."""
+    """Inputs of a group in the form of nodes.json: name, type, options but for what is only shown."""
     found = []
     for name, (kind, *options) in cls.INPUT_TYPES().get(group, {}).items():
-        rest = {key: value for key, value in (options or [{}])[0].items() if key != "tooltip"}
+        rest = {key: value for key, value in (options or [{}])[0].items() if key not in SHOWN}
         kind = "files" if name in FILES and isinstance(kind, list) else kind
         found.append([name, kind, json.loads(json.dumps(rest))])
     return found
+
+
+def without_looks(inputs: list[list]) -> list[list]:
+    """Pinned inputs without the options that say how they look."""
+    return [
+        [name, kind, {key: value for key, value in options.items() if key not in SHOWN}]
+        for name, kind, options in inputs
+    ]
 
 
 @pytest.mark.parametrize("name", PINNED)
@@ -52,9 +62,9 @@ def test_a_node_is_what_it_was(nodes, name):
     assert bool(getattr(cls, "OUTPUT_NODE", False)) == pinned["output_node"]
     outputs = [list(pair) for pair in zip(cls.RETURN_TYPES, cls.RETURN_NAMES, strict=True)]
     assert outputs[: len(pinned["outputs"])] == pinned["outputs"]
-    assert described(cls, "required") == pinned["inputs"]["required"]
+    assert described(cls, "required") == without_looks(pinned["inputs"]["required"])
     # further ones come after those that there were, so that saved values keep their places
-    optional = pinned["inputs"].get("optional", [])
+    optional = without_looks(pinned["inputs"].get("optional", []))
     assert described(cls, "optional")[: len(optional)] == optional
 
 
