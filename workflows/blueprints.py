@@ -206,7 +206,8 @@ def instance(name: str, ident: int, node: dict, info: dict[str, Any]) -> dict[st
             {"name": one, "type": output_type(name, one, info), "links": None}
             for one in blueprint["outputs"]
         ],
-        "properties": {"cnr_id": EXTENSION, "proxyWidgets": [["-1", one] for one in widgets]},
+        # no "proxyWidgets": frontends make these widgets from the inputs; newer ones distrust a list
+        "properties": {"cnr_id": EXTENSION},
         "widgets_values": values,
         "title": (node.get("_meta") or {}).get("title") or blueprint["title"],
     }  # fmt: skip

@@ -122,7 +122,7 @@ class Queued:
             return {name: one for name, one in found.items() if one is not None}
 
         def enter(node: dict) -> None:
-            widgets = [name for _, name in node["properties"]["proxyWidgets"]]
+            widgets = [one["name"] for one in node["inputs"] if "widget" in one]
             values = dict(zip(widgets, node["widgets_values"], strict=True))
             sockets = dict.fromkeys(one["name"] for one in node["inputs"])
             brought = {**sockets, **values, **linked(node)}
