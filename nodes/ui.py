@@ -124,6 +124,7 @@ def skip_missing() -> Input:
         False,
         "Off: a LoRA of which some modules aren't in the model is an error that names them. On: the other "
         "modules are applied, and the node says what was left out.",
+        advanced=True,
     )
 
 
