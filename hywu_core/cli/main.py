@@ -35,6 +35,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "pretrain": (".pretrain", "train the bundled editor itself"),
     "eval": (".eval", "WU-Eval, GEdit-Bench, ImgEdit-Bench, human GSB"),
+    "hunyuan": (".hunyuan", "the published system: HunyuanImage-3.0-Instruct with HY-WU"),
     "comfy": (".comfy", "run a workflow on a ComfyUI server"),
 }
 

@@ -141,7 +141,7 @@ def test_images_as_the_encoders_read_them():
     assert (size.height, size.width, size.ratio) == (272, 240, 17)
     levels = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
     assert torch.equal(edit.cut("image.0.vae_pixels_u8", levels), edit["image.0.vae_pixels_u8"])
-    patches = vision.patches_of(source(), encoder.processor)
+    patches = vision.patches_of(source(), encoder.prompts.processor)
     assert [patches.height, patches.width] == edit["image.0.vit_shape"].tolist()
     assert torch.equal(
         edit.cut("image.0.vit_patches", patches.patches), edit["image.0.vit_patches"]

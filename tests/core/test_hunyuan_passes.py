@@ -27,9 +27,10 @@ from hywu_core import HYWUError, inject, load_generator
 from hywu_core.bases.hunyuan_image3 import Pipeline, Request, Sampler
 from hywu_core.bases.hunyuan_image3.attention import KVCache
 from hywu_core.bases.hunyuan_image3.editing import Denoiser, Sampling, sample
-from hywu_core.bases.hunyuan_image3.images import to_image
 from hywu_core.bases.hunyuan_image3.passes import embed, prefill
 from hywu_core.bases.hunyuan_image3.rope import rotation
+from hywu_core.bases.hunyuan_image3.thinking import think
+from hywu_core.images import to_pillow
 
 
 def asked(name: str, seed: int | None = None) -> Request:
@@ -59,7 +60,7 @@ def test_condition_stage_by_stage():
     sources = p.sources(request)
     edit.check("prefill.patch_embed.0.latent", sources[0].latent[None])
     edit.check("prefill.aligner.0", sources[0].tokens[None])
-    sequence = p.prompt(request, sources).ratio(p.tokens)
+    sequence = p.prompts.ratio(request)
     assert torch.equal(sequence.ids, edit["prefill.tokens"][0].long())
     cos, sin = rotation(sequence.positions, p.config.head_dim, p.config.rope_theta)
     edit.check("prefill.cos", cos[None])
@@ -80,7 +81,7 @@ def test_condition_stage_by_stage():
         edit.check(f"prefill.layer.{i}", made, CONDITION)
     edit.check("condition", states, CONDITION)
     with torch.no_grad():
-        logits = p.model.logits(states[:, -1])[:, list(p.tokens.ratios)]
+        logits = p.model.logits(states[:, -1])[:, list(p.prompts.tokens.ratios)]
     edit.check("prefill.ratio_logits", logits, CONDITION)
 
 
@@ -132,7 +133,7 @@ def test_editing(name, kind):
                 g.check(f"{kind}.step.{i}.{what}", value, LATENTS)
                 checked += 1
     assert checked >= 2
-    g.check_image(f"{kind}.image", to_image(p.decode(latents[-1])[0]))
+    g.check_image(f"{kind}.image", to_pillow(p.decode(latents[-1])[0]))
     if name == "edit" and kind == "plain":
         with torch.no_grad():
             frames = p.vae.frames(p.vae.unscaled(latents[-1])[:, :, None])
@@ -212,21 +213,11 @@ def test_the_text_pass(run):
     request = Request(g.facts["prompt"], [source()], size=facts["image_size"])
     encode = p.encode_source
     given = [encode(source(), g[f"{facts['image_size']}.vae_noise"])]
-    from hywu_core.bases.hunyuan_image3.thinking import think
-
-    prompt = p.prompt(request, given)
     wanted = [i for i, n in facts["prompt_tokens"] for _ in range(n)]
-    assert prompt.writing(p.tokens, "think").ids.tolist() == wanted
+    assert p.prompts.writing(request, "think").ids.tolist() == wanted
     told = []
     made = think(
-        p.model,
-        p.tokens,
-        prompt,
-        given,
-        choose_ratio=facts["image_size"] == "auto",
-        sampler=Pushed(),
-        limit=p.settings.max_length,
-        on_token=lambda *t: told.append(t),
+        p.model, p.prompts, request, given, sampler=Pushed(), on_token=lambda *t: told.append(t)
     )
     assert list(made.ids) == facts["new_tokens"]
     assert made.cot == facts["cot_text"]

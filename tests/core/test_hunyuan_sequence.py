@@ -31,7 +31,7 @@ FACTS = json.loads((GOLDEN / "templates.json").read_text("utf-8"))
 def shape(width: int, height: int) -> SourceShape:
     image = Image.new("RGB", (width, height))
     _, size = vae_image(image, 256)
-    patches = vision.patches_of(image, pipeline().encode_source.processor)
+    patches = vision.patches_of(image, pipeline().prompts.processor)
     vae = (size.height // 16, size.width // 16)
     grid = (patches.height, patches.width)
     return SourceShape(size.ratio, vae, grid, len(patches.patches))
@@ -39,7 +39,7 @@ def shape(width: int, height: int) -> SourceShape:
 
 def built(case: dict) -> list:
     """The case's sequences: one, or both branches."""
-    tokens = pipeline().tokens
+    tokens = pipeline().prompts.tokens
     prompt = Prompt(
         case["prompt"],
         case["system_prompt"] or "",
@@ -82,7 +82,7 @@ def test_official_sequences(case):
 
 
 def test_special_ids_come_from_the_tokenizer():
-    tokens = pipeline().tokens
+    tokens = pipeline().prompts.tokens
     official = FACTS["special_ids"]
     assert tokens.ratios == tuple(official[f"<img_ratio_{i}>"] for i in range(37))
     assert tokens.ratios[33] != tokens.ratios[32] + 1

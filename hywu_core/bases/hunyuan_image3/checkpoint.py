@@ -6,7 +6,6 @@ gate in one matrix; here they are banks (see layers.Experts). No code of the fol
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import HYWUError
-from ...files import open_tensors
-from .config import GenerationSettings, HunyuanConfig, read_json
+from ...files import open_tensors, parse_json
+from .config import GenerationSettings, HunyuanConfig, read_config
 from .vision import UNUSED
 
 INDEX = "model.safetensors.index.json"
@@ -173,10 +172,10 @@ def open_folder(path: str | Path) -> Folder:
         raise HYWUError(
             f"{path}: there is no such folder; choose the one with HunyuanImage-3's config.json."
         )
-    data = read_json(path / "config.json")
+    data = read_config(path / "config.json")
     try:
         config = HunyuanConfig.from_json(data)
-        generation = read_json(path / "generation_config.json")
+        generation = read_config(path / "generation_config.json")
         settings = GenerationSettings.read(generation, config.max_positions)
     except HYWUError as error:
         named = str(error).startswith(str(path))
@@ -206,7 +205,7 @@ def _shards(folder: Path) -> list[Path]:
         if not found:
             raise HYWUError(f"{folder}: holds no .safetensors file; download the weights.")
         return found
-    weights = read_json(index).get("weight_map")
+    weights = read_config(index).get("weight_map")
     if not isinstance(weights, dict) or not all(isinstance(v, str) for v in weights.values()):
         raise HYWUError(f"{index}: has no weight_map of names; download it again.")
     # names only: an index must not lead out of its folder
@@ -227,11 +226,11 @@ def _heads(shard: Path) -> dict[str, tuple[int, ...]]:
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > size - 8:
                 raise ValueError(f"its head says {length:,} bytes of a file of {size:,}")
-            head: dict[str, Any] = json.loads(stream.read(length))
+            head: dict[str, Any] = parse_json(stream.read(length), str(shard), dict)
         head.pop("__metadata__", None)
         end = 8 + length + max((entry["data_offsets"][1] for entry in head.values()), default=0)
         shapes = {name: tuple(map(int, entry["shape"])) for name, entry in head.items()}
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise HYWUError(
             f"{shard}: not a whole safetensors file ({error}); download it again."
         ) from error

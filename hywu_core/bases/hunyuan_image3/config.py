@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...errors import HYWUError
+from ...files import read_json
 
 MODEL_TYPE = "hunyuan_image_3_moe"
 
@@ -250,17 +250,11 @@ def _values() -> Iterator[None]:
         raise HYWUError(f"a value is not of its type ({error}); download it again.") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises HYWUError naming the file."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+def read_config(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of the folder. Raises HYWUError naming it."""
+    if not path.is_file():
         raise HYWUError(
             f"{path.parent}: no {path.name}; this is not a HunyuanImage-3 folder, or its download is "
             "not complete."
-        ) from None
-    except (OSError, ValueError) as error:
-        raise HYWUError(f"{path}: can't be read as JSON ({error}); download it again.") from error
-    if not isinstance(data, dict):
-        raise HYWUError(f"{path}: not a JSON object; download it again.")
-    return data
+        )
+    return read_json(path, dict, "download it again")

@@ -10,12 +10,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
 from ...errors import HYWUError
+from ...images import to_tensor
 
 #: (height, width) of the buckets added behind the regular ones, of any base size.
 EXTRA = ((1024, 768), (1280, 720), (768, 1024), (720, 1280))
@@ -142,11 +141,4 @@ def align(image: Image.Image, sources: Sequence[Image.Image], base: int) -> Imag
 
 def to_pixels(image: Image.Image) -> Tensor:
     """float32 ``[3, H, W]`` in -1..1."""
-    levels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    return levels.float() / 127.5 - 1
-
-
-def to_image(pixels: Tensor) -> Image.Image:
-    """An 8-bit RGB image of ``[3, H, W]`` in 0..1."""
-    levels = pixels.detach().float().clamp(0, 1).mul(255).round().byte()
-    return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
+    return to_tensor(image).float() / 127.5 - 1

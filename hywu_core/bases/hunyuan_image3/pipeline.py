@@ -21,41 +21,23 @@ from torch import Tensor, nn
 
 from ...condition import OFFICIAL_PART, Condition
 from ...errors import HYWUError
+from ...images import to_pillow
 from ...injection import inject
 from ...layout import LoRALayout
 from ...lora import GeneratedLoRA
 from . import vision
-from .checkpoint import Folder, open_folder
-from .config import read_json
+from .checkpoint import Folder
 from .editing import Denoiser, OnStep, Sampling, sample
 from .embed import Aligner
-from .images import Size, align, buckets, check_source, parse_size, to_image
+from .images import Size, align
 from .layers import RouterPrecision
 from .model import HunyuanImage3, Progress
 from .passes import prefill
-from .sequence import Prompt, TokenSequence, check_length
-from .sources import Source, SourceEncoder, check_count
-from .system_prompt import system_prompt
+from .prompts import Prompts, Request
+from .sequence import TokenSequence
+from .sources import Source, SourceEncoder
 from .thinking import OnToken, Sampler, think
-from .tokens import Tokens, load_tokens
 from .vae import VAE, draw
-
-
-@dataclass(frozen=True)
-class Request:
-    """One edit, or, without images, one image from text.
-
-    images: RGB. cot: a chain of thought with its tags, or "". size: "auto", "height x width", "w:h".
-    seed: of the VAE's noise, the text and the initial noise. ratio: index of the bucket that pass 1
-    chose, for an automatic size.
-    """
-
-    instruction: str
-    images: Sequence[Image.Image] = ()
-    cot: str = ""
-    size: str = "auto"
-    seed: int = 0
-    ratio: int | None = None
 
 
 @dataclass
@@ -88,16 +70,15 @@ def build(folder: Folder) -> Parts:
 class Pipeline:
     """The three passes over one checkpoint; each can be used without the others."""
 
-    def __init__(self, folder: Folder, parts: Parts, tokens: Tokens, system: str) -> None:
-        self.folder, self.config, self.settings = folder, folder.config, folder.settings
+    def __init__(self, prompts: Prompts, parts: Parts) -> None:
+        self.prompts, self.config, self.settings = prompts, prompts.config, prompts.settings
         self.model, self.vae = parts.model, parts.vae
-        self.tokens, self.system = tokens, system
-        self.encode_source = SourceEncoder(self.config, parts.vae, parts.tower, parts.aligner)
+        self.encode_source = SourceEncoder(prompts, parts.vae, parts.tower, parts.aligner)
 
     @classmethod
     def load(
         cls,
-        path: str | Path,
+        path: str | Path | Prompts,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         *,
@@ -108,14 +89,14 @@ class Pipeline:
     ) -> Pipeline:
         """Load an official folder (its weights in safetensors; no code of it runs).
 
-        dtype: None keeps the stored one. router_precision: "bfloat16" is how official runs multiply.
-        system: the system prompt's text, or a .txt or .py file; None reads the folder's. layout: of a
-        generator or LoRA that is to be used; checked before the weights are read.
+        path: the folder, or what was read of it already. dtype: None keeps the stored one.
+        router_precision: "bfloat16" is how official runs multiply. system: the system prompt's text, or
+        a .txt or .py file; None reads the folder's. layout: of a generator or LoRA that is to be used;
+        checked before the weights are read.
         Raises HYWUError, before anything is allocated, naming what is missing or doesn't fit.
         """
-        folder = open_folder(path)
-        tokens = folder_tokens(folder)
-        prompt = system_prompt(folder.path, folder.settings.system_prompt, system)
+        prompts = path if isinstance(path, Prompts) else Prompts.open(path, system)
+        folder = prompts.folder
         parts = build(folder)
         if layout is not None:
             check_layout(parts.model, layout, folder.path)
@@ -123,7 +104,7 @@ class Pipeline:
             wanted = vae_dtype if name == "vae" else dtype
             folder.fill(getattr(parts, name), prefix, device, wanted)
         parts.model.set_router_precision(router_precision)
-        return cls(folder, parts, tokens, prompt)
+        return cls(prompts, parts)
 
     @property
     def device(self) -> torch.device:
@@ -144,16 +125,9 @@ class Pipeline:
         sampler: None takes the checkpoint's settings. on_token: see `thinking.think`.
         """
         plain = replace(request, cot="", ratio=None)
-        sources = self.sources(plain)
         thought = think(
-            self.model, self.tokens, self.prompt(plain, sources), sources,
-            task=task,
-            choose_ratio=self._size(plain) is None,
-            sampler=sampler or self.sampler(),
-            seed=request.seed,
-            limit=self.settings.max_length,
-            most=most,
-            on_token=on_token,
+            self.model, self.prompts, plain, self.sources(plain),
+            task=task, sampler=sampler or self.sampler(), most=most, on_token=on_token,
         )  # fmt: skip
         return replace(request, cot=thought.cot, ratio=thought.ratio)
 
@@ -168,7 +142,7 @@ class Pipeline:
         origin = {
             "instruction": [r.instruction for r in requests],
             "encoder": "hunyuan_image3",
-            "base": self.folder.path.name,
+            "base": self.prompts.folder.path.name,
         }
         made = Condition({OFFICIAL_PART: states}, masks, origin=origin)
         return replace(made, fingerprint=made.digest())
@@ -188,11 +162,9 @@ class Pipeline:
         """
         base, made = self.config.image_base_size, []
         for latent, request in zip(self.sample(requests, lora, **how), requests, strict=True):
-            image = to_image(self.decode(latent[None])[0])
-            automatic = request.size.strip().lower() == "auto"
-            made.append(
-                align(image, request.images, base) if align_to_source and automatic else image
-            )
+            image = to_pillow(self.decode(latent[None])[0])
+            aligned = align_to_source and request.automatic
+            made.append(align(image, request.images, base) if aligned else image)
         return made
 
     def sample(
@@ -239,25 +211,10 @@ class Pipeline:
 
     def sources(self, request: Request, generator: torch.Generator | None = None) -> list[Source]:
         """A request's images, encoded; the VAE's noise comes from its seed, image after image."""
-        self.check(request)
+        self.prompts.check(request)
         generator = generator or torch.Generator().manual_seed(request.seed)
         encode = self.encode_source
         return [encode(i, encode.noise(i, generator)) for i in request.images]
-
-    def check(self, request: Request) -> None:
-        """Raise HYWUError on a request that can't be run, before anything of it is encoded."""
-        check_count(request.images)
-        for i, image in enumerate(request.images, 1):
-            check_source(image, f"Source image {i}")
-        if not request.instruction.strip():
-            raise HYWUError("The instruction is empty; say what to change or to show.")
-        if request.images and self.settings.template != "instruct":
-            raise HYWUError(
-                f"{self.folder.path}: is the base model (sequence_template "
-                f"'{self.settings.template}'), which makes images from text only; edit with "
-                "HunyuanImage-3.0-Instruct."
-            )
-        self._size(request)
 
     def ratios(self, requests: Sequence[Request]) -> list[int]:
         """The bucket that the model would choose for each request."""
@@ -268,46 +225,15 @@ class Pipeline:
         with torch.no_grad():
             return self.vae.decode(latents)
 
-    def sequences(
-        self, request: Request, sources: Sequence[Source], size: Size
-    ) -> tuple[TokenSequence, TokenSequence]:
-        """The conditional and the unconditional sequence for an image of a size."""
-        config, prompt = self.config, self.prompt(request, sources)
-        made = tuple(
-            prompt.image(
-                self.tokens, size, config.factor, unconditional, config.distilled, config.meanflow
-            )
-            for unconditional in (False, True)
-        )
-        check_length(made[0], self.settings.max_length)
-        return made
-
-    def prompt(self, request: Request, sources: Sequence[Source]) -> Prompt:
-        """What stands before the tail of a request's sequence."""
-        shapes = tuple(source.shape for source in sources)
-        return Prompt(
-            request.instruction, self.system, shapes, request.cot, self.settings.drop_think
-        )
-
-    def _size(self, request: Request) -> Size | None:
-        return parse_size(request.size, self.config.image_base_size, self.config.factor)
-
     def _ratio_prefill(
         self, requests: Sequence[Request], progress: Progress | None
     ) -> tuple[Tensor, list[TokenSequence], list[int]]:
-        for request in requests:
-            self.check(request)
         sources = [self.sources(request) for request in requests]
-        sequences = [
-            self.prompt(request, given).ratio(self.tokens)
-            for request, given in zip(requests, sources, strict=True)
-        ]
-        for sequence in sequences:
-            check_length(sequence, self.settings.max_length)
+        sequences = [self.prompts.ratio(request) for request in requests]
         states = prefill(self.model, sequences, sources, progress=progress)
         last = torch.stack([states[i, len(s) - 1] for i, s in enumerate(sequences)])
         with torch.no_grad():
-            logits = self.model.logits(last)[:, list(self.tokens.ratios)]
+            logits = self.model.logits(last)[:, list(self.prompts.tokens.ratios)]
         return states, sequences, logits.argmax(dim=1).tolist()
 
     def _rows(self, requests: Sequence[Request]) -> list[int]:
@@ -322,12 +248,12 @@ class Pipeline:
         Done without a LoRA: an automatic size is the base model's choice.
         """
         for request in requests:
-            self.check(request)
+            self.prompts.check(request)
         drawn, rows = [], []
         for request, size in zip(requests, self._sizes(requests), strict=True):
             generator = torch.Generator().manual_seed(request.seed)
             sources = self.sources(request, generator)
-            rows.append((self.sequences(request, sources, size), sources))
+            rows.append((self.prompts.image(request, size), sources))
             height, width = size.height // self.config.factor, size.width // self.config.factor
             # official runs draw the initial noise in bfloat16, after the VAE's
             shape = (1, self.config.vae.latent_channels, height, width)
@@ -338,13 +264,13 @@ class Pipeline:
 
     def _sizes(self, requests: Sequence[Request]) -> list[Size]:
         """Each request's size; automatic ones by pass 1, or predicted as pass 2 does."""
-        base, sizes = self.config.image_base_size, []
+        sizes = []
         for request in requests:
-            size = self._size(request)
+            size = self.prompts.size(request)
             if size is None:
-                ratio = request.ratio
-                ratio = self.ratios([request])[0] if ratio is None else ratio
-                size = Size(*buckets(base)[ratio], ratio)
+                chosen = request.ratio
+                chosen = self.ratios([request])[0] if chosen is None else chosen
+                size = self.prompts.bucket(chosen)
             sizes.append(size)
         if len({(s.height, s.width) for s in sizes}) != 1:
             said = ", ".join(f"{s.height}x{s.width}" for s in sizes)
@@ -369,15 +295,6 @@ def check_layout(model: HunyuanImage3, layout: LoRALayout, path: Path) -> None:
                 "that was trained for this base model."
             )
     layout.check(model)
-
-
-def folder_tokens(folder: Folder) -> Tokens:
-    """The folder's tokenizer. Raises HYWUError where it is missing or another model's."""
-    base = folder.config.image_base_size
-    data = read_json(folder.path / "config.json")
-    count = len(buckets(base))
-    instruct = folder.settings.template == "instruct"
-    return load_tokens(folder.path, data, count if instruct else count - 4, base)
 
 
 @contextlib.contextmanager

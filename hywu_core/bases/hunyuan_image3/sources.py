@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,16 +9,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ...errors import HYWUError
 from . import vision
-from .config import HunyuanConfig
 from .embed import Aligner
 from .images import check_source, to_pixels, vae_image
+from .prompts import Prompts
 from .sequence import SourceShape
 from .vae import VAE, draw
-
-#: Most source images of one edit.
-MOST = 3
 
 #: Encoded images that are kept for the next pass.
 KEPT = 8
@@ -43,10 +38,10 @@ class SourceEncoder:
     """VAE and vision tower together; made once, used for every source image."""
 
     def __init__(
-        self, config: HunyuanConfig, vae: VAE, tower: nn.Module, aligner: Aligner, crop: bool = True
+        self, prompts: Prompts, vae: VAE, tower: nn.Module, aligner: Aligner, crop: bool = True
     ) -> None:
-        self.config, self.vae, self.tower, self.aligner = config, vae, tower, aligner
-        self.processor: Any = vision.image_processor(config.vision)
+        self.prompts, self.config = prompts, prompts.config
+        self.vae, self.tower, self.aligner = vae, tower, aligner
         self._known: dict[tuple[Any, ...], Source] = {}
         #: Whether images are cut to their bucket, or squeezed into it.
         self.crop = crop
@@ -75,24 +70,10 @@ class SourceEncoder:
 
     def _encode(self, image: Image.Image, noise: Tensor) -> Source:
         config = self.config
-        pixels, size = vae_image(image, config.image_base_size, self.crop)
+        pixels, _ = vae_image(image, config.image_base_size, self.crop)
         weight = self.vae.encoder.conv_in.weight
         x = to_pixels(pixels)[None].to(weight.device, weight.dtype)
         latent = self.vae.sample(x, noise.to(weight.device))[0]
-        patches = vision.patches_of(image, self.processor)
+        patches = vision.patches_of(image, self.prompts.processor)
         aligned = self.aligner(vision.see(self.tower, [patches]))[0]
-        shape = SourceShape(
-            size.ratio,
-            (size.height // config.factor, size.width // config.factor),
-            (patches.height, patches.width),
-            len(patches.patches),
-        )
-        return Source(image, shape, latent, aligned)
-
-
-def check_count(images: Sequence[object]) -> None:
-    """Raise HYWUError on more images than an edit takes."""
-    if len(images) > MOST:
-        raise HYWUError(
-            f"{len(images)} source images; HunyuanImage-3 edits with at most {MOST}. Leave some out."
-        )
+        return Source(image, self.prompts.shape(image), latent, aligned)

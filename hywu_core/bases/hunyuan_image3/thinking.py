@@ -16,7 +16,8 @@ from ...errors import HYWUError
 from .attention import KVCache, Rows, Segment
 from .model import HunyuanImage3
 from .passes import prefill
-from .sequence import TAGS, Prompt, TokenSequence, check_length
+from .prompts import Prompts, Request
+from .sequence import TAGS, TokenSequence
 from .sources import Source
 from .tokens import Tokens
 
@@ -72,32 +73,28 @@ class Thought:
 @torch.no_grad()
 def think(
     model: HunyuanImage3,
-    tokens: Tokens,
-    prompt: Prompt,
+    prompts: Prompts,
+    request: Request,
     sources: Sequence[Source],
     *,
     task: str = "think_recaption",
-    choose_ratio: bool = True,
     sampler: Sampler | None = None,
-    seed: int = 0,
-    limit: int,
     most: int | None = None,
     on_token: OnToken | None = None,
 ) -> Thought:
-    """Write a chain of thought for a prompt without one.
+    """Write a chain of thought for a request without one; with an automatic size, choose the ratio.
 
-    task: see TASKS. choose_ratio: whether the ratio is asked for at the end. limit: tokens of the
-    whole sequence that the checkpoint reads; most: tokens to write at most, or all that `limit`
-    leaves. The same for the same seed. Raises HYWUError on an unknown task or a prompt too long.
+    task: see TASKS. sampler: greedy without one. most: tokens to write at most, or all that the
+    checkpoint reads. The same for the request's seed. Raises HYWUError on an unknown task or a
+    request too long.
     """
     if task not in TASKS:
         raise HYWUError(f"Task '{task}' is unknown; choose one of {', '.join(TASKS)}.")
-    sequence = prompt.writing(tokens, TASKS[task])
-    check_length(sequence, limit - 1)
-    room = limit - len(sequence)
+    tokens, sequence = prompts.tokens, prompts.writing(request, TASKS[task])
+    room = prompts.settings.max_length - len(sequence)
     most = room if most is None else min(most, room)
-    sampler, generator = sampler or Sampler(), torch.Generator().manual_seed(seed)
-    stages = _Stages(tokens, task, choose_ratio)
+    sampler, generator = sampler or Sampler(), torch.Generator().manual_seed(request.seed)
+    stages = _Stages(tokens, task, request.automatic)
     with_text = _Text(tokens, sequence, most, on_token)
     cache = KVCache(model.config, 1, len(sequence) + min(most, ROOM))
     try:
@@ -167,7 +164,8 @@ class _Stages:
         ids = list(ids)
         if last in ids:
             return f"<{tag}>{tokens.decode(ids[: ids.index(last) + 1])}"
-        text = f"<{tag}>{tokens.decode([i for i in ids if i != tokens.eos])}"
+        ends = {tokens.eos, *tokens.ratios}
+        text = f"<{tag}>{tokens.decode([i for i in ids if i not in ends])}"
         for name in TAGS:
             if f"<{name}>" in text and f"</{name}>" not in text:
                 text += f"</{name}>"

@@ -62,6 +62,19 @@ def image_processor(config: VisionConfig) -> Any:
     )
 
 
+def grid_of(height: int, width: int, config: VisionConfig) -> tuple[int, int]:
+    """Patches of an image of a size: (rows, columns), as the image processor chooses them."""
+    module = need(
+        "transformers.models.siglip2.image_processing_siglip2",
+        "to cut images into patches for HunyuanImage-3",
+    )
+    size = module.get_image_size_for_max_num_patches(
+        height, width, config.patch_size, config.max_patches
+    )
+    rows, columns = (side // config.patch_size for side in size)
+    return rows, columns
+
+
 def patches_of(image: Image.Image, processor: Any) -> Patches:
     """An RGB image, its aspect kept, as patches."""
     made = processor(images=[image], return_tensors="pt")

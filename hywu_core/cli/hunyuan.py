@@ -1,0 +1,247 @@
+"""HunyuanImage-3.0-Instruct with HY-WU: the published system, from its official folders.
+
+  edit       images and an instruction in, the edited image out (or an image from text alone)
+  condition  what a generator reads, for graphs and generators elsewhere
+  inspect    what a folder holds, and what a run of it takes; reads heads of files only
+  tiny       write a tiny checkpoint with random weights and a generator, to try the whole path
+
+The weights and their licence: docs/hunyuan_image3.md.
+
+Examples:
+  hywu hunyuan edit HunyuanImage-3.0-Instruct --generator HY-WU --image cat.png \\
+      --instruction "put a red hat on the cat" --think --out hat.png --device cuda
+  hywu hunyuan condition HunyuanImage-3.0-Instruct --image cat.png --instruction "a hat" --out cat.safetensors
+  hywu hunyuan tiny tiny-hunyuan
+  hywu hunyuan edit tiny-hunyuan/base --generator tiny-hunyuan/generator --image cat.png \\
+      --instruction "put a red hat on the cat" --size 256x256 --precision float32 --out noise.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import HYWUError
+from ..images import WRITABLE, load_image, write_image
+from .console import say, table
+from .generate import usable_device
+
+#: --precision -> name of torch's dtype; "stored" keeps what the files hold
+PRECISIONS = ("stored", "float32", "bfloat16", "float16")
+ROUTERS = ("float32", "bfloat16")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    steps = parser.add_subparsers(dest="step", required=True, metavar="STEP")
+    edit = steps.add_parser("edit", help="edit images, or make one from text")
+    _add_request(edit)
+    edit.add_argument("--generator", help="a generator; without it the base model edits alone")
+    edit.add_argument("--strength", type=float, default=1.0, help="of the LoRA (default 1)")
+    edit.add_argument("--steps", type=int, help="sampling steps (default: the folder's)")
+    edit.add_argument("--guidance", type=float, help="guidance scale (default: the folder's)")
+    edit.add_argument("--flow-shift", type=float, help="of the schedule (default: the folder's)")
+    edit.add_argument("--save-lora", type=Path, help="also keep the LoRA (.safetensors, native)")
+    condition = steps.add_parser("condition", help="make a condition for a generator")
+    _add_request(condition)
+    inspect = steps.add_parser("inspect", help="what a folder holds")
+    inspect.add_argument("folder")
+    inspect.add_argument("--json", action="store_true", help="write JSON for programs")
+    tiny = steps.add_parser("tiny", help="write a tiny checkpoint with random weights")
+    tiny.add_argument("out", type=Path, help="folder to write: base/ and generator/ in it")
+    tiny.add_argument("--distilled", action="store_true", help="a base of the distilled kind")
+    tiny.add_argument("--seed", type=int, default=0, help="of the weights (default 0)")
+    tiny.add_argument("--overwrite", action="store_true", help="replace what is there")
+
+
+def _add_request(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", help="official folder: config.json, tokenizer, safetensors")
+    parser.add_argument("--image", nargs="+", default=[], help="one to three source images")
+    parser.add_argument("--instruction", required=True, help="what to change, or to show")
+    parser.add_argument("--out", required=True, type=Path, help="file to write")
+    parser.add_argument("--think", action="store_true", help="write a chain of thought first")
+    parser.add_argument("--cot", default="", help="a chain of thought, or a .txt file with one")
+    parser.add_argument(
+        "--size", default="auto", help="auto, height x width, or a ratio w:h (default auto)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of text and noise (default 0)")
+    parser.add_argument("--system-prompt", help="its text or a .txt file (default: the folder's)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, mps (default cpu)")
+    parser.add_argument("--precision", choices=PRECISIONS, default="stored", help="of the weights")
+    parser.add_argument(
+        "--router", choices=ROUTERS, default="float32",
+        help="how routers multiply: float32, or bfloat16 as official runs (default float32)",
+    )  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
+
+
+def run(args: argparse.Namespace) -> int:
+    steps: dict[str, Callable[[argparse.Namespace], int]] = {
+        "edit": _edit, "condition": _condition, "inspect": _inspect, "tiny": _tiny,
+    }  # fmt: skip
+    return steps[args.step](args)
+
+
+def _free(path: Path | None, overwrite: bool) -> None:
+    if path is not None and path.exists() and not overwrite:
+        raise HYWUError(f"{path}: exists; add --overwrite to replace it.")
+
+
+def _edit(args: argparse.Namespace) -> int:
+    if args.out.suffix.lower() not in WRITABLE:
+        raise HYWUError(f"{args.out}: the name must end in {', '.join(WRITABLE)}.")
+    for path in (args.out, args.save_lora):
+        _free(path, args.overwrite)
+    if args.save_lora is not None and args.generator is None:
+        raise HYWUError("--save-lora keeps the LoRA of a generator; name it with --generator.")
+    pipeline, request = _load(args, args.generator)
+    request = _thought(args, pipeline, request)
+    lora = None
+    if args.generator is not None:
+        lora = _generated(args, pipeline.condition([request], _bar("condition")))
+    image = pipeline.edit(
+        [request],
+        lora,
+        strength=args.strength,
+        steps=args.steps,
+        guidance=args.guidance,
+        flow_shift=args.flow_shift,
+        on_step=_bar("sample"),
+    )[0]
+    write_image(image, args.out)
+    if lora is not None and args.save_lora is not None:
+        lora.save(args.save_lora, overwrite=args.overwrite)
+    say(f"{args.out}: {image.width} x {image.height}")
+    return 0
+
+
+def _condition(args: argparse.Namespace) -> int:
+    from ..files import with_suffix
+
+    out = with_suffix(args.out)
+    _free(out, args.overwrite)
+    pipeline, request = _load(args, None)
+    request = _thought(args, pipeline, request)
+    condition = pipeline.condition([request], _bar("condition"))
+    if not bool(condition.is_finite()):
+        raise HYWUError("The condition has NaN or infinite values; use --precision bfloat16.")
+    path = condition.save(out, args.overwrite)
+    (part,) = condition.parts.values()
+    say(f"{path}: {part.shape[1]} tokens x {part.shape[2]}")
+    return 0
+
+
+def _load(args: argparse.Namespace, generator: str | None) -> tuple[Any, Any]:
+    """The pipeline and the request; whatever can be wrong with either is said before weights are read."""
+    import torch
+
+    from ..bases.hunyuan_image3 import Pipeline, Prompts, Request
+    from ..generator.checkpoints import open_checkpoint
+
+    device = usable_device(args.device)
+    prompts = Prompts.open(args.folder, args.system_prompt)
+    images = [load_image(path) for path in args.image]
+    request = Request(args.instruction, images, _text(args.cot), args.size, args.seed)
+    prompts.check(request)
+    layout = None if generator is None else open_checkpoint(generator).config.layout
+    dtype = None if args.precision == "stored" else getattr(torch, args.precision)
+    pipeline = Pipeline.load(prompts, device, dtype, router_precision=args.router, layout=layout)
+    return pipeline, request
+
+
+def _text(given: str) -> str:
+    if not given.endswith(".txt"):
+        return given
+    try:
+        return Path(given).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise HYWUError(f"{given}: the chain of thought can't be read ({error}).") from error
+
+
+def _thought(args: argparse.Namespace, pipeline: Any, request: Any) -> Any:
+    if not args.think:
+        return request
+    if request.cot:
+        raise HYWUError("--think writes a chain of thought and --cot gives one; use one of them.")
+    request = pipeline.think(request, on_token=_bar("think"))
+    say(request.cot)
+    return request
+
+
+def _generated(args: argparse.Namespace, condition: Any) -> Any:
+    from ..generator.checkpoints import load_generator
+
+    generator = load_generator(args.generator, device=condition.device)
+    dtype = next(generator.parameters()).dtype
+    lora = generator(condition.to(dtype=dtype))
+    lora.check_finite()
+    return replace(lora, provenance={**lora.provenance, **condition.origin})
+
+
+def _bar(name: str) -> Callable[..., None]:
+    """A progress bar as the pipeline's callbacks are called: (done, all, anything)."""
+    from tqdm import tqdm
+
+    bars: list[Any] = []
+
+    def told(done: int, count: int, *_: Any) -> None:
+        if not bars or done <= bars[-1].n:
+            bars.append(tqdm(total=count, desc=name))
+        bars[-1].update(done - bars[-1].n)
+        if done == count:
+            bars[-1].close()
+
+    return told
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from ..bases.hunyuan_image3.checkpoint import open_folder, parameters_of
+    from ..bases.hunyuan_image3.images import buckets
+    from ..bases.hunyuan_image3.pipeline import build
+
+    folder = open_folder(args.folder)
+    build(folder)
+    config, settings = folder.config, folder.settings
+    found = {
+        "folder": str(folder.path),
+        "kind": _kind(folder),
+        "parameters": parameters_of(folder),
+        "bytes": folder.nbytes,
+        "shards": len(set(folder.files.values())),
+        "layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "experts": config.num_experts,
+        "experts_per_token": sorted(set(config.top_k)),
+        "sequence_limit": settings.max_length,
+        "image_base_size": config.image_base_size,
+        "sizes": len(buckets(config.image_base_size)),
+        "steps": settings.steps,
+        "guidance": settings.guidance,
+        "flow_shift": settings.flow_shift,
+    }
+    if args.json:
+        say(json.dumps(found, indent=2))
+        return 0
+    table(
+        [(key, f"{value:,}" if isinstance(value, int) else value) for key, value in found.items()],
+        ("", "value"),
+    )
+    return 0
+
+
+def _kind(folder: Any) -> str:
+    if folder.config.distilled:
+        return "distilled"
+    return "instruct" if folder.settings.template == "instruct" else "base (text to image only)"
+
+
+def _tiny(args: argparse.Namespace) -> int:
+    from ..bases.hunyuan_image3.tiny import write_tiny
+
+    path = write_tiny(args.out, args.overwrite, args.seed, args.distilled)
+    say(f"{path / 'base'}: HunyuanImage-3 with random weights")
+    say(f"{path / 'generator'}: a generator for it")
+    return 0

@@ -1,0 +1,98 @@
+"""`hywu hunyuan`: the whole path from folders, and what it refuses before weights are read."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hunyuan_golden import BASE, GENERATOR, GOLDEN, SYSTEM, golden
+from PIL import Image
+
+from hywu_core import Condition
+from hywu_core.bases.hunyuan_image3 import checkpoint
+from hywu_core.cli.main import main
+from hywu_core.formats import load_lora
+
+IMAGE = str(GOLDEN / "edit_source_0.png")
+
+
+def ask(*more: str) -> list[str]:
+    facts = golden("edit").facts
+    return [
+        "--image", IMAGE, "--instruction", facts["prompt"], "--cot", facts["cot"], "--size",
+        facts["image_size"], "--seed", str(facts["seed"]), "--system-prompt", SYSTEM, "--precision",
+        "float32", *more,
+    ]  # fmt: skip
+
+
+def test_edit_with_a_generator(tmp_path, capsys):
+    out, lora = tmp_path / "edit.png", tmp_path / "lora.safetensors"
+    command = ["hunyuan", "edit", str(BASE), *ask("--out", str(out), "--steps", "3")]
+    assert main([*command, "--generator", str(GENERATOR), "--save-lora", str(lora)]) == 0
+    assert f"{out}: 256 x 256" in capsys.readouterr().out
+    assert load_lora(lora).provenance["base"] == "base"
+    levels = np.array(Image.open(out)).astype(int)
+    assert levels.shape == (256, 256, 3)
+    # the generator runs in its official precision here, the golden LoRA in float32
+    assert np.abs(levels[::3, ::3] - golden("edit")["lora.image"].numpy()).mean() < 8
+    assert main(command) == 1
+    assert "exists; add --overwrite" in capsys.readouterr().err
+
+
+def test_edit_without_a_generator_is_the_base_model(tmp_path):
+    out = tmp_path / "plain.png"
+    assert main(["hunyuan", "edit", str(BASE), *ask("--out", str(out), "--steps", "3")]) == 0
+    with Image.open(out) as image:
+        golden("edit").check_image("plain.image", image.convert("RGB"))
+
+
+def test_condition(tmp_path, capsys):
+    out = tmp_path / "condition"
+    assert main(["hunyuan", "condition", str(BASE), *ask("--out", str(out))]) == 0
+    assert "502 tokens x 64" in capsys.readouterr().out
+    made = Condition.load(f"{out}.safetensors")
+    golden("edit").check("condition", made.parts["hidden_states"], 1e-4)
+
+
+def test_inspect(capsys):
+    assert main(["hunyuan", "inspect", str(BASE), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["kind"], found["shards"], found["layers"]) == ("instruct", 3, 3)
+    assert found["bytes"] == sum(f.stat().st_size for f in BASE.glob("*.safetensors"))
+    assert main(["hunyuan", "inspect", str(BASE)]) == 0
+    assert "instruct" in capsys.readouterr().out
+
+
+def test_think_and_text_to_image_on_a_tiny_folder(tmp_path, capsys):
+    tiny, out = tmp_path / "tiny", tmp_path / "image.webp"
+    assert main(["hunyuan", "tiny", str(tiny)]) == 0
+    command = [
+        "hunyuan", "edit", str(tiny / "base"), "--generator", str(tiny / "generator"), "--instruction",
+        "a red hat", "--think", "--size", "128x128", "--precision", "float32", "--steps", "1",
+        "--out", str(out),
+    ]  # fmt: skip
+    assert main(command) == 0
+    assert "<think>" in capsys.readouterr().out
+    assert Image.open(out).size == (128, 128)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--out", "x.gif"], "must end in"),
+        (["--out", "x.png", "--image", *[IMAGE] * 4], "4 source images"),
+        (["--out", "x.png", "--image", "no.png"], "no such file"),
+        (["--out", "x.png", "--size", "250x250"], "multiples of 16"),
+        (["--out", "x.png", "--cot", "no.txt"], "chain of thought can't be read"),
+        (["--out", "x.png", "--cot", "a " * 4000], "the checkpoint reads 4,096"),
+        (["--out", "x.png", "--instruction", " "], "instruction is empty"),
+        (["--out", "x.png", "--save-lora", "l.safetensors"], "name it with --generator"),
+        (["--out", "x.png", "--generator", "nowhere"], "no such file or folder"),
+    ],
+)
+def test_refused_before_weights_are_read(options, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checkpoint.Folder, "fill", None)
+    assert main(["hunyuan", "edit", str(BASE), *ask(), *options]) == 1
+    assert said in capsys.readouterr().err
