@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..hywu_core.errors import printable
 from ..hywu_core.lora import GeneratedLoRA
 
 CATEGORY = "HY-WU"
@@ -149,9 +150,9 @@ def shown(text: str, result: tuple, warnings: Sequence[str] | None = None, **mor
 
 
 def writable(value: Any) -> Any:
-    """The value without characters that can't be encoded: half a surrogate pair becomes a "?"."""
+    """The value without what can't be encoded, such as half an emoji, by which a log or a client ends."""
     if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode()
+        return printable(value)
     if isinstance(value, dict):
         return {writable(key): writable(item) for key, item in value.items()}
     return [writable(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import comfy.model_management as mm
 import comfy.model_patcher
 import comfy.utils
 import torch
+from torch import nn
 
+from ...hywu_core import fingerprint
 from ...hywu_core.condition import Condition
 from ...hywu_core.encoders.base import Reads
 from ...hywu_core.errors import HYWUError, out_of_memory
@@ -58,6 +62,7 @@ class HostGenerator:
             operations.round_weights(network.model.blocks)
         self.config: GeneratorConfig = network.config
         self.dtype, self.fp8 = dtype, fp8
+        self._weights = weights_digest(network)
         # The plain patcher: a sublayer holds several cast weights at once, and the dynamic one's
         # cast buffers hold one.
         self.patcher = comfy.model_patcher.ModelPatcher(
@@ -70,8 +75,13 @@ class HostGenerator:
 
     @property
     def identity(self) -> tuple[str, str]:
+        """Which weights were loaded, every value of them, and in what they compute.
+
+        The digest in the checkpoint's provenance looks at places of the file only, and at what lies there
+        now, which may be another file than the one that was loaded.
+        """
         precision = f"{self.dtype}{f', {FP8_WEIGHTS}' if self.fp8 else ''}"
-        return (self.config.provenance["checkpoint"]["digest"], precision)
+        return (self._weights.result(), precision)
 
     def get_ram_usage(self) -> int:
         return self.patcher.model_size()
@@ -139,6 +149,26 @@ class HostGenerator:
             mm.throw_exception_if_processing_interrupted()
 
         return network(condition, on_block)
+
+
+def weights_digest(network: nn.Module) -> Future[str]:
+    """Hash of every value of a network as it is now, made beside whatever goes on: 16 GB take seconds."""
+    pieces = [
+        piece
+        for name, value in sorted(network.state_dict().items())
+        for piece in (f"{name} {value.dtype} {tuple(value.shape)}", value)
+    ]
+    digest: Future[str] = Future()
+
+    def run() -> None:
+        try:
+            digest.set_result(fingerprint.digest(pieces))
+        except BaseException as error:
+            digest.set_exception(error)
+        pieces.clear()  # the weights may have left host memory meanwhile
+
+    threading.Thread(target=run, name="hywu-digest", daemon=True).start()
+    return digest
 
 
 def load(name: str, precision: str) -> HostGenerator:

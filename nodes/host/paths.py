@@ -223,8 +223,9 @@ def _checked(prefix: str) -> str:
     folder, name = os.path.split(os.path.normpath(prefix))
     try:
         target = os.path.realpath(os.path.join(output, folder))
-        fits = inside(output, target) and len(os.fsencode(name)) <= NAME_BYTES
-    except (ValueError, OSError):  # a NUL, half a surrogate pair, too long
+        fits = inside(output, target) and 0 < len(name.encode()) <= NAME_BYTES
+        fits = fits and "\0" not in prefix
+    except (ValueError, OSError):  # half a surrogate pair, too long
         fits = False
     if not fits or name in ("", ".", ".."):
         raise HYWUError(_outside(prefix))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import time
 from pathlib import Path
@@ -80,7 +81,8 @@ def interrupt_at(server, graph: dict, target: str) -> str:
 
 
 def failure_of(server, graph: dict) -> str:
-    with pytest.raises(NodeFailed) as caught:
+    """What is said on the input before the run, or by the node in it."""
+    with pytest.raises((NodeFailed, Refused)) as caught:
         g.run(server, graph)
     return str(caught.value)
 
@@ -198,6 +200,35 @@ def test_any_unicode_and_any_length(server, direct, text):
     outputs = g.run(server, graph)
     assert g.said(outputs, "encode")["warnings"]
     assert torch.isfinite(g.pictures(server, outputs)).all()
+
+
+HALF = "half \ud83d pair"
+#: Node and text input -> other inputs; each of them quotes what it can't use.
+QUOTING = {
+    ("HYWULoRAScope", "module_strengths"): {"start_percent": 0.0, "end_percent": 1.0},
+    ("HYWUSaveLoRA", "filename_prefix"): {"lora": ["generate", 0], "format": "native"},
+    ("HYWUSaveCondition", "filename_prefix"): {"condition": ["encode", 0]},
+    ("HYWUBenchmarkItems", "path"): {"benchmark": "folder", "index": 0, "count": 1},
+    ("HYWUBenchmarkItems", "tasks"): {"benchmark": "folder", "path": "samples", "index": 0, "count": 1},
+    ("HYWUModelLayout", "include"): {
+        "model": ["editor", 0], "rank": 2, "generator_size": "XS", "condition_tokens": 8, "batch_size": 1,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "name"), QUOTING)
+def test_half_an_emoji_never_ends_the_queue(server, direct, goes_on, kind, name):
+    """ComfyUI's log can't take it, and its worker dies in the attempt: the next prompt would never run."""
+    graph = g.edit_graph(hostile=g.node(kind, **QUOTING[kind, name], **{name: HALF}))
+    if kind == "HYWULoRAScope":
+        graph["apply"]["inputs"]["scope"] = ["hostile", 0]
+    if kind == "HYWUBenchmarkItems":
+        graph["end"] = g.node("PreviewImage", images=["hostile", 0])
+    try:
+        said = json.dumps(g.run(server, graph), ensure_ascii=False)
+    except (NodeFailed, Refused) as error:
+        said = str(error)
+    said.encode()
 
 
 @pytest.mark.parametrize(("mode", "size"), [("RGBA", 40), ("L", 40), ("RGB", 1), ("RGB", 4096)])
