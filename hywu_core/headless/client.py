@@ -112,7 +112,8 @@ class Client:
         status, body = await self.call(method, path, **options)
         if status != 200:
             raise ServerError(f"{self.url}{path} answered HTTP {status}: {self._said(body)}.")
-        return parse_json(body, f"{self.url}{path}") if body else {}
+        # ComfyUI writes numbers as Python does, NaN too, where a prompt or an output has them
+        return parse_json(body, f"{self.url}{path}", finite=False) if body else {}
 
     def _said(self, body: bytes) -> str:
         return self.address.hide(body[:300].decode("utf-8", "replace").strip()) or "nothing"

@@ -88,7 +88,7 @@ class Follower:
 
     def _hint(self, text: str) -> None:
         try:
-            event = parse_json(text, "an event", dict)
+            event = parse_json(text, "an event", dict, finite=False)
             data = event.get("data") or {}
             if not isinstance(data, dict) or data.get("prompt_id") != self.prompt:
                 return
