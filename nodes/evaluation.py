@@ -118,6 +118,10 @@ class HYWUBenchmarkItems:
         return {"required": required, "optional": optional}
 
     @classmethod
+    def VALIDATE_INPUTS(cls, path=None):
+        return ui.checked(lambda: benchmarks.check_path(path))
+
+    @classmethod
     def IS_CHANGED(cls, benchmark, path, **_):
         return benchmarks.data_stamp(benchmark, path)
 
@@ -196,6 +200,10 @@ class HYWUJudge:
             ),
         }
         return {"required": required, "optional": optional}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, method=None, folder=None):
+        return ui.checked(lambda: _check_names(method, folder))
 
     @classmethod
     def IS_CHANGED(cls, method=None, folder="hywu_eval", **_):
@@ -292,12 +300,24 @@ def _pillow(image: Tensor) -> Image.Image:
     return Image.fromarray(pixels.byte().numpy())
 
 
-def _keep(image: Tensor, item: BenchmarkItem, folder: Path, method: str) -> Results:
-    """Write the image into the method's folder. Raises HYWUError when it is another program's."""
+def _method_name(method: str) -> str:
     try:
-        method = check_name(method.strip(), "name")
+        return check_name(method.strip(), "name")
     except HYWUError as error:
         raise HYWUError(f"method can't be used: {error}.") from error
+
+
+def _check_names(method: str | None, folder: str | None) -> None:
+    """HYWUError on a method or a folder that can't be used; None is not known yet."""
+    if method is not None:
+        _method_name(method)
+    if folder is not None:
+        benchmarks.results_folder(folder)
+
+
+def _keep(image: Tensor, item: BenchmarkItem, folder: Path, method: str) -> Results:
+    """Write the image into the method's folder. Raises HYWUError when it is another program's."""
+    method = _method_name(method)
     edited = _pillow(image)
     results = Results(folder / method, BENCHMARKS[item.items.benchmark])
     made_by = {"kind": "comfyui-graph"}

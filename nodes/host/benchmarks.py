@@ -10,6 +10,7 @@ import folder_paths
 from ...hywu_core.errors import HYWUError
 from ...hywu_core.evaluation.benchmarks import find_benchmark
 from ...hywu_core.evaluation.benchmarks.base import SAMPLES
+from .paths import below
 
 #: Key of extra_model_paths.yaml under which the operator names further folders.
 EXTRA = "hywu_benchmarks"
@@ -21,13 +22,22 @@ def data_folder(benchmark: str, path: str) -> Path:
     `path` is relative to the input or output folder or to one of the operator's, or absolute inside
     one of them. Raises HYWUError naming the folders when it is not there or leads out.
     """
-    path = path.strip()
-    if path == SAMPLES:
+    if path.strip() == SAMPLES:
         return find_benchmark(benchmark).sample
+    return _found(path.strip())
+
+
+def check_path(path: str | None) -> None:
+    """HYWUError as `data_folder`; None is not known yet."""
+    if path is not None and path.strip() != SAMPLES:
+        _found(path.strip())
+
+
+def _found(path: str) -> Path:
     roots = _roots()
     for root in roots:
-        found = Path(os.path.realpath(os.path.join(root, path)))
-        if path and _inside(root, found) and found.exists():
+        found = below(root, path) if path else None
+        if found is not None and os.path.exists(found):
             return found
     raise HYWUError(
         f"'{path}': there is no such benchmark inside {', '.join(roots)}; copy it into the input folder "
@@ -50,9 +60,8 @@ def data_stamp(benchmark: str, path: str) -> str:
 
 def results_folder(name: str) -> Path:
     """A folder below ComfyUI's output folder. Raises HYWUError when the name leads out of it."""
-    output = folder_paths.get_output_directory()
-    folder = Path(os.path.realpath(os.path.join(output, name.strip())))
-    if not name.strip() or os.path.isabs(name.strip()) or not _inside(output, folder):
+    folder = below(folder_paths.get_output_directory(), name.strip())
+    if folder is None or not name.strip() or os.path.isabs(name.strip()):
         raise HYWUError(
             f"folder '{name}' leads out of ComfyUI's output folder; use a name below it, such as "
             "'hywu_eval'."
@@ -63,7 +72,3 @@ def results_folder(name: str) -> Path:
 def _roots() -> list[str]:
     extra = folder_paths.folder_names_and_paths.get(EXTRA, ([], set()))[0]
     return [folder_paths.get_input_directory(), folder_paths.get_output_directory(), *extra]
-
-
-def _inside(root: str, path: Path) -> bool:
-    return path.is_relative_to(os.path.realpath(root))

@@ -179,6 +179,19 @@ def inside(root: str, path: str | Path) -> bool:
     return False
 
 
+def below(root: str, name: str) -> Path | None:
+    """The real path of a name in a folder, links followed; None where it leads out, or is no path."""
+    try:
+        names = name.encode().replace(b"\\", b"/").split(b"/")
+    except UnicodeEncodeError:  # half a surrogate pair
+        return None
+    if b"\0" in name.encode() or max(map(len, names)) > 255:
+        return None
+    whole = os.path.realpath(root)
+    found = os.path.realpath(os.path.join(whole, name))
+    return Path(found) if inside(whole, found) else None
+
+
 def _existing(folders: list[str], name: str, where: str) -> Path:
     found = None if name == NOTHING else _find(folders, name)
     if found is None:

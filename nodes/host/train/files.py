@@ -13,7 +13,7 @@ from ....hywu_core.errors import HYWUError
 from ....hywu_core.files import as_json, check_name, read_json, read_json_lines, write_json
 from ....hywu_core.generator.checkpoints import open_checkpoint
 from ....hywu_core.training.pairs import Pair, read_pairs
-from ..paths import BUNDLED
+from ..paths import BUNDLED, below
 
 #: The pairs that come with the extension.
 SAMPLES = "samples"
@@ -31,8 +31,8 @@ def pairs_path(text: str) -> tuple[Path, Path]:
     if text.strip() == SAMPLES:
         return _SAMPLES, _SAMPLES.parent
     root = Path(os.path.realpath(folder_paths.get_input_directory()))
-    found = Path(os.path.realpath(root / text.strip()))
-    if not text.strip() or not found.is_relative_to(root) or not found.exists():
+    found = below(str(root), text.strip())
+    if not text.strip() or found is None or not os.path.exists(found):
         raise HYWUError(
             f"pairs '{text}': there is no such folder or .jsonl file inside {root}; copy it there and "
             f"give its name, or write '{SAMPLES}' for the pairs that come along."
