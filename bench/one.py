@@ -5,7 +5,8 @@
 
 bench/cuda.py and bench/first_contact.py call it in a process of its own for each measurement. --reference
 is where `eager` leaves a sample of its result and the others find it; --off names parts of the fast path
-(the fields of `Switches`) to switch off; --blocks shortens the generator.
+(the fields of `Switches`) to switch off; --blocks shortens the generator,
+--chunk-rows sets the rows of a chunk.
 """
 
 from __future__ import annotations
@@ -77,12 +78,13 @@ def measure(
     seconds: float,
     sample: Path | None = None,
     off: Sequence[str] = (),
+    chunk_rows: int | None = None,
     show: Callable[[dict[str, Any]], None] = lambda figures: None,
 ) -> dict[str, Any]:
     """Figures of one size and variant; "skipped" has the reason where there are none, "failed" the error.
 
     seconds: no call is begun after so many. sample: file with a sample of eager's result, which eager
-    writes. off: see the module. show: is called with the figures as far as they have come.
+    writes. off, chunk_rows: see the module. show: is called with the figures as far as they have come.
     """
     config = size.config()
     condition = random_condition(config, size.condition_tokens, device, dtype)
@@ -92,7 +94,9 @@ def measure(
     before = held_bytes(device)
     try:
         generator = make(config, str(device), dtype)
-        switch_off(generator, off)
+        generator.switches = generator.switches.without(*off)
+        if chunk_rows is not None:
+            generator.chunk_bytes = chunk_rows * 4 * config.d_model * dtype.itemsize
         with variant(name, generator, condition) as run:
             figures |= timed(run, device, seconds, CALLS)
             figures["tflops"] = flops / figures["median_s"] / 1e12
@@ -110,12 +114,6 @@ def measure(
     except Exception as error:  # one variant's trouble must not cost the others' figures
         figures["failed"] = told(error)
     return figures
-
-
-def switch_off(generator: ParameterGenerator, names: Sequence[str]) -> None:
-    """Switch parts of the fast path off."""
-    if names:
-        generator.switches = generator.switches.without(*names)
 
 
 def _compare(figures: dict[str, Any], name: str, result: list[Tensor], path: Path | None) -> None:
@@ -187,6 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tiny", action="store_true", help="shrunk to almost nothing")
     parser.add_argument("--blocks", type=int, help="so many blocks instead of all")
     parser.add_argument("--off", nargs="+", default=[], metavar="PART")
+    parser.add_argument("--chunk-rows", type=int)
     parser.add_argument("--reference", type=Path, help="a sample of eager's result")
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args(arguments)
@@ -197,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     figures = measure(
         chosen(args.size, args.tiny, args.blocks), args.variant, device, dtype, args.seconds,
-        args.reference, args.off, lambda found: write_json(args.json, found),
+        args.reference, args.off, args.chunk_rows, lambda found: write_json(args.json, found),
     )  # fmt: skip
     write_json(args.json, figures)
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from bench import clocks, decisions, first_contact, isolated, probe
+from bench import clocks, decisions, first_contact, isolated, on_device, probe, switches, tables
+from hywu_core import HYWUError
+from hywu_core.generator.speed.passes import Switches
 
 
 def test_the_whole_first_contact_runs_on_a_cpu(tmp_path, capsys):
@@ -128,12 +133,12 @@ def figures_of_a_device() -> dict:
         },
         "waits": {"passed": False, "summary": "1 failed, 4 passed"},
         "measured": {
-            "official/eager": {"median_s": 6.7},
+            "official/eager": {"median_s": 6.7, "tflops": 482.0},
             "official/ours": {
                 "median_s": 5.0, "tflops": 646.0, "peak_over_weights_bytes": 3.7e9,
                 "difference_from_eager": 0.02,
             },
-            "official/fp8": {"median_s": 3.6, "difference_from_eager": 0.2},
+            "official/fp8": {"median_s": 3.6, "tflops": 897.0, "difference_from_eager": 0.2},
         },
     }  # fmt: skip
 
@@ -166,3 +171,117 @@ def test_decisions_follow_from_the_figures(question, answer):
 def test_nothing_is_decided_from_nothing():
     made = decisions.decisions({"measured": {}})
     assert {d["answer"] for d in made} == {"not measured"}
+
+
+# -- the second ten minutes, and the document's tables -----------------------------------------------
+
+
+def test_switches_are_tried_one_by_one(tmp_path, capsys):
+    path = tmp_path / "switches.json"
+    arguments = ["--device", "cpu", "--tiny", "--variants", "ours", "--json", str(path)]
+    switches.run(switches.parse([*arguments, "--parts", "across"]))
+    figures = json.loads(path.read_text())
+    settings = figures["settings"]
+    assert list(settings) == [
+        "ours: everything", "ours: without across", "ours: everything again",
+    ]  # fmt: skip
+    assert all(found["median_s"] > 0 for found in settings.values())
+    assert [v["part"] for v in figures["verdicts"]] == ["across"]
+    assert "the whole without it" in capsys.readouterr().out
+
+
+def test_a_part_that_costs_more_than_the_noise_is_switched_off():
+    args = argparse.Namespace(variants=["ours"], parts=["waves", "across"], json=None, seconds=60)
+    course = switches.Course(args)
+    times = {"everything": 0.1, "without waves": 0.09, "without across": 0.0995}
+    times["everything again"] = 0.101
+    course.figures["settings"] = {f"ours: {n}": {"median_s": s} for n, s in times.items()}
+    keep = {v["part"]: v["keep"] for v in switches.verdicts(course, args)}
+    assert keep == {"waves": False, "across": True}
+
+
+def test_every_part_of_the_fast_path_is_tried():
+    tried = {*switches.parts("ours"), *switches.parts("fp8")}
+    assert tried == {field.name for field in dataclasses.fields(Switches)}
+    with pytest.raises(HYWUError, match="'wide' is no part"):
+        Switches().without("wide")
+
+
+def test_counts_are_read_from_what_nsight_compute_prints():
+    text = """
+    Section: Command line profiler metrics
+    dram__bytes.sum                                             Gbyte         1.41
+    gpu__time_duration.sum                                         us       532.10
+    launch__registers_per_thread                      register/thread          238
+    """
+    assert switches.counted(text) == {
+        "dram__bytes.sum": "1.41 Gbyte",
+        "gpu__time_duration.sum": "532.10 us",
+        "launch__registers_per_thread": "238 register/thread",
+    }
+
+
+def test_the_documents_tables_come_from_the_figures(tmp_path):
+    device = figures_of_a_device()
+    device["environment"] = {"name": "H100", "torch": "2.11.0", "triton": "3.6.0"}
+    device["decisions"] = decisions.decisions(device)
+    parts = [{"part": "across", "variant": "ours", "times": 1.04, "keep": True}]
+    settings = {"ours: everything": {"median_s": 0.6}, "broken": {"failed": "no"}}
+    files = {
+        "first.json": device,
+        "switches.json": {"verdicts": parts, "settings": settings},
+    }
+    document = tmp_path / "speed.md"
+    places = "".join(
+        f"<!-- {n} -->\nold\n<!-- /{n} -->\n" for n in ("sizes", "decisions", "switches")
+    )
+    document.write_text(f"# Speed\n{places}the end\n")
+    for name, figures in files.items():
+        (tmp_path / name).write_text(json.dumps(figures))
+    tables.main([*(str(tmp_path / name) for name in files), "--docs", str(document)])
+    text = document.read_text()
+    assert "old" not in text
+    assert text.endswith("the end\n")
+    assert "| official/ours | 5000 ms | 1.34× | 95 % | 3.7 | 2.0e-02 |" in text
+    assert "| across | ours | 1.040× | keep |" in text
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(SystemExit, match="no figures that a table is made of"):
+        tables.main([str(tmp_path / "other.json"), "--docs", str(document)])
+
+
+def test_every_table_has_its_place_in_the_document():
+    text = tables.DOCS.read_text()
+    for name in ("sizes", "decisions", "switches", "training", "cpu", "estimate"):
+        assert f"<!-- {name} -->" in tables.placed(text, name, "x")
+
+
+# -- the third ten minutes ---------------------------------------------------------------------------
+
+
+def test_training_on_a_device_tries_and_then_trains(tmp_path, capsys):
+    pytest.importorskip("skimage", reason="the photographs come with scikit-image")
+    path, out = tmp_path / "training.json", tmp_path / "out"
+    arguments = ["--device", "cpu", "--tiny", "--json", str(path), "--out", str(out)]
+    arguments += ["--batch-sizes", "2", "--trainings", "pretrain"]
+    on_device.run(on_device.parse(arguments))
+    figures = json.loads(path.read_text())
+    trial, long = figures["trainings"]["pretrain, 2"], figures["long"]
+    assert "failed" not in trial, trial
+    assert trial["steps"] == 4
+    assert trial["steps_per_s"] > 0
+    assert "failed" not in long, long
+    assert all((out / name).stat().st_size <= 17 << 20 for name in long["files"])
+    capsys.readouterr()
+
+
+def test_weights_are_exported_in_files_of_a_size(tmp_path):
+    tensors = {f"t{i}": torch.randn(100, 10) for i in range(5)} | {"big": torch.randn(5000)}
+    save_file(tensors, str(tmp_path / "w.safetensors"), {"kind": "test"})
+    names = on_device.exported(tmp_path / "w.safetensors", tmp_path / "out", largest=4100)
+    assert len(names) == 4  # the big one by itself, then 2 + 2 + 1
+    found = {}
+    for name in names:
+        found |= load_file(str(tmp_path / "out" / name))
+    assert {n: t.half().tolist() for n, t in tensors.items()} == {
+        n: t.tolist() for n, t in found.items()
+    }
