@@ -49,7 +49,7 @@ def branch(name: str) -> dict[str, dict]:
             "cStacked": applied("bStacked", "generate2", "merge"),
             "scope": g.node(
                 "HYWULoRAScope", start_percent=0.0, end_percent=0.5,
-                module_strengths="*attn* = 0.5",
+                module_strengths="*decode* = 0.5",
             ),
             "aStacked": applied("cStacked", "generate", "unmerged", scope=["scope", 0]),
         },
