@@ -12,7 +12,9 @@ from torch import nn
 from hywu_core import LoRALayout, inject
 from hywu_core.bases.bundled import model as module
 from hywu_core.bases.bundled.checkpoint import (
+    FORMER,
     architecture,
+    check_made_for,
     editor_identity,
     load_editor,
     save_editor,
@@ -216,3 +218,17 @@ def test_a_config_goes_through_json_and_is_checked():
 def test_the_shipped_size():
     editor = Editor(EditorConfig())
     assert 3e6 < sum(p.numel() for p in editor.parameters()) < 4e6
+
+
+def test_a_generator_of_another_editor_is_explained():
+    check_made_for(None, "a" * 16)
+    check_made_for("a" * 16, "a" * 16)
+    with pytest.raises(HYWUError, match=r"This editor is aaaa.* trained for the editor bbbb"):
+        check_made_for("b" * 16, "a" * 16)
+    (former,) = FORMER
+    with pytest.raises(HYWUError, match=rf"earlier release \({former}\).*train yours anew"):
+        check_made_for(former, "a" * 16)
+
+
+def test_the_former_editor_is_the_one_shipped_until_now():
+    assert editor_identity(load_editor()) in FORMER

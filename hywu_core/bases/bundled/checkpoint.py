@@ -21,6 +21,8 @@ ARCHITECTURES: Mapping[str, tuple[type[nn.Module], Any]] = {
     "hywu-editor-1": (TransformerEditor, TransformerConfig),
     "hywu-editor-2": (Editor, EditorConfig),
 }
+#: Identities of the editors of earlier releases.
+FORMER = frozenset({"aef80654f908cd8d"})
 BUNDLED = Path(__file__).with_name("weights") / "editor.safetensors"
 #: Environment variable for developers: another folder of bundled weights.
 VARIABLE = "HYWU_WEIGHTS"
@@ -59,6 +61,25 @@ def architecture(editor: nn.Module) -> str:
 def editor_identity(editor: nn.Module) -> str:
     """16 hex digits of all weights in half precision, as they are stored: what a generator was made for."""
     return of_weights(editor, torch.float16, 16)
+
+
+def check_made_for(wanted: str | None, identity: str, what: str = "This editor") -> None:
+    """Raise HYWUError, with the way out, when a generator was trained for another editor.
+
+    wanted: the editor that the generator names, None where it names none. identity: the one at hand.
+    what: how that one is called.
+    """
+    if wanted in (None, identity):
+        return
+    if wanted in FORMER:
+        raise HYWUError(
+            f"The generator was made for the bundled editor of an earlier release ({wanted}), whose network "
+            f"is another one than this editor's ({identity}); use the bundled generator, or train yours anew."
+        )
+    raise HYWUError(
+        f"{what} is {identity}, the generator was trained for the editor {wanted}; use a generator and an "
+        "editor that were made together (with the bundled generator, leave MODEL unconnected)."
+    )
 
 
 def save_editor(editor: nn.Module, path: str | Path, provenance: Mapping[str, Any]) -> Path:

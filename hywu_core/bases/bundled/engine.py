@@ -17,7 +17,7 @@ from ...errors import HYWUError
 from ...generator.checkpoints import load_generator
 from ...injection import inject
 from ...lora import GeneratedLoRA
-from .checkpoint import bundled, editor_identity, load_editor
+from .checkpoint import bundled, check_made_for, editor_identity, load_editor
 from .sampling import edit
 from .vocabulary import unknown_instruction
 
@@ -38,12 +38,7 @@ class BundledEditor:
     def __init__(self, editor: nn.Module, generator: Any) -> None:
         self.editor, self.generator = editor, generator
         self.encoder = EditorEncoder(editor, editor_identity(editor))
-        made_for = generator.config.encoder.get("editor")
-        if made_for not in (None, self.encoder.identity["editor"]):
-            raise HYWUError(
-                f"The generator was trained for the editor {made_for}, this one is "
-                f"{self.encoder.identity['editor']}; use two files that were made together."
-            )
+        check_made_for(generator.config.encoder.get("editor"), self.encoder.identity["editor"])
         generator.config.layout.check(editor)
 
     @classmethod

@@ -11,6 +11,7 @@ import comfy.model_patcher
 import comfy.utils
 from torch import Tensor
 
+from ....hywu_core.bases.bundled.checkpoint import check_made_for
 from ....hywu_core.bases.bundled.model import split_words
 from ....hywu_core.condition import Condition
 from ....hywu_core.encoders.base import Reads
@@ -49,11 +50,11 @@ class BundledEncoder:
         editor, wanted = self.patcher.model, reads.identity.get("editor")
         self.identity = {"type": reads.identity["type"], "editor": editor.identity}
         self.parts = dict(editor.config.condition_parts)
-        _check_editor("The bundled editor", editor.identity, wanted)
+        check_made_for(wanted, editor.identity, "The bundled editor")
         if sockets.get("model") is not None:
             connected = getattr(sockets["model"].model, "diffusion_model", None)
             identity = getattr(connected, "identity", "another model")
-            _check_editor("The connected MODEL", identity, wanted)
+            check_made_for(wanted, identity, "The connected MODEL")
         if sockets.get("conditioning") is not None:
             raise HYWUError(
                 "The bundled editor reads the words of the instruction itself; leave conditioning "
@@ -85,14 +86,6 @@ class BundledEncoder:
             for text in dict.fromkeys(texts)
             if len(split_words(text)) > limit
         ]
-
-
-def _check_editor(what: str, identity: str, wanted: str | None) -> None:
-    if wanted not in (None, identity):
-        raise HYWUError(
-            f"{what} is {identity}, the generator was trained for the editor {wanted}; use a generator "
-            "and an editor that belong together (with the bundled generator, leave MODEL unconnected)."
-        )
 
 
 def _memory(config: Any, images: Tensor) -> int:
