@@ -8,6 +8,7 @@ are no layers: they become grouped modules.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -16,6 +17,8 @@ from torch import nn
 
 from .errors import HYWUError
 from .layout import Module, Stack
+
+logger = logging.getLogger(__name__)
 
 
 class _Found(NamedTuple):
@@ -27,8 +30,8 @@ def linear_shape(module: nn.Module) -> tuple[int, int, int] | None:
     """(experts, out, in) of a module that a LoRA can adapt, or None.
 
     Duck-typed, since quantized layers rarely inherit from nn.Linear: anything with integer
-    ``in_features`` and ``out_features``, a convolution with kernel 1 and one group, or a grouped
-    module whose weight is ``[experts, out, in]``.
+    ``in_features`` and ``out_features``, a convolution with kernel 1 and one group, a grouped module
+    whose weight is ``[experts, out, in]``, or a Conv1D of GPT-2 and the models after it.
     """
     out, in_ = getattr(module, "out_features", None), getattr(module, "in_features", None)
     if isinstance(out, int) and isinstance(in_, int):
@@ -36,7 +39,16 @@ def linear_shape(module: nn.Module) -> tuple[int, int, int] | None:
         return (experts if isinstance(experts, int) else 0, out, in_)
     if is_pointwise_conv(module):
         return (0, module.out_channels, module.in_channels)
+    if is_conv1d(module):
+        in_, out = module.weight.shape
+        return (0, out, in_)
     return None
+
+
+def is_conv1d(module: nn.Module | None) -> bool:
+    """Whether it is transformers' Conv1D: a Linear whose weight is ``[in, out]``."""
+    weight = getattr(module, "weight", None)
+    return type(module).__name__ == "Conv1D" and getattr(weight, "ndim", 0) == 2
 
 
 def is_pointwise_conv(module: nn.Module) -> bool:
@@ -113,12 +125,38 @@ def find_stacks(
     for layer, modules in layers.items():
         groups.setdefault(tuple(modules.values()), []).append(layer)
     if not groups:
-        tried = f" that match {', '.join(include)}" if include else ""
-        raise HYWUError(
-            f"{type(model).__name__}: no repeated blocks with Linear or 1x1-conv modules{tried} "
-            "were found; name the modules with include=, for example include='*.attn.*'."
-        )
+        raise HYWUError(_nothing_found(model, include, exclude))
+    for pattern in exclude:
+        if not any(fnmatchcase(path, pattern) for path, _ in model.named_modules()):
+            logger.warning("exclude='%s' matches no module of %s", pattern, type(model).__name__)
     return tuple(Stack(tuple(paths), modules) for modules, paths in groups.items())
+
+
+def _nothing_found(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> str:
+    """Why a model has no stacks, with names that are in it."""
+    name = type(model).__name__
+    all_ = [path for path, module in model.named_modules() if linear_shape(module) and path]
+    kept = [path for path in all_ if not _matches(path, exclude)]
+    if not all_:
+        kinds = sorted({type(m).__name__ for m in model.modules() if list(m.parameters(False))})
+        return (
+            f"{name}: has no Linear, Conv1D or 1x1-convolution module, which are what a LoRA can adapt; "
+            f"its weights lie in {', '.join(kinds[:6]) or 'no module'}."
+        )
+    if not kept:
+        return f"{name}: exclude leaves none of its {len(all_)} modules, such as {all_[0]}; exclude less."
+    there = f"It has {len(kept)} modules, such as {_shown(kept)}"
+    if include:
+        leaf = kept[0].rpartition(".")[2]
+        return (
+            f"{name}: no repeated blocks or other modules match include={', '.join(map(repr, include))}. "
+            f"{there}; include='*{leaf}' takes those called so, include='*' all."
+        )
+    return f"{name}: no repeated blocks were found. {there}; include='*' takes all of them."
+
+
+def _shown(paths: Sequence[str]) -> str:
+    return ", ".join([*paths[:2], *paths[-1:]] if len(paths) > 3 else paths)
 
 
 def _patterns(patterns: str | Sequence[str] | None) -> tuple[str, ...]:

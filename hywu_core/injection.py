@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .discovery import expert_modules, is_pointwise_conv, submodule
+from .discovery import expert_modules, is_conv1d, is_pointwise_conv, submodule
 from .errors import HYWUError
 from .grouped import grouped_linear, item_groups
 from .lora import GeneratedLoRA
@@ -31,6 +31,7 @@ def inject(
     lora: GeneratedLoRA,
     strength: Strength = 1.0,
     index: Sequence[int] | Tensor | None = None,
+    skip_missing: bool = False,
 ) -> Iterator[nn.Module]:
     """Run `model` with the LoRA inside the block, unmerged; always undone. Injections nest.
 
@@ -39,10 +40,12 @@ def inject(
     index: which LoRA each item of the model's batch uses. Without it, a single LoRA serves every
         item, and a batch of LoRAs needs a model batch of the same size. Inputs whose first
         dimension is a multiple of the index (windows of an image, say) repeat it item by item.
+    skip_missing: leave targets out that the model lacks, and say so in the log.
     Gradients flow into the LoRA and so to a generator. Raises HYWUError, before anything is changed,
     when a target is missing or has another shape, or a pattern matches nothing.
     """
-    hooks = _hooks(model, lora, target_strengths(lora, strength), _as_index(lora, index))
+    strengths = _strengths(model, lora, strength, skip_missing)
+    hooks = _hooks(model, lora, strengths, _as_index(lora, index))
     handles = []
     try:
         for module, hook in hooks:
@@ -61,10 +64,12 @@ class Merged:
 
 
 @torch.no_grad()
-def merge(model: nn.Module, lora: GeneratedLoRA, strength: Strength = 1.0) -> Merged:
+def merge(
+    model: nn.Module, lora: GeneratedLoRA, strength: Strength = 1.0, skip_missing: bool = False
+) -> Merged:
     """Add ``s·B·A`` to the base weights. Returns what `unmerge` needs to restore them bit by bit.
 
-    The LoRA must be a single one. Raises HYWUError, before anything is changed, on a batch, a
+    The LoRA must be a single one. skip_missing: see `inject`. Raises HYWUError, before anything is changed, on a batch, a
     missing or misshapen target, or a weight that isn't floating point (quantized).
     """
     if lora.batch_size != 1:
@@ -72,8 +77,7 @@ def merge(model: nn.Module, lora: GeneratedLoRA, strength: Strength = 1.0) -> Me
             f"{lora.batch_size} LoRAs can't be merged into one base model; pick one with select(i), "
             "or inject() them, which gives each image of a batch its own."
         )
-    strengths = target_strengths(lora, strength)
-    lora.layout.check(model)
+    strengths = _strengths(model, lora, strength, skip_missing)
     plan = [(path, s, _weights_of(model, lora, path)) for path, s in strengths.items() if s]
     merged = Merged()
     seen: set[int] = set()
@@ -81,6 +85,7 @@ def merge(model: nn.Module, lora: GeneratedLoRA, strength: Strength = 1.0) -> Me
         for path, s, parameters in plan:
             a, b = (factor[0].float() for factor in lora[path])
             delta = (b @ a).mul_(s * lora.scale)
+            delta = delta.mT if is_conv1d(submodule(model, path)) else delta
             for parameter, piece in zip(parameters, _pieces(delta, parameters), strict=True):
                 if id(parameter) not in seen:
                     merged.originals.append((parameter, parameter.detach().clone()))
@@ -119,6 +124,16 @@ def target_strengths(lora: GeneratedLoRA, strength: Strength) -> dict[str, float
     for pattern, value in patterns.items():
         result.update({path: float(value) for path in lora if fnmatchcase(path, pattern)})
     return result
+
+
+def _strengths(
+    model: nn.Module, lora: GeneratedLoRA, strength: Strength, skip_missing: bool
+) -> dict[str, float]:
+    """Strength of every target that the model has. Raises HYWUError, also where it lacks some."""
+    strengths = target_strengths(lora, strength)
+    for path in lora.layout.missing(model, skip_missing):
+        del strengths[path]
+    return strengths
 
 
 # -- unmerged -----------------------------------------------------------------------------------
@@ -233,8 +248,7 @@ class _GroupedAdapter(_Adapter):
 def _hooks(
     model: nn.Module, lora: GeneratedLoRA, strengths: Mapping[str, float], index: Tensor | None
 ) -> list[tuple[nn.Module, Callable]]:
-    """(module, forward hook) for every target with a strength; checks everything first."""
-    lora.layout.check(model)
+    """(module, forward hook) for every target with a strength."""
     hooks: list[tuple[nn.Module, Callable]] = []
     for path, strength in strengths.items():
         if strength == 0:

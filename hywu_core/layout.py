@@ -7,6 +7,7 @@ two (double and single blocks); a UNet has one per block type and width.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,8 @@ from .fingerprint import of_json
 
 if TYPE_CHECKING:
     from torch import nn
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -190,9 +193,17 @@ class LoRALayout:
 
     def check(self, model: nn.Module) -> None:
         """Raise one HYWUError that lists every target `model` lacks or has in another shape."""
+        self.missing(model)
+
+    def missing(self, model: nn.Module, skip_missing: bool = False) -> list[str]:
+        """Targets that `model` lacks; without `skip_missing` they are an error.
+
+        Raises one HYWUError that counts and names every target that is missing or has another shape (which
+        is never skipped), and where nothing of the layout is in the model. A log line says what is skipped.
+        """
         from .discovery import target_shape
 
-        missing, wrong = [], []
+        missing, wrong, name = [], [], type(model).__name__
         for target in self.targets():
             found = target_shape(model, target.path, target.module.num_experts)
             m = target.module
@@ -201,16 +212,26 @@ class LoRALayout:
                 missing.append(target.path)
             elif found != wanted:
                 wrong.append(f"{target.path} is {_shape(found)}, the layout says {_shape(wanted)}")
-        if missing or wrong:
-            parts = []
-            if missing:
-                parts.append(f"{len(missing)} target modules are missing: {', '.join(missing)}")
-            if wrong:
-                parts.append(f"{len(wrong)} have another shape: {'; '.join(wrong)}")
-            raise HYWUError(
-                f"{type(model).__name__} does not fit this LoRA layout: {'. '.join(parts)}. "
-                "Use the base model that the generator or LoRA was made for."
+        whole = sum(1 for _ in self.targets())
+        parts = []
+        if missing and not (skip_missing and len(missing) < whole):
+            parts.append(f"{len(missing)} target modules are missing: {', '.join(missing)}")
+        if wrong:
+            parts.append(f"{len(wrong)} have another shape: {'; '.join(wrong)}")
+        if parts:
+            skip = (
+                "" if wrong or len(missing) == whole else " or skip the missing ones (skip_missing)"
             )
+            raise HYWUError(
+                f"{name} does not fit this LoRA layout: {'. '.join(parts)}. Use the base model that the "
+                f"generator or LoRA was made for{skip}."
+            )
+        if missing:
+            logger.warning(
+                "%d of the LoRA's %d modules aren't in %s and are left out: %s",
+                len(missing), whole, name, _some(missing),
+            )  # fmt: skip
+        return missing
 
     def describe(self) -> list[tuple[str, int, str, str, int]]:
         """Rows (layers, how many, module, out x in, values per LoRA) for a table."""

@@ -317,6 +317,42 @@ def test_another_base_is_an_error_that_names_everything(base, x):
     assert_unchanged(base, before)
 
 
+@pytest.mark.parametrize("apply", ["inject", "merge"])
+def test_a_part_is_applied_only_when_asked_and_then_said(base, x, apply, caplog):
+    """The base lacks two of the layers that the LoRA is for."""
+    lora, plain = random_lora(LoRALayout.of(Base(dim=8, depth=4), rank=2)), base(x)
+    depth = len(base.blocks)
+    lacking = [p for p in lora if p.startswith("blocks.") and int(p.split(".")[1]) >= depth]
+    assert lacking
+    with pytest.raises(HYWUError, match=f"{len(lacking)} target modules .*skip_missing"):
+        merge(base, lora) if apply == "merge" else inject(base, lora).__enter__()
+    whole = random_lora(LoRALayout.of(base, rank=2))
+    assert not caplog.records
+    if apply == "merge":
+        merge(base, lora, skip_missing=True)
+        applied = base(x)
+    else:
+        with inject(base, lora, skip_missing=True):
+            applied = base(x)
+    assert not torch.allclose(applied, plain, atol=1e-3)
+    assert len(whole) == len(lora) - len(lacking)
+    (record,) = caplog.records
+    assert f"{len(lacking)} of the LoRA's {len(lora)} modules aren't in Base" in record.getMessage()
+    assert lacking[0] in record.getMessage()
+
+
+def test_skipping_what_is_missing_skips_neither_all_nor_other_shapes(base):
+    another = random_lora(LoRALayout.of(nn.ModuleDict({"other": nn.ModuleList([Base()])}), rank=2))
+    with pytest.raises(HYWUError, match="does not fit"), inject(base, another, skip_missing=True):
+        pass
+    wider = random_lora(LoRALayout.of(Base(dim=10, depth=4), rank=2))
+    with (
+        pytest.raises(HYWUError, match="have another shape"),
+        inject(base, wider, skip_missing=True),
+    ):
+        pass
+
+
 @pytest.mark.parametrize("strength", [math.nan, math.inf, {"*": math.nan}])
 def test_strength_must_be_finite(base, strength):
     lora = random_lora(LoRALayout.of(base, rank=2))

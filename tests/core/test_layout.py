@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from hywu_core import HYWUError, LoRALayout
+from hywu_core import GeneratedLoRA, HYWUError, LoRALayout, discovery, inject, merge, unmerge
 from hywu_core.generator.official import read_layout
 from hywu_core.layout import Module, Stack
+from hywu_core.tokens import token_grid
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -200,3 +201,90 @@ def test_levels_of_a_unet():
         tuple(wide): inside,
     }
     layout.check(model)
+
+
+class Conv1D(nn.Module):
+    """As transformers has it: y = x W + b with W [in, out]."""
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf = nf
+        self.weight = nn.Parameter(torch.randn(nx, nf))
+        self.bias = nn.Parameter(torch.zeros(nf))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(
+            *x.shape[:-1], self.nf
+        )
+
+
+class GPT2Like(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.h = nn.ModuleList(
+            nn.ModuleDict({"c_attn": Conv1D(12, 4), "c_proj": Conv1D(4, 12)}) for _ in range(2)
+        )
+
+    def forward(self, x):
+        for block in self.h:
+            x = x + block["c_proj"](torch.tanh(block["c_attn"](x)))
+        return x
+
+
+def test_conv1d_is_a_linear_the_other_way_round():
+    torch.manual_seed(0)
+    model, x = GPT2Like(), torch.randn(3, 5, 4)
+    layout = LoRALayout.of(model, 2)
+    (stack,) = layout.stacks
+    assert [(m.name, m.in_features, m.out_features) for m in stack.modules] == [
+        ("c_attn", 4, 12),
+        ("c_proj", 12, 4),
+    ]
+    grids = [torch.randn(1, 2, g.num_tokens, 2, 8) for g in (token_grid(stack, 2, 8),)]
+    lora, plain = GeneratedLoRA.from_grids(layout, grids), model(x)
+    with inject(model, lora):
+        unmerged = model(x)
+    merged = merge(model, lora)
+    assert (unmerged - plain).norm() > 0.1 * plain.norm()
+    assert torch.allclose(model(x), unmerged, atol=1e-4)
+    unmerge(merged)
+    assert torch.equal(model(x), plain)
+
+
+def test_transformers_own_conv1d_is_found():
+    pytorch_utils = pytest.importorskip("transformers.pytorch_utils")
+    assert discovery.linear_shape(pytorch_utils.Conv1D(12, 4)) == (0, 12, 4)
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "words"),
+    [
+        (
+            nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)),
+            {},
+            "such as 0, 2; include='*'",
+        ),
+        (
+            GPT2Like(),
+            {"include": "*.attn.*"},
+            r"match include='\*.attn.\*'.* include='\*c_attn' takes",
+        ),
+        (GPT2Like(), {"exclude": "*"}, "exclude leaves none of its 4 modules, such as h.0.c_attn"),
+        (
+            nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)),
+            {},
+            "weights lie in BatchNorm2d, Conv2d",
+        ),
+        (nn.ReLU(), {}, "weights lie in no module"),
+    ],
+)
+def test_hints_name_what_the_model_has(model, given, words):
+    with pytest.raises(HYWUError, match=words):
+        LoRALayout.of(model, 2, **given)
+
+
+def test_an_exclude_that_matches_nothing_is_said(caplog):
+    LoRALayout.of(GPT2Like(), 2, exclude=["*.c_proj", "*.txet.*"])
+    assert [r.getMessage() for r in caplog.records] == [
+        "exclude='*.txet.*' matches no module of GPT2Like"
+    ]
