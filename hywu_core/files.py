@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "HEADER", "as_json", "atomic_folder", "atomic_path", "check_name", "folder_lock", "is_file", "open_tensors",
-    "parse_header", "parse_json", "read_header", "read_json", "read_json_lines", "read_tensors",
+    "parse_header", "parse_json", "read_header", "read_json", "read_json_lines", "read_metadata", "read_tensors",
     "save_tensors", "slug", "with_suffix", "write_json", "write_text",
 ]  # fmt: skip
 
@@ -54,6 +54,12 @@ def read_header(path: str | Path) -> dict[str, Any]:
     """Our JSON header of a safetensors file; empty when another program wrote it."""
     with open_tensors(path) as file:
         return parse_header(path, file.metadata())
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """All metadata of a safetensors file, of whatever program."""
+    with open_tensors(path) as file:
+        return dict(file.metadata() or {})
 
 
 def parse_header(path: str | Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:

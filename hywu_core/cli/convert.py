@@ -16,6 +16,7 @@ from ..files import read_header
 from ..formats import FORMATS, load_lora, save_lora
 from ..generator.checkpoints import FORMAT, load_generator, save_generator
 from ..generator.official import save_official
+from ..lora import GeneratedLoRA
 from .console import say
 
 
@@ -29,6 +30,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="native: our own file. official: a generator's folder. peft, comfyui: LoRAs only",
     )
     parser.add_argument("--item", type=int, help="of a LoRA's batch, only this item, from 0")
+    parser.add_argument(
+        "--skip-missing",
+        action="store_true",
+        help="leave out what can't be read of another program's LoRA, and say what",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace what is at the target")
 
 
@@ -49,9 +55,17 @@ def run(args: argparse.Namespace) -> int:
     else:
         if args.format == "official":
             raise HYWUError(f"{args.source}: is no generator; LoRAs have no official form.")
-        lora = load_lora(args.source)
+        lora = load_lora(args.source, skip_missing=args.skip_missing)
+        tell_left_out(lora)
         if args.item is not None:
             lora = lora.select(args.item)
         path = save_lora(lora, args.target, args.format, args.overwrite)
     say(f"{path}: written ({args.format})")
     return 0
+
+
+def tell_left_out(lora: GeneratedLoRA) -> None:
+    """Say what of a LoRA's file isn't in it."""
+    if left_out := lora.provenance.get("left_out"):
+        more = " …" if left_out["count"] > len(left_out["names"]) else ""
+        say(f"left out: {left_out['count']} entries: {', '.join(left_out['names'])}{more}")

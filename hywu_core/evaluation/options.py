@@ -15,7 +15,8 @@ Made = TypeVar("Made")
 class Option:
     """One choice: ``--name`` of a command.
 
-    needed: what it is, where it can't be left out ("" where the name says it); else None.
+    needed: what it is, where it can't be left out ("" where the name says it); else None. type: bool is a
+    switch.
     """
 
     name: str

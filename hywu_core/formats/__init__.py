@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import HYWUError
-from ..files import open_tensors, parse_header, read_tensors
+from ..files import open_tensors, parse_header, read_metadata, read_tensors
 from ..layout import LoRALayout
 from ..lora import GeneratedLoRA
 from . import comfyui, native, peft
@@ -48,22 +48,24 @@ def load_lora(
     path: str | Path,
     device: torch.device | str = "cpu",
     base: LoRALayout | nn.Module | None = None,
+    skip_missing: bool = False,
 ) -> GeneratedLoRA:
     """Read a LoRA in any format, told apart by the file itself.
 
-    base: the base model or its layout; needed only to resolve names of the ``lora_unet_*`` kind, and
-    checked against the LoRA when given. Raises HYWUError naming the file.
+    base: the base model or its layout; resolves names of other programs, of the ``lora_unet_*`` kind too,
+    and is checked against the LoRA when given. skip_missing: leave out what the base lacks and what can't
+    be read; the log and the provenance (``left_out``) say it. Raises HYWUError naming the file.
     """
     path = Path(path)
     try:
-        lora = _load(path, device, base)
+        lora = _load(path, device, base, skip_missing)
     except HYWUError as error:
         text = str(error)
         raise (error if text.startswith(str(path)) else HYWUError(f"{path}: {text}")) from error
     if isinstance(base, LoRALayout):
         _check_targets(path, lora, base)
     elif base is not None:
-        lora.layout.check(base)
+        lora.layout.missing(base, skip_missing)
     return lora
 
 
@@ -75,7 +77,10 @@ def lora_header(path: str | Path) -> dict | None:
 
 
 def _load(
-    path: Path, device: torch.device | str, base: LoRALayout | nn.Module | None
+    path: Path,
+    device: torch.device | str,
+    base: LoRALayout | nn.Module | None,
+    skip_missing: bool,
 ) -> GeneratedLoRA:
     file = peft.weights_of(path)
     tensors, header = read_tensors(file, device)
@@ -85,7 +90,7 @@ def _load(
     config = peft.read_config(file)
     if kind is not None and not str(kind).startswith("hywu-lora"):
         raise HYWUError(f"{path}: not a LoRA; its header says {kind}.")
-    return from_state_dict(tensors, header, config, base)
+    return from_state_dict(tensors, header, config, base, read_metadata(file), skip_missing)
 
 
 def _check_targets(path: Path, lora: GeneratedLoRA, layout: LoRALayout) -> None:

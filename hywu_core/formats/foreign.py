@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Mapping
@@ -12,17 +13,23 @@ from torch import Tensor, nn
 
 from ..discovery import is_expert_list
 from ..errors import HYWUError
+from ..files import HEADER
 from ..layout import LoRALayout
 from ..lora import GeneratedLoRA
 from .matrices import expert_path
+from .names import Names
 from .native import layout_of
+from .scales import Scales
+
+logger = logging.getLogger(__name__)
 
 _KEY = re.compile(
-    r"(?P<name>.+?)\.(?:(?P<down>lora_down|lora_A)|(?P<up>lora_up|lora_B))"
+    r"(?P<name>.+?)(?:\.lora_linear_layer|[._]lora)?"
+    r"(?:[._](?P<down>lora_down|lora_A)|[._](?P<up>lora_up|lora_B)|\.(?P<d>down)|\.(?P<u>up))"
     r"(?:\.default)?\.weight|(?P<of>.+)\.alpha"
 )
-_PREFIXES = ("base_model.model.", "diffusion_model.")
-_FLAT = "lora_unet_"
+#: A file of mixed ranks is padded to the largest; larger than this and so many times its size is no LoRA.
+MOST_BYTES, MOST_TIMES = 1 << 28, 64
 
 
 def from_state_dict(
@@ -30,22 +37,35 @@ def from_state_dict(
     header: Mapping[str, Any],
     config: Mapping[str, Any] | None,
     base: LoRALayout | nn.Module | None,
+    metadata: Mapping[str, str] | None = None,
+    skip_missing: bool = False,
 ) -> GeneratedLoRA:
-    """header: ours or {}; config: PEFT's or None. Raises HYWUError on keys that are no plain LoRA."""
-    pairs, scales = _read(tensors, config, base)
+    """header: ours or {}; config: PEFT's or None; metadata: the file's.
+
+    skip_missing: leave out keys that are no plain LoRA, and modules that `base` lacks: the log counts and
+    names them, and the provenance under ``left_out``. Raises HYWUError on them otherwise, and on what
+    contradicts itself.
+    """
+    pairs, scales, left_out = _read(tensors, Scales(config, metadata or {}), base)
     if "layout" in header:
-        return _in_layout(layout_of(header), pairs, header.get("provenance", {}))
+        return _in_layout(layout_of(header), pairs, scales, header.get("provenance", {}))
+    if left_out and not (skip_missing and pairs):
+        raise HYWUError(_complaint(left_out, len(pairs), base))
     flat, conv = {}, set()
     for name, (a, b) in pairs.items():
         if a.ndim > 2:
             if math.prod(a.shape[2:]) != 1 or math.prod(b.shape[2:]) != 1:
                 raise HYWUError(f"{name} is a convolution larger than 1x1, which is not supported.")
             conv.add(name)
-            a, b = a.flatten(1), b.flatten(1)
-        flat[name] = a, b
+        flat[name] = a.flatten(1), b.flatten(1)
     even, alpha = equalize(flat, scales)
     even = {name: (a[None], b[None]) for name, (a, b) in even.items()}
-    return GeneratedLoRA.from_pairs(_group_experts(even), alpha, conv=conv)
+    provenance = {}
+    if left_out:
+        provenance = {"left_out": {"count": len(left_out), "names": list(left_out)[:20]}}
+        logger.warning("%s", _complaint(left_out, len(pairs), base, LEFT_OUT))
+    grouped = _group_experts(even)
+    return GeneratedLoRA.from_pairs(grouped, alpha, conv=conv, provenance=provenance)
 
 
 def equalize(
@@ -53,103 +73,134 @@ def equalize(
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
     """One rank (zero padding) and one alpha for all; every ``scale·B·A`` is kept.
 
-    Where the scales differ they are folded into B: in its dtype when the scale is a power of two,
-    which changes no digit, else in float32, exact up to float32 rounding. Returns (pairs, alpha).
+    Where the scales differ they are folded into B: in its dtype where that changes no digit (a power of
+    two that leaves no value too small for the dtype), else in float32, exact up to float32 rounding.
+    Returns (pairs, alpha).
     """
     rank = max(a.shape[0] for a, _ in pairs.values())
+    _check_size(pairs, rank)
     one = len(set(scales.values())) == 1
     result = {}
     for name, (a, b) in pairs.items():
         if not one:
-            exact = math.frexp(scales[name])[0] in (0.5, -0.5)
-            b = (b if exact else b.float()) * scales[name]
+            b = _folded(b, scales[name])
         missing = rank - a.shape[0]
         a = torch.nn.functional.pad(a, (0, 0, 0, missing))
         result[name] = a, torch.nn.functional.pad(b, (0, missing))
     return result, rank * (next(iter(scales.values())) if one else 1.0)
 
 
-def _read(tensors, config, base) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, float]]:
+def _folded(b: Tensor, scale: float) -> Tensor:
+    """``scale·B``, in B's dtype where every value of it is exact."""
+    exact = b.float() * scale
+    if math.frexp(scale)[0] in (0.5, -0.5):
+        small = exact.to(b.dtype)
+        if torch.equal(small.float(), exact):
+            return small
+    return exact
+
+
+def _check_size(pairs: Mapping[str, tuple[Tensor, Tensor]], rank: int) -> None:
+    """Raises HYWUError where padding to one rank would take memory that the file doesn't account for."""
+    held = sum(t.nbytes for pair in pairs.values() for t in pair)
+    wide = sum((a[:1].numel() + b[:, :1].numel()) * a.element_size() for a, b in pairs.values())
+    if rank * wide > max(MOST_BYTES, MOST_TIMES * held):
+        largest = max(pairs, key=lambda name: pairs[name][0].shape[0])
+        raise HYWUError(
+            f"{largest} has rank {rank}; with all modules padded to it the LoRA would take "
+            f"{rank * wide / 2**30:.1f} GiB, {rank * wide // max(held, 1)} times what the file holds."
+        )
+
+
+def _read(
+    tensors: Mapping[str, Tensor], scales: Scales, base: LoRALayout | nn.Module | None
+) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, float], dict[str, str]]:
+    """(base's name -> pair, base's name -> scale, file's name -> why it is left out)."""
     parts: dict[str, dict[str, Tensor]] = {}
-    odd = []
+    left_out: dict[str, str] = {}
     for key, value in tensors.items():
         match = _KEY.fullmatch(key)
         if match is None:
-            odd.append(key)
+            left_out[key] = "no plain LoRA"
             continue
-        side = "A" if match["down"] else "B" if match["up"] else "alpha"
-        parts.setdefault(match["name"] or match["of"], {})[side] = value
-    if odd or not parts:
-        shown = f"keys such as {odd[0]}" if odd else "an empty file"
-        raise HYWUError(
-            f"not a plain LoRA: {shown} can't be read; only lora_A/lora_B or "
-            "lora_down/lora_up pairs with alpha can."
-        )
-    names = _flat_names(base)
-    pairs, scales = {}, {}
+        side = "A" if match["down"] or match["d"] else "alpha" if match["of"] else "B"
+        part = parts.setdefault(match["name"] or match["of"], {})
+        if side in part:
+            raise HYWUError(f"{key}: the file holds this matrix twice, under two names.")
+        part[side] = value
+    if not parts:
+        shown = f"keys such as {next(iter(left_out))}" if left_out else "an empty file"
+        raise HYWUError(f"not a plain LoRA: {shown} can't be read; {READABLE}.")
+    names = Names(base)
+    pairs, found = {}, {}
     for key, part in parts.items():
         if "A" not in part or "B" not in part:
             raise HYWUError(f"{key} has only one of its two matrices; the file is incomplete.")
         a, b = part["A"], part["B"]
-        if min(a.ndim, b.ndim) < 2 or a.shape[0] != b.shape[1]:
-            raise HYWUError(
-                f"{key}: A is {tuple(a.shape)} and B {tuple(b.shape)}; the ranks differ."
-            )
-        name = _resolve(key, names)
-        pairs[name] = a, b
-        alpha = part.get("alpha")
-        scales[name] = _scale(name, a.shape[0], None if alpha is None else float(alpha), config)
-    return pairs, scales
-
-
-def _scale(name: str, rank: int, alpha: float | None, config: Mapping[str, Any] | None) -> float:
-    """alpha / rank; 1 where a file has no alpha, as in ComfyUI. PEFT's alphas are in its config."""
-    if config is None:
-        return 1.0 if alpha is None else alpha / rank
-    alpha = config["lora_alpha"]
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name):
-            alpha = value
-            break
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def _flat_names(base: LoRALayout | nn.Module | None) -> dict[str, str]:
-    if base is None:
-        return {}
-    if isinstance(base, LoRALayout):
-        names = [target.path for target in base.targets()]
-    else:
-        names = [name for name, _ in base.named_modules()]
-    return {name.removeprefix("diffusion_model.").replace(".", "_"): name for name in names}
-
-
-def _resolve(key: str, names: Mapping[str, str]) -> str:
-    if key.startswith(_FLAT):
-        name = names.get(key[len(_FLAT) :])
+        _check_pair(key, a, b)
+        name = names.of(key)
         if name is None:
-            raise HYWUError(
-                f"{key} does not say where its dots were"
-                + (
-                    "; it fits no module of the base."
-                    if names
-                    else "; give the base model or layout."
-                )
-            )
-        return name
-    for prefix in _PREFIXES:
-        key = key.removeprefix(prefix)
-    return key
+            left_out[key] = "not in the base" if names.known is not None else "without its dots"
+            continue
+        if name in pairs:
+            raise HYWUError(f"{key}: the file holds {name} twice, under two names.")
+        pairs[name] = a, b
+        found[name] = scales.of(key, name, a.shape[0], part.get("alpha"))
+    return pairs, found, left_out
 
 
-def _in_layout(layout, pairs, provenance) -> GeneratedLoRA:
-    """Our own files: back into the layout they came from, bit for bit."""
+LEFT_OUT = "are left out"
+READABLE = "only lora_A/lora_B or lora_down/lora_up pairs with alpha can"
+
+
+def _check_pair(key: str, a: Tensor, b: Tensor) -> None:
+    if min(a.ndim, b.ndim) < 2 or a.shape[0] != b.shape[1]:
+        raise HYWUError(f"{key}: A is {tuple(a.shape)} and B {tuple(b.shape)}; the ranks differ.")
+    if 0 in a.shape or 0 in b.shape or not (a.is_floating_point() and b.is_floating_point()):
+        raise HYWUError(
+            f"{key}: A is {a.dtype} {tuple(a.shape)} and B {b.dtype} {tuple(b.shape)}; both must be "
+            "floating point, without a zero in their shapes."
+        )
+
+
+def _complaint(
+    left_out: Mapping[str, str], kept: int, base: Any, done: str = "can't be read"
+) -> str:
+    """How many of a file's entries aren't taken, some of them by name, why, and the way out."""
+    names = list(left_out)
+    shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    reasons, ways = set(left_out.values()), []
+    if "not in the base" in reasons:
+        ways.append(
+            f"{type(base).__name__} has no such modules; use the base this LoRA was made for"
+        )
+    if "without its dots" in reasons:
+        ways.append(
+            "some names lost their dots, which only the base model knows; give the base model or layout "
+            "(load_lora(path, base=…), in ComfyUI the MODEL of Load Generated LoRA)"
+        )
+    if "no plain LoRA" in reasons:
+        ways.append(READABLE)
+    if done != LEFT_OUT and kept:
+        ways.append("or skip what can't be read (skip_missing)")
+    return f"{len(names)} of {len(names) + kept} entries {done}: {shown}; {'; '.join(ways)}."
+
+
+def _in_layout(
+    layout: LoRALayout,
+    pairs: Mapping[str, tuple[Tensor, Tensor]],
+    scales: Mapping[str, float],
+    provenance: Mapping[str, Any],
+) -> GeneratedLoRA:
+    """Our own files: back into the layout they came from, bit for bit, unless another program changed it."""
+    used: set[str] = set()
 
     def one(path: str, side: int) -> Tensor:
         for name in (path, path.removeprefix("diffusion_model.")):
             if name in pairs:
+                used.add(name)
                 return pairs[name][side]
-        raise HYWUError(f"the LoRA file lacks {path}; save it again.")
+        raise HYWUError(f"the LoRA file lacks {path}, which its header lists; {CHANGED}")
 
     factors = {}
     for s, stack in enumerate(layout.stacks):
@@ -167,7 +218,24 @@ def _in_layout(layout, pairs, provenance) -> GeneratedLoRA:
                         matrix = one(path, i)
                         rows.append(matrix.flatten(1) if module.conv else matrix)
                 factors[s, m, side] = torch.stack(rows)[None]
+    if more := [name for name in pairs if name not in used]:
+        raise HYWUError(
+            f"the LoRA file holds {len(more)} modules that its header doesn't list, such as {more[0]}; "
+            f"{CHANGED}"
+        )
+    for name, scale in scales.items():
+        if not math.isclose(scale, layout.scale, rel_tol=1e-5):
+            raise HYWUError(
+                f"{name} has the scale {scale:g} (alpha / rank) in the file and {layout.scale:g} in its "
+                f"header; {CHANGED}"
+            )
     return GeneratedLoRA(layout, factors, provenance)
+
+
+CHANGED = (
+    f"another program changed the one and not the other. Take the file as it was, or remove the '{HEADER}' "
+    "entry of its metadata, and the tensors count."
+)
 
 
 def _group_experts(pairs) -> dict[str, tuple[Tensor, Tensor]]:

@@ -30,11 +30,16 @@ def header_of(lora: GeneratedLoRA, format: str) -> dict[str, Any]:
 
 
 def layout_of(header: Mapping[str, Any]) -> LoRALayout:
-    """The header's layout. Raises HYWUError when it is damaged or was reordered."""
+    """The header's layout. Raises HYWUError when it is damaged, was reordered or contradicts itself."""
     try:
         layout, recorded = LoRALayout.from_json(header["layout"]), header["layout_digest"]
     except KeyError as error:
         raise HYWUError(f"the LoRA's header lacks {error}; save it again.") from error
+    for name, value in (("rank", layout.rank), ("alpha", layout.alpha)):
+        if header.get(name, value) != value:
+            raise HYWUError(
+                f"the header says {name} {header[name]!r}, the layout in it {value!r}; use the original file."
+            )
     if layout.digest != recorded:
         raise HYWUError(
             f"the layout's modules are in another order than when the file was written (hash "
@@ -55,14 +60,25 @@ def load(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> GeneratedL
     layout, provenance = layout_of(header), header.get("provenance", {})
     try:
         if "grid.0" in tensors:
-            grids = [tensors[f"grid.{s}"] for s in range(len(layout.stacks))]
-            return GeneratedLoRA.from_grids(layout, grids, provenance)
-        factors = {
-            (s, m, side): tensors[f"factor.{s}.{m}.{side}"]
-            for s, stack in enumerate(layout.stacks)
-            for m in range(len(stack.modules))
-            for side in "AB"
-        }
+            names = [f"grid.{s}" for s in range(len(layout.stacks))]
+            lora = GeneratedLoRA.from_grids(layout, [tensors[n] for n in names], provenance)
+        else:
+            keys = [
+                (s, m, side)
+                for s, stack in enumerate(layout.stacks)
+                for m in range(len(stack.modules))
+                for side in "AB"
+            ]
+            names = ["factor." + ".".join(map(str, key)) for key in keys]
+            factors = dict(zip(keys, (tensors[n] for n in names), strict=True))
+            lora = GeneratedLoRA(layout, factors, provenance)
     except KeyError as error:
         raise HYWUError(f"the LoRA file lacks the tensor {error}; save it again.") from error
-    return GeneratedLoRA(layout, factors, provenance)
+    if more := sorted(tensors.keys() - set(names)):
+        raise HYWUError(f"the LoRA file holds {more[0]}, which its layout has no place for.")
+    if header.get("batch_size", lora.batch_size) != lora.batch_size:
+        raise HYWUError(
+            f"the header says batch_size {header['batch_size']!r}, the tensors hold {lora.batch_size} LoRAs; "
+            "use the original file."
+        )
+    return lora

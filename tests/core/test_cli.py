@@ -251,3 +251,15 @@ def test_texts_that_a_console_cannot_show_are_escaped(tmp_path):
     assert done.stderr.startswith(b"hywu inspect: ")
     assert b"\\u56fe.safetensors: there is no such file" in done.stderr
     assert done.stderr.count(b"\n") == 1
+
+
+def test_what_of_a_foreign_lora_cannot_be_read_is_left_out_only_when_asked(tmp_path, capsys):
+    path, out = tmp_path / "x.safetensors", tmp_path / "out.safetensors"
+    matrices = {"a.0.q.lora_A.weight": torch.ones(2, 6), "a.0.q.lora_B.weight": torch.ones(5, 2)}
+    save_file({**matrices, "a.0.q.dora_scale": torch.ones(5)}, path)
+    assert main(["convert", str(path), str(out)]) == 1
+    assert "1 of 2 entries can't be read: a.0.q.dora_scale" in capsys.readouterr().err
+    assert not out.exists()
+    assert main(["convert", str(path), str(out), "--skip-missing"]) == 0
+    assert "left out: 1 entries: a.0.q.dora_scale\n" in capsys.readouterr().out
+    assert load_lora(out).provenance["left_out"]["count"] == 1

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hywu_core import GeneratedLoRA, HYWUError, LoRALayout, inject, load_lora
+from hywu_core.cli import main
 from hywu_core.files import HEADER
 from hywu_core.formats import lora_header, save_lora
 from hywu_core.layout import Module, Stack
@@ -230,7 +233,7 @@ def test_kohya_names_need_the_base(tmp_path):
     other = LoRALayout((Stack(("blocks.0",), (Module("to_q", 6, 9),)),), 2, 2.0)
     with pytest.raises(HYWUError, match=r"kohya.safetensors: made for another base"):
         load_lora(path, base=other)
-    with pytest.raises(HYWUError, match="no module of the base"):
+    with pytest.raises(HYWUError, match="has no such modules"):
         load_lora(path, base=LAYOUT)
 
 
@@ -365,3 +368,258 @@ def test_wide_convolutions_are_refused(tmp_path):
     save_file({"c.lora_A.weight": a, "c.lora_B.weight": b}, tmp_path / "c.safetensors")
     with pytest.raises(HYWUError, match="larger than 1x1"):
         load_lora(tmp_path / "c.safetensors")
+
+
+# -- what other programs write ------------------------------------------------------------------------
+
+
+def pair(out=5, in_=6, rank=2, seed=0, dtype=torch.float32):
+    rng = torch.Generator().manual_seed(seed)
+    shapes = (rank, in_), (out, rank)
+    return tuple(torch.randn(shape, generator=rng).to(dtype) for shape in shapes)
+
+
+def named(names, form, **options):
+    """Tensors of a file: module names in one of the programs' forms."""
+    down, up = form
+    tensors = {}
+    for seed, name in enumerate(names):
+        a, b = pair(seed=seed, **options)
+        tensors |= {f"{name}{down}.weight": a, f"{name}{up}.weight": b}
+    return tensors
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.to_q = nn.Linear(6, 5)
+        self.to_out = nn.ModuleList([nn.Linear(6, 5), nn.Dropout()])
+
+
+class Diffusers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleDict({"attn1": Attention()}) for _ in range(2))
+
+
+TARGETS = {f"blocks.{i}.attn1.{m}" for i in range(2) for m in ("to_q", "to_out.0")}
+AB, DOWN_UP = (".lora_A", ".lora_B"), (".lora_down", ".lora_up")
+
+
+@pytest.mark.parametrize(
+    ("start", "form", "spell"),
+    [
+        ("transformer.", AB, str),
+        ("unet.", (".lora.down", ".lora.up"), str),
+        ("unet.", ("_lora.down", "_lora.up"), lambda n: n.replace("attn1.", "attn1.processor.")),
+        ("base_model.model.", (".lora_A.default", ".lora_B.default"), str),
+        ("base_model.model.transformer.", AB, str),
+        ("diffusion_model.", DOWN_UP, str),
+        ("lora_unet_", DOWN_UP, lambda n: n.replace(".", "_")),
+        ("lora_transformer_", DOWN_UP, lambda n: n.replace(".", "_")),
+        ("", (".lora_linear_layer.down", ".lora_linear_layer.up"), str),
+    ],
+)
+@pytest.mark.parametrize("kind", ["model", "layout"])
+def test_names_of_other_programs_are_the_bases(tmp_path, start, form, spell, kind):
+    model = Diffusers()
+    base = model if kind == "model" else LoRALayout.of(model, 2)
+    names = sorted(TARGETS)
+    spelled = [start + spell(n).replace("to_out.0", "to_out" if "unet." in start else "to_out.0")
+               for n in names]  # fmt: skip
+    if "lora_" in start:
+        spelled = [start + n.replace(".", "_") for n in names]
+    save_file(named(spelled, form), tmp_path / "x.safetensors")
+    lora = load_lora(tmp_path / "x.safetensors", base=base)
+    assert set(lora) == TARGETS
+    for seed, name in enumerate(names):
+        assert torch.equal(lora[name].B[0], pair(seed=seed)[1])
+
+
+def test_a_part_of_a_file_is_read_only_when_asked_and_then_said(tmp_path, caplog):
+    path, model = tmp_path / "kohya.safetensors", Diffusers()
+    names = [f"lora_unet_{n.replace('.', '_')}" for n in sorted(TARGETS)]
+    more = [f"lora_te_text_model_encoder_layers_{i}_q_proj" for i in range(3)]
+    tensors = named([*names, *more], DOWN_UP) | {"blocks.0.attn1.to_q.dora_scale": torch.ones(5)}
+    save_file(tensors, path)
+    with pytest.raises(
+        HYWUError, match=r"4 of 8 entries can't be read: .*q_proj.*skip_missing"
+    ) as caught:
+        load_lora(path, base=model)
+    assert str(caught.value).startswith(str(path))
+    assert not caplog.records
+    lora = load_lora(path, base=model, skip_missing=True)
+    assert set(lora) == TARGETS
+    assert lora.provenance["left_out"]["count"] == 4
+    assert more[0] in lora.provenance["left_out"]["names"]
+    (record,) = caplog.records
+    assert "4 of 8 entries are left out: " in record.getMessage()
+    save_file(named(more, DOWN_UP), path)
+    with pytest.raises(HYWUError, match="3 of 3 entries can't be read"):
+        load_lora(path, base=model, skip_missing=True)
+
+
+def test_a_generated_lora_for_a_larger_base_follows_the_same_rule(tmp_path, caplog):
+    model = Diffusers()
+    larger = Diffusers()
+    larger.blocks.extend([nn.ModuleDict({"attn1": Attention()})])
+    path = make(LoRALayout.of(larger, 2)).save(tmp_path / "x")
+    with pytest.raises(HYWUError, match=r"2 target modules are missing.*skip_missing"):
+        load_lora(path, base=model)
+    load_lora(path, base=model, skip_missing=True)
+    assert "2 of the LoRA's 6 modules aren't in Diffusers" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"lora_alpha": None}, "lora_alpha is None; a number is needed"),
+        ({"lora_alpha": "8"}, "lora_alpha is '8'; a number"),
+        ({"lora_alpha": True}, "lora_alpha is True"),
+        ({"alpha_pattern": {"*bad(": 3}}, r"the pattern '\*bad\('"),
+        ({"alpha_pattern": {"to_q": "x"}}, "to_q is 'x'; a number"),
+        ({"alpha_pattern": [1]}, r"alpha_pattern is \[1\]; an object"),
+        ("lora_alpha", "lora_alpha is None"),
+    ],
+)
+@pytest.mark.parametrize("command", ["inspect", "convert"])
+def test_peft_configurations_with_odd_values(tmp_path, capsys, change, words, command):
+    save_file(named(["base_model.model.blocks.0.to_q"], AB), tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 8}
+    if isinstance(change, str):
+        del config[change]
+    else:
+        config |= change
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    target = [str(tmp_path / "out.safetensors")] if command == "convert" else []
+    assert main([command, str(tmp_path), *target]) == 1
+    error = capsys.readouterr().err
+    assert re.search(words, error)
+    assert error.count("\n") == 1
+
+
+def product(lora, name):
+    a, b = (factor[0].double() for factor in lora[name])
+    return lora.scale * (b @ a)
+
+
+@pytest.mark.parametrize("rank", [4, 128])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_differing_alphas_change_no_digit(tmp_path, rank, dtype):
+    """Powers of two included: in half precision 1/128 of a small value is none any more."""
+    tensors = named(["blocks.0.a", "blocks.1.a"], DOWN_UP, rank=rank, dtype=dtype)
+    for key in [key for key in tensors if "lora_up" in key]:
+        tensors[key] = tensors[key] * 1e-4
+    alphas = {"blocks.0.a": 1.0, "blocks.1.a": 3.0}
+    tensors |= {f"{name}.alpha": torch.tensor(value) for name, value in alphas.items()}
+    save_file(tensors, tmp_path / "x.safetensors")
+    lora = load_lora(tmp_path / "x.safetensors")
+    for name, alpha in alphas.items():
+        a, b = (tensors[f"{name}.lora_{side}.weight"].double() for side in ("down", "up"))
+        wanted = alpha / rank * (b @ a)
+        assert (product(lora, name) - wanted).norm() < 1e-7 * wanted.norm()
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"lora_adapter_metadata": '{"transformer.lora_alpha": 8, "transformer.r": 2}'},
+        {"lora_adapter_metadata": '{"transformer.lora_alpha": 1, "transformer.use_rslora": false, '
+         '"transformer.alpha_pattern": {"to_q": 8}}'},
+        {"ss_network_alpha": "8.0", "ss_network_dim": "2"},
+        {"lora_alpha": "8"},
+    ],
+)  # fmt: skip
+def test_an_alpha_that_only_the_metadata_has_counts(tmp_path, metadata):
+    tensors = named(["transformer.blocks.0.attn1.to_q"], AB)
+    save_file(tensors, tmp_path / "x.safetensors", metadata=metadata)
+    lora = load_lora(
+        tmp_path / "x.safetensors", base=LoRALayout.of(Diffusers(), 2, include="*0*to_q")
+    )
+    a, b = (tensors[f"transformer.blocks.0.attn1.to_q.lora_{side}.weight"] for side in "AB")
+    assert torch.allclose(product(lora, "blocks.0.attn1.to_q").float(), 4 * (b @ a), rtol=1e-5)
+
+
+def test_an_alpha_of_the_metadata_that_contradicts_the_tensors_is_said(tmp_path):
+    tensors = named(["a.0.to_q"], AB) | {"a.0.to_q.alpha": torch.tensor(2.0)}
+    save_file(tensors, tmp_path / "x.safetensors", metadata={"ss_network_alpha": "8"})
+    with pytest.raises(
+        HYWUError, match="alpha tensor says the scale 1, the configuration beside it 4"
+    ):
+        load_lora(tmp_path / "x.safetensors")
+    save_file(tensors, tmp_path / "x.safetensors", metadata={"ss_network_alpha": "None"})
+    assert load_lora(tmp_path / "x.safetensors").scale == 1
+
+
+def changed(path, change):
+    """The file with other tensors and its header as it was."""
+    with safe_open(str(path), "pt") as file:
+        metadata = file.metadata()
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    change(tensors)
+    save_file(tensors, path, metadata=metadata)
+
+
+def drop(*parts):
+    return lambda t: [t.pop(k) for k in list(t) if any(part in k for part in parts)]
+
+
+@pytest.mark.parametrize(
+    ("format", "change", "words"),
+    [
+        ("comfyui", lambda t: t.update({k: v * 4 for k, v in t.items() if k.endswith("alpha")}),
+         "scale 6 .* and 1.5 in its header"),
+        ("comfyui", drop(".alpha"), "scale 1 .* and 1.5 in its header"),
+        ("comfyui", drop("blocks.1"), "lacks blocks.1.qkv, which its header lists"),
+        ("peft", lambda t: t.update(named(["base_model.model.new"], AB)), "1 modules that .* new"),
+        ("peft", drop("last"), "lacks last.out"),
+        ("native", lambda t: t.update({"grid.7": torch.ones(1)}), "grid.7"),
+        ("native", drop("grid.1"), "lacks .*grid.1"),
+    ],
+)  # fmt: skip
+def test_tensors_rule_over_our_own_header(tmp_path, format, change, words):
+    path = make().save(tmp_path / "x", format)
+    changed(path / "adapter_model.safetensors" if path.is_dir() else path, change)
+    with pytest.raises(HYWUError, match=words) as caught:
+        load_lora(path)
+    assert str(caught.value).startswith(str(path))
+
+
+def test_another_alpha_in_our_peft_folder_is_an_error(tmp_path):
+    path = make().save(tmp_path / "x", "peft")
+    config = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 9}))
+    with pytest.raises(HYWUError, match=r"scale 4.5 .* and 1.5 in its header"):
+        load_lora(path)
+
+
+@pytest.mark.parametrize("field", ["rank", "alpha", "batch_size"])
+def test_a_header_that_contradicts_itself_is_an_error(tmp_path, field):
+    path = make().save(tmp_path / "x")
+    with safe_open(str(path), "pt") as file:
+        header = json.loads(file.metadata()[HEADER])
+    save_file(load_file(path), path, metadata={HEADER: json.dumps({**header, field: 7})})
+    with pytest.raises(HYWUError, match=f"{field} 7"):
+        load_lora(path)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"a.lora_A.weight": torch.ones(0, 6), "a.lora_B.weight": torch.ones(5, 0)},
+        {"a.lora_A.weight": torch.ones(2, 0), "a.lora_B.weight": torch.ones(5, 2)},
+        {"a.lora_A.weight": torch.ones(2, 6).int(), "a.lora_B.weight": torch.ones(5, 2).int()},
+    ],
+)
+def test_matrices_that_are_none(tmp_path, tensors):
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(HYWUError, match="both must be floating point, without a zero"):
+        load_lora(tmp_path / "x.safetensors")
+
+
+def test_a_rank_that_would_fill_the_memory_is_refused_before(tmp_path):
+    tensors = named(["tall"], AB, rank=40_000, in_=1, out=1)
+    tensors |= named([f"m{i}" for i in range(40)], AB, rank=1, in_=2000, out=2000)
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(HYWUError, match=r"tall has rank 40000; with all .* GiB"):
+        load_lora(tmp_path / "x.safetensors")

@@ -74,6 +74,9 @@ def add_kinds(parser: argparse.ArgumentParser, kinds: Mapping[str, Kind], **opti
             raise ValueError(f"{option.flag} means two things: {', '.join(names)}")
         group = groups.get(tuple(names)) or parser.add_argument_group(", ".join(names))
         groups[tuple(names)] = group
+        if option.type is bool:
+            group.add_argument(option.flag, action="store_true", help=option.help)
+            continue
         group.add_argument(
             option.flag,
             type=option.type,

@@ -39,17 +39,18 @@ class EngineEditor:
     ``{task}`` in its name one for each task; "none" is the editor alone; None generates. fine_tuned:
     a file of `hywu train` or `hywu conflict` with all of the editor's weights, to use in their place
     (SFT; then there is no LoRA). steps: of the sampling; strength: of the LoRA; device: a torch
-    device. One edit at a time. Raises HYWUError when weights are missing or don't fit each other.
+    device; skip_missing: modules of the LoRA that the editor lacks are left out. One edit at a time. Raises HYWUError when weights are missing or don't fit each other.
     """
 
     parallel = 1
 
     def __init__(
         self, lora: str | None = None, steps: int = 4, strength: float = 1.0, device: str = "cpu",
-        fine_tuned: str | Path | None = None,
+        fine_tuned: str | Path | None = None, skip_missing: bool = False,
     ) -> None:  # fmt: skip
         if fine_tuned is not None and lora not in (None, "none"):
             raise HYWUError(f"Fine-tuned weights have no LoRA; leave out '{lora}' or {fine_tuned}.")
+        self._skip_missing = skip_missing
         self.steps, self.strength, device = steps, strength, str(chosen_device(device))
         self._lock = threading.Lock()  # the LoRA of one item is on the model while it is edited
         self._engine, self._loras, self._lora = None, {}, lora or "generated"
@@ -66,9 +67,14 @@ class EngineEditor:
             self._facts["fine_tuned"] = f"{Path(fine_tuned).name} {_digest([Path(fine_tuned)])}"
         elif lora not in (None, "none"):
             files = _lora_files(lora)
-            self._loras = {task: load_lora(p, device, self._editor) for task, p in files.items()}
+            self._loras = {
+                task: load_lora(path, device, self._editor, skip_missing)
+                for task, path in files.items()
+            }
             name = Path(lora).name if TASK in lora else next(iter(files.values())).name
             self._lora = f"{name} {_digest(files.values())}"
+            if skip_missing:
+                self._lora += " without what is missing"
 
     def describe(self) -> dict[str, Any]:
         """Which weights, and how they are used; the device changes nothing that is meant."""
@@ -106,7 +112,8 @@ class EngineEditor:
         options = {"steps": self.steps, "seed": seed}
         if not self._loras:
             return edit(self._editor, given, [item.instruction], **options)[0]
-        with inject(self._editor, self._lora_of(item.task), self.strength):
+        lora = self._lora_of(item.task)
+        with inject(self._editor, lora, self.strength, skip_missing=self._skip_missing):
             return edit(self._editor, given, [item.instruction], **options)[0]
 
     def _lora_of(self, task: str) -> GeneratedLoRA:
@@ -173,6 +180,12 @@ KIND = Kind(
             "fine_tuned",
             "all of the editor's weights, fine-tuned: weights/sft.safetensors of `hywu conflict`",
             metavar="FILE",
+        ),
+        Option(
+            "skip_missing",
+            "leave out the LoRA's modules that the editor lacks (the log names them)",
+            False,
+            bool,
         ),
         Option("steps", "sampling steps (%(default)s)", 4, int),
         Option("strength", "of the LoRA (%(default)s)", 1.0, float),
