@@ -376,6 +376,8 @@ def check_kept(promised: dict, found: dict, where: str) -> None:
         assert name in found, f"{where} {name} is gone"
         if "kind" in value:
             kept = {"default": found[name]["default"]} if f"{where} {name}" in NEW_DEFAULTS else {}
+            if set(value["choices"] or ()) <= set(found[name]["choices"] or ()):
+                kept["choices"] = found[name]["choices"]
             assert found[name] == {**value, **kept}, f"{where} {name} has changed"
         else:
             check_kept(value, found[name], f"{where} {name}")
