@@ -55,6 +55,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bundle", type=Path, metavar="FOLDER", help="copy the weights there as the bundled ones"
     )
+    parser.add_argument(
+        "--beside", nargs=2, action="append", default=[], metavar=("NAME", "FOLDER"),
+        help="another experiment on the same editor, whose figures are kept in this one's report as well",
+    )  # fmt: skip
     parser.add_argument("--list", action="store_true", help="list the runs and stop")
     parser.add_argument("--device", help="such as cpu (default: what accelerate finds)")
     parser.add_argument("--commit", default="", help="commit of the code, kept in the provenance")
@@ -82,20 +86,22 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.bundle:
         from ..bases.bundled.checkpoint import bundled
-        from ..experiments.conflict.bundle import bundle
+        from ..experiments.conflict.runs import bundle
 
         written = bundle(args.out, args.editor or bundled("editor"), plan, args.bundle)
         say("\n".join(map(str, written)))
         return 0
     experiment = make_experiment(args.out, plan, args.editor, args.device, args.commit, say)
+    from ..experiments.conflict.report import keep_beside, write_ranks, write_report
+
+    for name, folder in args.beside:
+        say(str(keep_beside(experiment, Path(folder), name)))
     try:
         if not args.report:
             experiment.run(args.only)
     except KeyboardInterrupt:
         say(f"interrupted; the same command goes on from there ({args.out})")
         return 130
-    from ..experiments.conflict.report import write_ranks, write_report
-
     if missing := experiment.missing():
         say(f"not done yet: {', '.join(missing)}")
         if not args.report:
@@ -104,6 +110,7 @@ def run(args: argparse.Namespace) -> int:
             return 0
 
     say(str(write_report(experiment, args.out)))
+    say(f"next: hywu eval own --experiment {args.out} --out {args.out / 'own'}")
     return 0
 
 

@@ -2,7 +2,8 @@
 
 The same crops, tasks and phrasings as `hywu conflict` measures in dB, here as an ordinary folder
 benchmark: ``items/seen.jsonl`` and ``items/held_out.jsonl``, the second with the same sources and
-instructions in phrasings that no training had.
+instructions in phrasings that no training had. It is the experiment's last step: given its folder, the very
+edits that were measured there are judged here.
 """
 
 from __future__ import annotations
@@ -11,23 +12,31 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from tqdm import tqdm
 
 from ..bases.bundled.checkpoint import bundled, editor_identity, load_editor
 from ..errors import HYWUError
 from ..evaluation.benchmarks.wu_eval import dimension_bars
+from ..evaluation.editors.base import Editor
 from ..evaluation.editors.bundled import EngineEditor
+from ..evaluation.items import Item
+from ..evaluation.results import read_manifest
 from ..evaluation.scores import MethodScores
 from ..evaluation.statistics import Estimate, bootstrap_mean
 from ..evaluation.tables import Table, comparison_table
-from ..files import atomic_path, read_json, slug, write_json
+from ..files import atomic_path, read_json, read_json_lines, read_tensors, slug, write_json
+from ..fingerprint import of_files
 from ..images import write_image
 from .conflict.evaluate import EvaluationSet, evaluation_set
+from .conflict.experiment import edits_path
 from .conflict.plan import ConflictPlan
 from .images import photographs
+from .tasks import VERSION
 
 log = logging.getLogger(__name__)
 
@@ -65,13 +74,19 @@ def experiment_plan(folder: Path | None) -> ConflictPlan:
     found = read_json(folder / "plan.json")
     try:
         plan, made_for = found["plan"], found["editor"]["editor"]
-        names = ("crops", "max_images", "sampling_steps", "seed")
+        names = ("crops", "max_images", "sampling_steps", "seed", "main_rank")
         chosen = {name: int(plan[name]) for name in names}
-        result = replace(ConflictPlan(), tasks=tuple(plan["tasks"]), **chosen)
+        ranks = tuple(plan["ranks"])
+        result = replace(ConflictPlan(), tasks=tuple(plan["tasks"]), ranks=ranks, **chosen)
     except (KeyError, TypeError, ValueError) as error:
         raise HYWUError(
             f"{folder / 'plan.json'}: not the plan of `hywu conflict` ({error})."
         ) from (error)
+    if found.get("tasks", 1) != VERSION:
+        raise HYWUError(
+            f"{folder / 'plan.json'}: its tasks are of version {found.get('tasks', 1)}, this program's of "
+            f"{VERSION}: they make other images; name an experiment on these."
+        )
     mine = editor_identity(load_editor())
     if made_for != mine:
         raise HYWUError(
@@ -95,7 +110,7 @@ def write_items(out: Path, plan: ConflictPlan, size: int, progress: bool = True)
         "max_images": plan.max_images,
         "size": size,
     }
-    files = {phrasing: root / f"{phrasing}.jsonl" for phrasing in PHRASINGS}
+    files = {phrasing: _items_file(out, phrasing) for phrasing in PHRASINGS}
     path = root / "set.json"
     if not path.is_file():
         data = evaluation_set(plan, size)
@@ -110,6 +125,10 @@ def write_items(out: Path, plan: ConflictPlan, size: int, progress: bool = True)
             "choose another --out."
         )
     return OwnSet(files, frozenset(facts["photographs"]), facts)
+
+
+def _items_file(out: Path, phrasing: str) -> Path:
+    return out / "items" / f"{phrasing}.jsonl"
 
 
 def _write_set(root: Path, data: EvaluationSet, files: Mapping[str, Path], progress: bool) -> None:
@@ -142,30 +161,82 @@ def _difference(one: Mapping[str, Any], two: Mapping[str, Any]) -> str:
 # -- methods -------------------------------------------------------------------------------------
 
 
+class KeptEdits:
+    """The edits that an experiment was measured with, as an editor: what it reports in dB is judged here.
+
+    runs: task -> name of the run whose edits are taken; "" for any task. out: where `write_items` writes the
+    items, before the first edit. Raises HYWUError when an edit isn't kept.
+    """
+
+    parallel = 1
+
+    def __init__(self, experiment: Path, runs: Mapping[str, str], out: Path) -> None:
+        self.runs, self.out = dict(runs), out
+        files = {(r, p): edits_path(experiment, r, p) for r in runs.values() for p in PHRASINGS}
+        self.kept = {key: read_tensors(file)[0]["edits"] for key, file in files.items()}
+        self.digest = of_files(files.values(), 16)
+
+    @staticmethod
+    def has(experiment: Path, runs: Mapping[str, str]) -> bool:
+        """Whether all of them are kept; experiments of before keep those of seen phrasings alone."""
+        return all(edits_path(experiment, r, p).is_file() for r in runs.values() for p in PHRASINGS)
+
+    @cached_property
+    def rows(self) -> dict[tuple[str, str], tuple[str, int]]:
+        """(key, instruction) of an item -> its phrasing, and where its edit stands."""
+        return {
+            (row["key"], row["instruction"]): (phrasing, number)
+            for phrasing in PHRASINGS
+            for number, (_, row) in enumerate(read_json_lines(_items_file(self.out, phrasing)))
+        }
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "conflict", "runs": self.runs, "edits": self.digest}
+
+    def edit(self, source: Image.Image, item: Item, seed: int) -> Image.Image:
+        phrasing, number = self.rows[item.key, item.instruction]
+        run = self.runs.get(item.task) or self.runs[""]
+        return Image.fromarray(self.kept[run, phrasing][number].permute(1, 2, 0).numpy())
+
+
 def own_editors(
-    methods: Sequence[str], steps: int, device: str = "cpu", experiment: Path | None = None
-) -> dict[str, EngineEditor]:
+    methods: Sequence[str], plan: ConflictPlan, out: Path, device: str = "cpu",
+    experiment: Path | None = None, same_items: bool = True,
+) -> dict[str, Editor]:  # fmt: skip
     """Method -> editor, in the order of `LABELS`; all of them load before the first edit.
 
-    methods: keys of `LABELS`. SFT needs `experiment`, a folder of `hywu conflict`. Raises HYWUError
-    naming the weights that are missing or don't fit.
+    methods: keys of `LABELS`. With `experiment`, a folder of `hywu conflict`, and on the same items, they are
+    the edits that it kept; else, or where `out` holds results of the weights already, the bundled weights
+    edit. SFT needs `experiment`. Raises HYWUError naming the weights that are missing or don't fit.
     """
-    editors = {}
+    editors: dict[str, Editor] = {}
     for method in LABELS:
         if method not in methods:
             continue
-        fine_tuned = None
-        if method == "sft":
-            if experiment is None:
-                raise HYWUError(
-                    "SFT's weights are not bundled; name their experiment with --experiment."
-                )
-            fine_tuned = experiment / "weights" / "sft.safetensors"
+        if method == "sft" and experiment is None:
+            raise HYWUError(
+                "SFT's weights are not bundled; name their experiment with --experiment."
+            )
+        runs = _runs(method, plan)
+        begun = read_manifest(out / PHRASINGS[0] / method).get("editor", {}).get("kind")
+        kept = experiment is not None and bool(runs) and KeptEdits.has(experiment, runs)
+        if kept and same_items and begun != "bundled":
+            editors[method] = KeptEdits(experiment, runs, out)
+            continue
+        sft = experiment / "weights" / "sft.safetensors" if method == "sft" else None
         lora = {"hywu": None, "sft": None, "single": "single_{task}", "base": "none"}.get(
             method, method
         )
-        editors[method] = EngineEditor(lora, steps, device=device, fine_tuned=fine_tuned)
+        editors[method] = EngineEditor(lora, plan.sampling_steps, device=device, fine_tuned=sft)
     return editors
+
+
+def _runs(method: str, plan: ConflictPlan) -> dict[str, str]:
+    """Task -> run of an experiment that is this method; none for the editor alone."""
+    rank = plan.main_rank
+    if method == "single":
+        return {task: f"single_{task}_r{rank}" for task in plan.tasks}
+    return {"sft": {"": "sft"}, "base": {}}.get(method, {"": f"{method}_r{rank}"})
 
 
 # -- the table -----------------------------------------------------------------------------------

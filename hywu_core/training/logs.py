@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import need
+from ..charts import draw_loss
+from ..errors import HYWUError, need
 from ..files import atomic_path
 
 logger = logging.getLogger(__name__)
@@ -76,30 +77,13 @@ def read_log(path: Path, fields: Sequence[str] = FIELDS) -> list[dict[str, float
 
 
 def plot_loss(rows: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Loss over steps, raw and smoothed, as a PNG; nothing where matplotlib is missing."""
-    try:
-        import matplotlib
-    except ImportError:
-        logger.warning("no loss plot: matplotlib is not installed (`pip install matplotlib`)")
-        return
-    matplotlib.use("Agg", force=False)
-    from matplotlib.figure import Figure
-
+    """Loss over steps as a PNG; a warning where matplotlib is missing, nothing without rows."""
     if not rows:
         return
-    steps, losses = [r["step"] for r in rows], [r["loss"] for r in rows]
-    smooth, value = [], losses[0]
-    for loss in losses:
-        value += 0.1 * (loss - value)
-        smooth.append(value)
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(steps, losses, color="0.8", linewidth=0.8, label="loss")
-    axes.plot(steps, smooth, color="tab:blue", label="smoothed")
-    axes.set(xlabel="step", ylabel="loss", yscale="log" if min(losses) > 0 else "linear")
-    axes.legend(frameon=False)
-    with atomic_path(path, overwrite=True) as part:
-        figure.savefig(part, format="png", dpi=110)
+    try:
+        draw_loss(rows, path)
+    except HYWUError as error:
+        logger.warning("no loss plot: %s", error)
 
 
 def save_grid(columns: Sequence[Tensor], path: Path, zoom: int = 2) -> None:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 BASICS = {"errors", "atomic", "files", "fingerprint", "images", "precision", "devices"}
 VALUES = {"batch", "layout", "discovery", "tokens", "condition", "grouped"}
 PARTS = {"encoders", "injection", "generator", "formats"}
-ENGINE = BASICS | VALUES | {"lora"} | PARTS | {"bases"}
+ENGINE = BASICS | VALUES | {"lora"} | PARTS | {"bases", "charts"}
 
 #: Room of hywu_core (a file or folder in it), or nodes -> rooms that it may import.
 ALLOWED: dict[str, set[str]] = {
@@ -42,6 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "generator": BASICS | VALUES | {"lora"},
     "bases": BASICS | VALUES | {"lora"} | PARTS,
     "headless": BASICS,
+    "charts": BASICS,
     "training": ENGINE,
     "evaluation": ENGINE | {"headless"},
     "experiments": ENGINE | {"training", "evaluation"},

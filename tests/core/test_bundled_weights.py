@@ -9,7 +9,7 @@ import torch
 
 from hywu_core.bases.bundled.checkpoint import BUNDLED, VARIABLE, bundled_loras, load_editor
 from hywu_core.bases.bundled.engine import BundledEditor
-from hywu_core.experiments.conflict.bundle import FILE_LIMIT, FOLDER_LIMIT
+from hywu_core.experiments.conflict.runs import FILE_LIMIT, FOLDER_LIMIT
 from hywu_core.experiments.images import photographs
 from hywu_core.experiments.tasks import CONFLICT, make_batch
 from hywu_core.files import read_header, read_tensors

@@ -8,9 +8,13 @@ import torch
 import toy_base as toy
 
 from hywu_core.errors import HYWUError
-from hywu_core.experiments.conflict.controls import MeanChange, changed, derangement
-from hywu_core.experiments.conflict.gradients import cosine_matrix, task_gradients
-from hywu_core.experiments.conflict.statistics import bootstrap, paired_bootstrap
+from hywu_core.experiments.conflict.analysis import (
+    bootstrap,
+    cosine_matrix,
+    paired_bootstrap,
+    task_gradients,
+)
+from hywu_core.experiments.conflict.evaluate import MeanChange, changed, derangement
 from hywu_core.injection import inject, merge, unmerge
 
 

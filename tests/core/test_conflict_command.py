@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -16,10 +17,10 @@ from hywu_core.bases.bundled.transformer import TransformerConfig as EditorConfi
 from hywu_core.bases.bundled.transformer import TransformerEditor as Editor
 from hywu_core.cli import main
 from hywu_core.experiments import images as data
-from hywu_core.experiments.conflict import bundle, evaluate, experiment, report
-from hywu_core.experiments.conflict.learning import learning_curves
+from hywu_core.experiments.conflict import evaluate, experiment, report, runs
+from hywu_core.experiments.conflict.analysis import learning_curves
 from hywu_core.experiments.conflict.plan import ConflictPlan, GeneratorSize
-from hywu_core.files import read_header
+from hywu_core.files import read_header, read_tensors
 from hywu_core.formats import load_lora
 from hywu_core.generator.checkpoints import load_generator
 from hywu_core.training.logs import FIELDS, Log
@@ -286,10 +287,38 @@ def test_nothing_is_bundled_before_all_is_there(hywu, done, tmp_path, capsys):
 def test_weights_too_large_for_a_checkout_are_not_bundled(
     hywu, done, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(bundle, "FILE_LIMIT", 1000)
+    monkeypatch.setattr(runs, "FILE_LIMIT", 1000)
     assert hywu(done, "--bundle", str(tmp_path / "weights")) == 1
     assert "at most 1,000 a file" in capsys.readouterr().err
     assert not (tmp_path / "weights").exists()
+
+
+def test_another_experiment_stands_beside_and_is_bundled_too(hywu, done, tmp_path, capsys):
+    """Kept by the command, not by hand: the report and --bundle have it every time."""
+    mine, other = tmp_path / "mine", tmp_path / "adamw"
+    shutil.copytree(done, mine)
+    assert hywu(other, "--optimizer", "adamw") == 0
+    assert hywu(mine, "--beside", "AdamW", str(other)) == 0
+    theirs = read(other / "figures.json")
+    kept = read(mine / "figures.json")["apart"]["AdamW"]
+    assert kept["differs"] == {"optimizer": "adamw"}
+    assert kept["psnr"] == theirs["all_images"]["psnr"]
+    assert kept["trained"] == theirs["trained"]
+    assert hywu(mine) == 0
+    assert hywu(mine, "--bundle", str(tmp_path / "weights")) == 0
+    assert read(tmp_path / "weights" / "figures.json")["apart"]["AdamW"] == kept
+    assert "apart" not in read(done / "figures.json")
+    capsys.readouterr()
+    assert hywu(tmp_path / "seed", "--seed", "1", "--only", "none") == 0
+    assert hywu(tmp_path / "seed", "--seed", "1", "--beside", "x", str(other)) == 1
+    assert "in seed" in capsys.readouterr().err
+
+
+def test_the_last_step_judges_the_edits_that_were_measured(done, capsys):
+    for run in ("hywu_r2", "shared_r2", "single_blur_r2", "sft"):
+        for phrasing, rows in (("", "seen"), (".held_out", "held_out")):
+            edits = read_tensors(done / "edits" / f"{run}{phrasing}.safetensors")[0]["edits"]
+            assert len(edits) == len(read(done / "results" / f"{run}.{rows}.json"))
 
 
 def test_the_sweep_alone_gives_its_figure(hywu, tmp_path, capsys):

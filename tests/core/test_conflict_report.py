@@ -6,9 +6,9 @@ import dataclasses
 
 import pytest
 
+from hywu_core.experiments.conflict.analysis import Summary
 from hywu_core.experiments.conflict.plan import ConflictPlan
 from hywu_core.experiments.conflict.report import render
-from hywu_core.experiments.conflict.summary import Summary
 from hywu_core.experiments.tasks import CONFLICT
 
 TASKS = ("blur", "deblur")

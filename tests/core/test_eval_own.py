@@ -19,7 +19,7 @@ from hywu_core.experiments import own as evaluation_own
 from hywu_core.experiments.conflict import evaluate
 from hywu_core.experiments.conflict.plan import ConflictPlan
 from hywu_core.experiments.images import photographs
-from hywu_core.experiments.tasks import CONFLICT
+from hywu_core.experiments.tasks import CONFLICT, VERSION
 from hywu_core.files import save_tensors
 from hywu_core.formats import load_lora
 from hywu_core.injection import inject
@@ -48,7 +48,7 @@ def experiment(tmp_path, weights):
     folder = tmp_path / "experiment"
     (folder / "weights").mkdir(parents=True)
     plan = {**ConflictPlan().to_json(), "tasks": TASKS, "crops": 2, "sampling_steps": 1}
-    facts = {"plan": plan, "editor": {"editor": editor_identity(editor)}}
+    facts = {"plan": plan, "editor": {"editor": editor_identity(editor)}, "tasks": VERSION}
     (folder / "plan.json").write_text(json.dumps(facts))
     torch.manual_seed(1)
     tensors = {n: v + 0.05 * torch.randn_like(v) for n, v in editor.state_dict().items()}
@@ -153,6 +153,44 @@ def test_the_target_is_five_and_the_source_one(experiment, tmp_path):
         ],
     }  # fmt: skip
     assert "SFT is left out" in (out / "own.md").read_text(encoding="utf-8")
+
+
+def test_an_experiments_own_edits_are_judged(experiment, tmp_path):
+    """Those that it was measured with in dB: no weights of the methods are needed, nor is anything edited."""
+    for run in ("hywu_r2", "shared_r2", "single_blur_r2", "single_deblur_r2", "sft"):
+        for number, phrasing in enumerate(("", ".held_out")):
+            path = experiment / "edits" / f"{run}{phrasing}.safetensors"
+            edits = torch.full((ITEMS, 3, 64, 64), 10 * len(run) + number, dtype=torch.uint8)
+            edits[:, 0, 0, 0] = torch.arange(ITEMS)
+            save_tensors(path, {"edits": edits}, {})
+    out, more = tmp_path / "out", ("--methods", "single", "sft", "hywu")
+    assert own(out, "--experiment", str(experiment), *more) == 0
+    keys = [json.loads(x)["key"] for x in (out / "items" / "seen.jsonl").read_text().splitlines()]
+    for number, key in enumerate(keys):
+        for phrasing, added in (("seen", 0), ("held_out", 1)):
+            task = f"single_{key.split('_')[-1]}_r2"
+            for method, run in (("single", task), ("sft", "sft"), ("hywu", "hywu_r2")):
+                image = read(out / phrasing / method / f"{key}.png")
+                assert image[1, 1, 0] == 10 * len(run) + added
+                assert image[0, 0, 0] == number
+    manifest = json.loads((out / "seen" / "sft" / "hywu_run.json").read_text())
+    assert manifest["editor"]["kind"] == "conflict"
+    # results that were begun by editing go on so
+    other = tmp_path / "other"
+    (experiment / "edits" / "hywu_r2.safetensors").rename(tmp_path / "away.safetensors")
+    assert own(other, "--experiment", str(experiment), "--methods", "hywu") == 0
+    (tmp_path / "away.safetensors").rename(experiment / "edits" / "hywu_r2.safetensors")
+    assert own(other, "--experiment", str(experiment), "--methods", "hywu") == 0
+    manifest = json.loads((other / "seen" / "hywu" / "hywu_run.json").read_text())
+    assert manifest["editor"]["kind"] == "bundled"
+
+
+def test_an_experiment_on_other_tasks_is_refused(experiment, tmp_path, capsys):
+    facts = json.loads((experiment / "plan.json").read_text())
+    del facts["tasks"]
+    (experiment / "plan.json").write_text(json.dumps(facts))
+    assert own(tmp_path / "out", "--experiment", str(experiment)) == 1
+    assert "tasks are of version 1" in capsys.readouterr().err
 
 
 def test_intervals_are_over_photographs_not_crops(experiment, tmp_path):

@@ -24,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ...bases.bundled.checkpoint import load_editor
 from ...errors import HYWUError
 from ...evaluation.benchmarks import BENCHMARKS, load_questionnaire
 from ...evaluation.benchmarks.base import Questionnaire
@@ -70,8 +71,10 @@ def run(args: argparse.Namespace) -> int:
     methods = args.methods or [m for m in LABELS if m != "sft" or args.experiment]
     if args.experiment is None and "sft" not in methods:
         say("SFT is left out: --experiment DIR takes its weights from a folder of `hywu conflict`")
-    editors = own_editors(methods, plan.sampling_steps, args.device, args.experiment)
-    base = next(iter(editors.values())).editor
+    base = load_editor()
+    # of fewer images the items are others
+    same = args.images is None
+    editors = own_editors(methods, plan, args.out, args.device, args.experiment, same)
     items = write_items(args.out, plan, base.config.train_size)
     benchmark = BENCHMARKS["folder"]
     questionnaire = load_questionnaire(benchmark.usual)

@@ -81,12 +81,16 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def ssim(a: np.ndarray, b: np.ndarray) -> float:
-    """Structural similarity of two luminance arrays ``[H, W]`` in 0..1; small ones by fewer pixels."""
+    """Structural similarity of luminance ``[H, W]`` or RGB ``[H, W, 3]`` in 0..1; small ones by fewer pixels."""
     metrics = need("skimage.metrics", "to compute SSIM", install="scikit-image")
-    window = min(_WINDOW, *a.shape) - (min(_WINDOW, *a.shape) + 1) % 2
+    smallest = min(_WINDOW, *a.shape[:2])
+    window = smallest - (smallest + 1) % 2
     if window < 3:
         return 1.0 if np.array_equal(a, b) else 1.0 - float(np.sqrt(np.mean((a - b) ** 2)))
-    return float(metrics.structural_similarity(a, b, win_size=window, data_range=1.0))
+    channels = 2 if a.ndim == 3 else None
+    return float(
+        metrics.structural_similarity(a, b, win_size=window, data_range=1.0, channel_axis=channels)
+    )
 
 
 def _array(image: Image.Image, size: tuple[int, int]) -> np.ndarray:

@@ -15,11 +15,11 @@ from ...errors import HYWUError
 from ...files import as_json, read_header, read_json, read_tensors, save_tensors
 from ...training.base import BaseModel
 from ...training.trainer import Trainer
-from ..tasks import CONFLICT
-from .controls import changed
+from .analysis import cosine_matrix, task_gradients
 from .evaluate import (
     Adapted,
     EvaluationSet,
+    changed,
     evaluate,
     evaluation_set,
     mean_changes,
@@ -27,7 +27,6 @@ from .evaluate import (
     shuffled,
     unadapted,
 )
-from .gradients import cosine_matrix, task_gradients
 from .plan import ConflictPlan, Run
 from .runs import VALIDATION, Runs, write_json
 
@@ -58,7 +57,7 @@ class Experiment:
         self._rows(run.name, adapt, "seen", keep=not run.sweep)
         if run.sweep:
             return
-        self._rows(run.name, adapt, "held_out")
+        self._rows(run.name, adapt, "held_out", keep=True)
         if run.strategy == "hywu":
             self._rows("base", unadapted(self.base), "seen", keep=True)
             rows = measure(self.data.seen.source, self.data, "seen")
@@ -88,8 +87,12 @@ class Experiment:
         items = self.data.seen if phrasing == "seen" else self.data.held_out
         edits = evaluate(self.base, adapt, items, self.plan.batch_size, by_task)
         if keep:
-            path = self.runs.folder / "edits" / f"{name}.safetensors"
-            save_tensors(path, {"edits": edits.mul(255).round().byte()}, {}, overwrite=True)
+            save_tensors(
+                edits_path(self.runs.folder, name, phrasing),
+                {"edits": edits.mul(255).round().byte()},
+                {},
+                overwrite=True,
+            )
         rows = measure(edits, self.data, phrasing)
         write_json(self._path(name, phrasing), rows)
         mean = fmean(row["psnr"] for row in rows)
@@ -138,13 +141,16 @@ class Experiment:
 
     def edits(self, name: str) -> Tensor | None:
         """Kept edits ``[N, 3, H, W]`` in 0..1 of a strategy at the main rank."""
-        path = self.runs.folder / "edits" / f"{name}.safetensors"
+        path = edits_path(self.runs.folder, name)
         if not path.exists():
             return None
         return read_tensors(path)[0]["edits"].to(torch.float32) / 255
 
-    def opposites(self) -> dict[str, str]:
-        return {task: CONFLICT[task].opposite for task in self.plan.tasks}
+
+def edits_path(folder: Path, name: str, phrasing: str = "seen") -> Path:
+    """Where an experiment keeps the edits of a run, uint8 ``[N, 3, H, W]`` in the order of its items."""
+    ending = "" if phrasing == "seen" else f".{phrasing}"
+    return folder / "edits" / f"{name}{ending}.safetensors"
 
 
 def make_experiment(

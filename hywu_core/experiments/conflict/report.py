@@ -9,18 +9,19 @@ from typing import Any
 
 import torch
 
+from ...charts import draw_cosines, draw_edits, draw_learning, draw_ranks
 from ...errors import HYWUError
 from ...files import atomic_path, read_json
 from ..images import photographs
 from ..tasks import CONFLICT
+from .analysis import Summary, learning_curves
 from .evaluate import EvaluationSet
 from .experiment import Experiment
-from .figures import draw_cosines, draw_edits, draw_learning, draw_ranks
-from .learning import learning_curves
 from .plan import ConflictPlan
 from .runs import write_json
-from .summary import Summary
 
+#: Figures of other experiments, by name.
+BESIDE = "beside.json"
 COLUMNS = ("Unchanged", "Editor alone", "Single", "Shared", "Shared large", "SFT", "HY-WU")
 
 
@@ -31,7 +32,7 @@ def write_report(experiment: Experiment, folder: Path) -> Path:
     """
     results, plan = experiment.results(), experiment.plan
     _check_main_rank(experiment, folder)
-    opposites = experiment.opposites()
+    opposites = experiment.plan.opposites
     summary = Summary(results, plan, opposites)
     names = [name for name in photographs() if name in experiment.data.image]
     photos = Summary(results, plan, opposites, names)
@@ -46,6 +47,7 @@ def write_report(experiment: Experiment, folder: Path) -> Path:
         "photographs_only": photos.to_json(),
         "learning": learning_curves(folder, plan, summary.main),
         "gradients": {**gradients, **_mean_cosines(gradients, opposites)},
+        **_beside(folder),
     }
     write_json(folder / "figures.json", facts)
     _keep_ranks(plan, facts["all_images"]["ranks"], folder)
@@ -57,12 +59,45 @@ def write_report(experiment: Experiment, folder: Path) -> Path:
     return folder / "report.md"
 
 
+def keep_beside(experiment: Experiment, other: Path, name: str) -> Path:
+    """Keep the main figures of another experiment's folder, to stand in ``figures.json`` beside this one's.
+
+    Of the same editor, tasks and images; what differs in its plan is said. Nothing is paired with it.
+    Raises HYWUError where it isn't comparable, or has no figures yet.
+    """
+    folder = experiment.runs.folder
+    mine, theirs = (read_json(path / "plan.json", dict, finite=False) for path in (folder, other))
+    measured = ("tasks", "crops", "max_images", "sampling_steps", "seed")
+    different = [key for key in measured if mine["plan"][key] != theirs["plan"][key]]
+    different += [key for key in ("editor", "tasks") if mine.get(key) != theirs.get(key)]
+    if different:
+        raise HYWUError(
+            f"{other / 'plan.json'}: differs from {folder / 'plan.json'} in {', '.join(different)}; only the same "
+            "editor's edits of the same images can stand beside each other."
+        )
+    figures = read_json(other / "figures.json", dict, "run its report first", finite=False)
+    kept = {
+        "differs": {k: v for k, v in theirs["plan"].items() if mine["plan"].get(k) != v},
+        "trained": figures["trained"],
+        **{metric: figures["all_images"][metric] for metric in ("psnr", "ssim")},
+    }
+    path = folder / BESIDE
+    found = read_json(path, dict, finite=False) if path.exists() else {}
+    write_json(path, {**found, name: kept})
+    return path
+
+
+def _beside(folder: Path) -> dict[str, Any]:
+    path = folder / BESIDE
+    return {"apart": read_json(path, dict, finite=False)} if path.exists() else {}
+
+
 def write_ranks(experiment: Experiment, folder: Path) -> Path | None:
     """``ranks.json`` and ``ranks.png`` of the sweep, which can be done without the main runs.
 
     Returns the picture; None while no rank is done.
     """
-    summary = Summary(experiment.results(), experiment.plan, experiment.opposites())
+    summary = Summary(experiment.results(), experiment.plan, experiment.plan.opposites)
     return _keep_ranks(experiment.plan, summary.ranks(), folder)
 
 

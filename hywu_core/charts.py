@@ -1,4 +1,4 @@
-"""Pictures of the experiment: edits, the sweep over ranks, learning curves, the gradients' cosines."""
+"""Charts outside ComfyUI, as PNG by matplotlib: training losses, and those of the conflict experiment."""
 
 from __future__ import annotations
 
@@ -10,32 +10,45 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import need
-from ...files import atomic_path
+from .errors import need
+from .files import atomic_path
 
 
-def _pyplot() -> Any:
-    matplotlib = need("matplotlib", "to draw the figures")
-    matplotlib.use("Agg")
-    return need("matplotlib.pyplot", "to draw the figures", "matplotlib")
+def _figure(width: float, height: float) -> Any:
+    """A figure that no window or global state knows of. Raises HYWUError where matplotlib is missing."""
+    return need("matplotlib.figure", "to draw charts", "matplotlib").Figure(
+        figsize=(width, height), layout="constrained"
+    )
 
 
 def _save(figure: Any, path: Path) -> Path:
     with atomic_path(path, overwrite=True) as part:
         figure.savefig(part, format="png", dpi=110)
-    _pyplot().close(figure)
     return path
+
+
+def draw_loss(rows: Sequence[Mapping[str, float]], path: Path) -> Path:
+    """Loss over steps, raw and smoothed; rows: of a training's log, at least one."""
+    steps, losses = [r["step"] for r in rows], [r["loss"] for r in rows]
+    smooth, value = [], losses[0]
+    for loss in losses:
+        value += 0.1 * (loss - value)
+        smooth.append(value)
+    figure = _figure(7, 4)
+    axes = figure.subplots()
+    axes.plot(steps, losses, color="0.8", linewidth=0.8, label="loss")
+    axes.plot(steps, smooth, color="tab:blue", label="smoothed")
+    axes.set(xlabel="step", ylabel="loss", yscale="log" if min(losses) > 0 else "linear")
+    axes.legend(frameon=False)
+    return _save(figure, path)
 
 
 def draw_edits(
     columns: Mapping[str, Tensor], rows: Sequence[str], path: Path, size: float = 1.15
 ) -> Path:
     """columns: title -> images ``[R, 3, H, W]`` in 0..1; rows: one label (the instruction) a row."""
-    plt = _pyplot()
-    figure, axes = plt.subplots(
-        len(rows), len(columns), squeeze=False, constrained_layout=True,
-        figsize=(size * len(columns) + 1.2, size * len(rows) + 0.3),
-    )  # fmt: skip
+    figure = _figure(size * len(columns) + 1.2, size * len(rows) + 0.3)
+    axes = figure.subplots(len(rows), len(columns), squeeze=False)
     for column, (title, images) in enumerate(columns.items()):
         axes[0][column].set_title(title, fontsize=8)
         for row, image in enumerate(images):
@@ -52,8 +65,8 @@ def draw_edits(
 
 def draw_ranks(ranks: Mapping[str, Mapping[str, Any]], path: Path) -> Path:
     """PSNR over the rank with intervals, one line a strategy."""
-    plt = _pyplot()
-    figure, axis = plt.subplots(figsize=(5, 3.4), constrained_layout=True)
+    figure = _figure(5, 3.4)
+    axis = figure.subplots()
     at = [int(rank) for rank in ranks]
     for label, marker in (("HY-WU", "o"), ("Shared", "s")):
         found = [values[label] for values in ranks.values()]
@@ -75,8 +88,8 @@ def draw_learning(learning: Mapping[str, Any], error: str, path: Path) -> Path:
 
     error: of an item; where it is the logarithm, the axis is in dB, like a PSNR.
     """
-    plt = _pyplot()
-    figure, axis = plt.subplots(figsize=(5.5, 3.6), constrained_layout=True)
+    figure = _figure(5.5, 3.6)
+    axis = figure.subplots()
     for label, losses in learning["loss"].items():
         # a loss of 0.1 * log10(e), e on -1..1, is a hundredth of 20 log10(2) - PSNR
         values = [20 * math.log10(2) - 100 * x for x in losses] if error == "log" else losses
@@ -90,8 +103,8 @@ def draw_learning(learning: Mapping[str, Any], error: str, path: Path) -> Path:
 
 def draw_cosines(tasks: Sequence[str], cosines: Sequence[Sequence[float]], path: Path) -> Path:
     """Matrix of gradient cosines; red is conflict."""
-    plt = _pyplot()
-    figure, axis = plt.subplots(figsize=(5, 4.3), constrained_layout=True)
+    figure = _figure(5, 4.3)
+    axis = figure.subplots()
     image = axis.imshow(torch.tensor(cosines).numpy(), cmap="RdBu", vmin=-1, vmax=1)
     axis.set_xticks(range(len(tasks)), tasks, rotation=45, ha="right", fontsize=8)
     axis.set_yticks(range(len(tasks)), tasks, fontsize=8)

@@ -1,15 +1,81 @@
-"""The experiment's numbers from its rows: means, intervals and paired differences over images."""
+"""The experiment's numbers: means and differences over images with intervals, learning curves, gradients.
+
+Crops of one image are no independent observations: each image counts once, and images are what is
+resampled.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...errors import HYWUError
+from ...evaluation.statistics import bootstrap_mean
+from ...training.base import BaseModel, Batch
+from ...training.logs import read_log
+from ...training.strategies import Strategy
 from .plan import ConflictPlan
-from .statistics import Interval, bootstrap, paired_bootstrap
 
 Rows = Sequence[Mapping[str, Any]]
 Results = Mapping[str, Rows]
+
+
+class Interval(NamedTuple):
+    """A mean and its 95 % percentile-bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def bootstrap(
+    values: Mapping[str, Sequence[float]], resamples: int = 10_000, seed: int = 0
+) -> Interval:
+    """Interval of a mean; values: photograph -> one number a crop (or task, or phrasing) of it.
+
+    Each photograph counts once, by its own mean; photographs are what is resampled (Efron 1979).
+    Raises HYWUError on no photographs, an empty one, or a number that isn't finite.
+    """
+    empty = [name for name, numbers in values.items() if not len(numbers)]
+    if not values or empty:
+        raise HYWUError(f"bootstrap: no values for {', '.join(empty) or 'any photograph'}.")
+    means = np.array([np.mean(numbers) for numbers in values.values()], dtype=np.float64)
+    if not np.isfinite(means).all():
+        bad = [name for name, mean in zip(values, means, strict=True) if not np.isfinite(mean)]
+        raise HYWUError(f"bootstrap: values that are not finite for {', '.join(bad)}.")
+    found = bootstrap_mean(means, resamples=resamples, seed=seed)
+    low, high = (found.mean if math.isnan(end) else end for end in (found.low, found.high))
+    return Interval(found.mean, low, high)
+
+
+def paired_bootstrap(
+    one: Mapping[str, Sequence[float]],
+    two: Mapping[str, Sequence[float]],
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """Interval of the mean of ``one - two``, item by item on the same crops of the same photographs.
+
+    Raises HYWUError when the two don't cover the same items.
+    """
+    if one.keys() != two.keys():
+        odd = sorted(one.keys() ^ two.keys())
+        raise HYWUError(f"paired bootstrap: only one side has {', '.join(odd[:5])}.")
+    differences = {}
+    for name, numbers in one.items():
+        if len(numbers) != len(two[name]):
+            raise HYWUError(
+                f"paired bootstrap: {name} has {len(numbers)} and {len(two[name])} values."
+            )
+        differences[name] = np.subtract(numbers, two[name]).tolist()
+    return bootstrap(differences, resamples, seed)
 
 
 class Summary:
@@ -148,3 +214,70 @@ class Summary:
                 **self.main,
             }.items()
         }
+
+
+# -- learning: the training loss by step, averaged over windows of steps ------------------------------
+# Every strategy sees the same examples at the same step, and a Single LoRA those of its task; so the mean over
+# the Single LoRAs is what the others' loss can be compared with, step by step.
+
+#: Parts that the main runs' steps are cut into.
+WINDOWS = 40
+
+
+def learning_curves(folder: Path, plan: ConflictPlan, labels: Mapping[str, str]) -> dict[str, Any]:
+    """``{"steps": last step of each window, "loss": {label: mean loss in each window}}``; JSON-safe.
+
+    folder: the experiment's. labels: label -> name of a main run, or "single" for the mean over the
+    tasks' runs. A label whose runs were not trained to the end is left out.
+    """
+    width = max(1, plan.steps // WINDOWS)
+    ends = list(range(width, plan.steps + 1, width))
+    curves = {}
+    for label, name in labels.items():
+        names = [name]
+        if name == "single":
+            names = [run.name for run in plan.runs if run.strategy == "single"]
+        parts = [_windows(folder / "runs" / n / "log.csv", ends, width) for n in names]
+        if all(parts):
+            curves[label] = [round(fmean(values), 5) for values in zip(*parts, strict=True)]
+    return {"steps": ends, "loss": curves}
+
+
+def _windows(path: Path, ends: list[int], width: int) -> list[float]:
+    """Mean loss of the steps up to each end; nothing where a step is missing."""
+    losses = {int(row["step"]): row["loss"] for row in read_log(path)}
+    if any(step not in losses for step in range(1, ends[-1] + 1)):
+        return []
+    return [fmean(losses[end - i] for i in range(width)) for end in ends]
+
+
+# -- gradients: below zero, a step that helps one task hurts the other --------------------------------
+
+
+def task_gradients(
+    base: BaseModel, strategy: Strategy, batches: Mapping[str, Batch], seed: int = 0
+) -> dict[str, Tensor]:
+    """task -> gradient of its mean loss, flat float32 ``[parameters]``. Changes no weight.
+
+    All tasks get the draws of the same seed. The parameters' own ``.grad`` stays as it is.
+    """
+    parameters = [p for p in strategy.trained.parameters() if p.requires_grad]
+    device = parameters[0].device
+    gradients = {}
+    for task, batch in batches.items():
+        draws = {k: v.to(device) for k, v in base.draw(batch, seed).items()}
+        moved = batch.to(device)
+        with torch.enable_grad(), strategy.adapted(moved) as module:
+            loss = base.loss(module, moved, draws).mean()
+            found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        pieces = [
+            torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)
+        ]
+        gradients[task] = torch.cat([piece.detach().float().flatten() for piece in pieces]).cpu()
+    return gradients
+
+
+def cosine_matrix(gradients: Mapping[str, Tensor]) -> Tensor:
+    """Cosines ``[tasks, tasks]`` in the mapping's order; 0 beside a gradient of zero."""
+    stacked = torch.nn.functional.normalize(torch.stack(list(gradients.values())), dim=1)
+    return stacked @ stacked.mT
