@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -67,11 +67,15 @@ def atomic_path(path: str | Path, overwrite: bool = False, durable: bool = True)
 
 
 @contextlib.contextmanager
-def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
+def atomic_folder(
+    path: str | Path,
+    overwrite: bool = False,
+    drop: Callable[[str], object] = lambda name: False,
+) -> Iterator[Path]:
     """A temporary folder beside `path`, moved onto it when the block ends well, else removed.
 
     Where `path` is a folder already and may be overwritten, the files in it that the new one lacks
-    are kept. The old folder steps aside for the new one and comes back if that can't take its
+    are kept, but for those whose names `drop` says yes to. The old folder steps aside for the new one and comes back if that can't take its
     place; it is removed last. Raises HYWUError when `path` exists and `overwrite` is False, when it
     is a file, or when it can't be written.
     """
@@ -89,13 +93,13 @@ def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
             yield new
             _refuse_existing(path, overwrite)
             if path.exists():
-                _keep_others(path, new)
+                _keep_others(path, new, drop)
             for file in new.rglob("*"):
                 if file.is_file() and not file.is_symlink():
                     _sync(file)
             _swap(path, new, aside)
             _sync_folder(path.parent)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise HYWUError(f"{path}: can't be written ({reason(error)}).") from error
         finally:
             if path.exists() or not aside.exists():
@@ -213,14 +217,23 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def _keep_others(old: Path, new: Path) -> None:
-    """Copy what only the old folder has into the new one."""
+def _keep_others(old: Path, new: Path, drop: Callable[[str], object]) -> None:
+    """Bring what only the old folder has into the new one."""
     for item in old.iterdir():
-        if not (new / item.name).exists():
-            if item.is_dir() and not item.is_symlink():
-                shutil.copytree(item, new / item.name, symlinks=True)
-            else:
-                shutil.copy2(item, new / item.name, follow_symlinks=False)
+        if os.path.lexists(new / item.name) or drop(item.name):
+            continue
+        if item.is_dir() and not item.is_symlink():
+            shutil.copytree(item, new / item.name, symlinks=True, copy_function=_link)
+        else:
+            _link(item, new / item.name)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    """The same file at another place; a copy where the file system has no second names."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except (OSError, NotImplementedError):
+        shutil.copy2(source, target, follow_symlinks=False)
 
 
 def _swap(path: Path, new: Path, aside: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
     from torch import nn
 
 logger = logging.getLogger(__name__)
+
+#: More are no base model's: the largest have some thousands.
+MOST_TARGETS = 200_000
+#: Of a matrix' side and of a number of experts.
+LARGEST = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -41,11 +47,12 @@ class Module:
 
     def __post_init__(self) -> None:
         sizes = (self.in_features, self.out_features, self.num_experts)
-        if not all(isinstance(size, int) for size in sizes) or min(*sizes[:2], sizes[2] + 1) < 1:
+        whole = all(isinstance(size, int) and not isinstance(size, bool) for size in sizes)
+        if not whole or min(*sizes[:2], sizes[2] + 1) < 1 or max(sizes) > LARGEST:
             raise HYWUError(
                 f"LoRA layout: module {self.name!r} has in_features {sizes[0]!r}, out_features "
-                f"{sizes[1]!r} and num_experts {sizes[2]!r}; they must be whole numbers, the first two "
-                "1 or more."
+                f"{sizes[1]!r} and num_experts {sizes[2]!r}; they must be whole numbers up to 2^31, "
+                "the first two 1 or more."
             )
 
     def shape(self, side: str, rank: int) -> tuple[int, ...]:
@@ -99,9 +106,9 @@ class LoRALayout:
             raise HYWUError(f"LoRA layout: alpha is {self.alpha}; it must be a finite number.")
         if not self.stacks or not all(s.layers and s.modules for s in self.stacks):
             raise HYWUError("LoRA layout: a stack without layers or modules has nothing to adapt.")
-        paths = [target.path for target in self.targets()]
-        if len(set(paths)) != len(paths):
-            twice = sorted({path for path in paths if paths.count(path) > 1})
+        check_count(sum(len(stack.layers) * len(stack.modules) for stack in self.stacks))
+        counts = Counter(target.path for target in self.targets())
+        if twice := sorted(path for path, count in counts.items() if count > 1):
             raise HYWUError(f"LoRA layout: listed more than once: {_some(twice)}.")
 
     @property
@@ -158,7 +165,7 @@ class LoRALayout:
             return cls(stacks, int(data["rank"]), float(data["alpha"]))
         except HYWUError:
             raise
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise HYWUError(f"LoRA layout: the description is damaged ({error!r}).") from error
 
     @property
@@ -244,6 +251,15 @@ class LoRALayout:
                 count = len(stack.layers)
                 rows.append((name, count, module.name, shape, values * count))
         return rows
+
+
+def check_count(targets: int) -> None:
+    """Raises HYWUError where a description lists more modules than any model has, before it is built."""
+    if targets > MOST_TARGETS:
+        raise HYWUError(
+            f"LoRA layout: it lists {targets:,} modules; more than {MOST_TARGETS:,} are no model's. The "
+            "description is damaged."
+        )
 
 
 def _module_to_json(module: Module) -> dict[str, Any]:

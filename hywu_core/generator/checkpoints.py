@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from ..errors import HYWUError
-from ..files import read_header, save_tensors
+from ..files import open_tensors, read_header, save_tensors
 from ..fingerprint import sampled
 from .config import GeneratorConfig, RoPEPrecision
 from .model import ParameterGenerator
 from .official import open_folder
-from .tensors import file_tensors, read_into
+from .tensors import BLOCKS, file_tensors, read_into
 
 FORMAT = "hywu-generator-1"
 
@@ -112,9 +112,33 @@ def _folder(folder: Path) -> Source:
 
 
 def _with_identity(source: Source) -> Source:
+    _check_sizes(source)
     identity = {"name": source.path.name, "digest": checkpoint_digest(source.files)}
     provenance = {**source.config.provenance, "checkpoint": identity}
     return Source(source.path, source.files, source.config.with_(provenance=provenance))
+
+
+def _check_sizes(source: Source) -> None:
+    """Raises HYWUError where the config describes far more than the files hold, before any of it is built."""
+    blocks, largest = set(), 0
+    for file in source.files:
+        with open_tensors(file) as opened:
+            for key in opened.keys():  # noqa: SIM118
+                largest = max(largest, *opened.get_slice(key).get_shape(), 0)
+                if key.startswith(BLOCKS):
+                    blocks.add(key.removeprefix(BLOCKS).partition(".")[0])
+    config = source.config
+    said = {"num_blocks (num_pg_layers)": (config.num_blocks, 2 * len(blocks) + 8)}
+    widths = {"d_model": config.d_model, "values of a token": config.values_per_position}
+    widths |= {f"width of condition part '{n}'": w for n, w in config.condition.items()}
+    said |= {name: (value, 4 * largest) for name, value in widths.items()}
+    for name, (value, most) in said.items():
+        if value > most:
+            raise HYWUError(
+                f"{source.path}: the config says {name} {value:,}, and the files hold {len(blocks)} blocks "
+                f"and no side longer than {largest:,}; config and weights are of different checkpoints, or "
+                "damaged. Download them again."
+            )
 
 
 def checkpoint_digest(files: tuple[Path, ...]) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -21,8 +20,8 @@ from torch import Tensor
 
 from ..condition import OFFICIAL_PART
 from ..errors import HYWUError
-from ..files import atomic_path, read_json
-from ..layout import LoRALayout, Module, Stack
+from ..files import atomic_folder, read_json, write_json
+from ..layout import LoRALayout, Module, Stack, check_count
 from .config import GeneratorConfig
 from .tensors import check_saveable, file_tensors, slots
 
@@ -82,6 +81,7 @@ def read_layout(config: Mapping[str, Any]) -> LoRALayout:
     with _named_values():
         modules = _modules(config["pg_mapping"])
         prefix, layers = str(config["prefix"]), int(config["num_base_model_layers"])
+        check_count(layers * len(modules))
         stack = Stack(tuple(f"{prefix}{i}" for i in range(layers)), modules)
         return LoRALayout((stack,), int(config["rank"]), float(config["alpha"]))
 
@@ -246,20 +246,18 @@ def save_official(
     names = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
     shards = dict(zip(names if count > 1 else ["model.safetensors"], sizes, strict=True))
     tensors = _scaled_tensors(generator, dtype)
-    with contextlib.ExitStack() as stack:
-        # files take their places in reverse order as the stack unwinds: config.json is the last
-        _write_json(stack, folder / "config.json", description, overwrite)
+    # the folder is exchanged whole: one half old and half new would load without a word
+    with atomic_folder(folder, overwrite=True, drop=_WEIGHTS_FILE.fullmatch) as new:
+        for name, shard in shards.items():
+            held = dict(itertools.islice(tensors, len(shard)))
+            save_file(held, str(new / name), metadata={"format": "pt"})
         if count > 1:
             total = sum(sum(shard.values()) for shard in sizes)
             weight_map = {key: name for name, shard in shards.items() for key in shard}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            _write_json(stack, folder / INDEX, index, overwrite)
-        for name, shard in shards.items():
-            part = stack.enter_context(atomic_path(folder / name, overwrite))
-            save_file(
-                dict(itertools.islice(tensors, len(shard))), str(part), metadata={"format": "pt"}
-            )
-    _remove_former(folder, {*shards, *([INDEX] if count > 1 else [])})
+            write_json(new / INDEX, index, ascii=True)
+        # never sort the keys: the order of pg_mapping is the order of the tokens
+        write_json(new / "config.json", description, ascii=True)
     return folder
 
 
@@ -290,18 +288,3 @@ def _scaled_tensors(
         for part, factor in scales.items():
             value = value * factor if part in name and factor != 1.0 else value
         yield name, value.to(device="cpu", dtype=dtype, copy=True)
-
-
-def _remove_former(folder: Path, written: set[str]) -> None:
-    """Delete shards and an index that aren't of the checkpoint just written: readers would take them."""
-    for file in folder.glob("model*"):
-        if file.name not in written and _WEIGHTS_FILE.fullmatch(file.name):
-            file.unlink()
-
-
-def _write_json(
-    stack: contextlib.ExitStack, path: Path, data: Mapping[str, Any], overwrite: bool
-) -> None:
-    # never sort the keys: the order of pg_mapping is the order of the tokens
-    part = stack.enter_context(atomic_path(path, overwrite))
-    part.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,9 +19,11 @@ from hywu_core import (
     HYWUError,
     LoRALayout,
     ParameterGenerator,
+    atomic,
     load_generator,
     save_generator,
 )
+from hywu_core.cli import main
 from hywu_core.files import HEADER, read_header
 from hywu_core.generator import official
 from hywu_core.generator.checkpoints import open_checkpoint
@@ -120,6 +126,74 @@ def test_rewriting_that_fails_leaves_the_former_whole(folder, tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         save_official(generator, out, overwrite=True, shard_bytes=2_000_000)
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+
+
+KILLED = """
+import os, signal, sys
+from hywu_core import load_generator
+from hywu_core.generator.official import save_official
+generator = load_generator(sys.argv[1])
+for parameter in generator.parameters():
+    parameter.detach().zero_()
+calls = []
+def at(name):
+    whole = getattr(os, name)
+    def killed(*args, **options):
+        calls.append(name)
+        if len(calls) == int(sys.argv[3]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return whole(*args, **options)
+    setattr(os, name, killed)
+at("replace"), at("link"), at("unlink")
+save_official(generator, sys.argv[2], overwrite=True, shard_bytes=500_000)
+print("done")
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills a process")
+def test_a_kill_at_any_rename_leaves_the_former_or_the_new(folder, tmp_path):
+    out, former = tmp_path / "out", load_generator(folder)
+    for n in range(1, 40):
+        if not out.exists():
+            save_official(former, out, shard_bytes=500_000)
+        command = [sys.executable, "-c", KILLED, str(folder), str(out), str(n)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        atomic.sweep(tmp_path)
+        weights = [float(p.abs().sum()) for p in load_generator(out).parameters()]
+        assert all(weights) or not any(weights), f"half and half after call {n}"
+        assert [p.name for p in tmp_path.glob(".*")] == []
+        if "done" in done.stdout:
+            assert n > 3
+            return
+        shutil.rmtree(out)
+    raise AssertionError("it never ended")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("num_pg_layers", 1_000_000, "num_blocks"),
+        ("num_base_model_layers", 1_000_000_000, "more than 200,000 are no model's"),
+        ("d_model", 1_000_000_000, "d_model 1,000,000,000"),
+        ("input_dim", 1_000_000_000, "width of condition part"),
+    ],
+)
+@pytest.mark.parametrize("command", ["inspect", "convert"])
+def test_sizes_that_lie_are_found_before_anything_is_built(
+    folder, capsys, key, value, words, command
+):
+    import resource
+
+    edit_config(folder, **{key: value})
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    target = [str(folder / "out.safetensors")] if command == "convert" else []
+    started = time.perf_counter()
+    assert main([command, str(folder), *target]) == 1
+    assert time.perf_counter() - started < 2
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
 
 
 def test_the_official_form_takes_only_what_it_can_give_back(tmp_path):
