@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hywu_core import Condition, GeneratorConfig, LoRALayout, ParameterGenerator
 from hywu_core.generator.speed.fp8 import scaled_mm_works, to_fp8
-from hywu_core.generator.speed.graphs import GraphedGenerator, compile_blocks
+from hywu_core.generator.speed.graphs import compile_blocks, generate, suits
 from hywu_core.generator.speed.memory import SLOTS
 from hywu_core.generator.tensors import file_tensors
 
@@ -108,10 +108,9 @@ def _compiled(generator: ParameterGenerator, condition: Condition) -> Run:
 
 
 def _graph(generator: ParameterGenerator, condition: Condition) -> Run:
-    graphed = GraphedGenerator(generator)
-    if not graphed.suits(condition):
+    if not suits(generator, condition):
         raise Unavailable("graphs are for small generators on CUDA")
-    return lambda: list(graphed(condition).grids)
+    return lambda: list(generate(generator, condition).grids)
 
 
 def _fp8(generator: ParameterGenerator, condition: Condition) -> Run:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,9 @@ from .speed.memory import MemoryPlan, memory_plan
 from .speed.offload import Residency
 from .speed.passes import Switches, passes_for
 from .speed.prefix import Kept, prefix_key, worth_keeping
+
+if TYPE_CHECKING:
+    from .speed.graphs import Graphs
 
 
 class ParameterGenerator(nn.Module):
@@ -54,6 +57,7 @@ class ParameterGenerator(nn.Module):
         self.memory_budget: int | None = None
         self.residency = Residency()
         self.tables, self.prefixes = Kept(), Kept(only_last=True)
+        self.graphs: Graphs | None = None  # see speed/graphs.py
         self._epoch = 0
         dim = config.d_model
         parts = {name: operations.Linear(width, dim) for name, width in config.condition.items()}
@@ -257,9 +261,10 @@ class ParameterGenerator(nn.Module):
         return tokens.requires_grad or any(p.requires_grad for p in self.model.parameters())
 
     def forget(self) -> None:
-        """Drop what was derived from the weights: the constant prefix and copies of offloaded blocks."""
+        """Drop what was derived from the weights: constant prefix, graphs, copies of offloaded blocks."""
         self.residency.forget()
         self.prefixes.clear()
+        self.graphs = None
         self._epoch += 1
 
     def weights_key(self) -> tuple:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -10,9 +12,9 @@ from bench.sizes import make, random_condition, reduced
 from bench.variants import relative_difference, variant
 from hywu_core import Condition, GeneratorConfig, HYWUError, LoRALayout, inject
 from hywu_core.generator.checkpoints import save_generator
-from hywu_core.generator.speed import fp8, passes
+from hywu_core.generator.speed import fp8, graphs, passes
 from hywu_core.generator.speed.fp8 import Fp8Linear, quantize_rows, to_fp8
-from hywu_core.generator.speed.graphs import GRAPHS, GraphedGenerator, compile_blocks
+from hywu_core.generator.speed.graphs import compile_blocks
 from hywu_core.layout import Module, Stack
 
 CPU = torch.device("cpu")
@@ -137,13 +139,10 @@ def test_one_compilation_serves_all_blocks():
         torch.compiler.reset()
 
 
-class Replayed(GraphedGenerator):
+class Replayed(graphs.Graphs):
     """Its graphs are recorded runs that are run again: everything around a graph, without one."""
 
     recorded = 0
-
-    def suits(self, condition):
-        return True
 
     def _record(self, run):
         self.recorded += 1
@@ -157,43 +156,78 @@ class Replayed(GraphedGenerator):
 
 
 @torch.no_grad()
-def test_graphs_are_kept_by_shape_and_results_are_their_own():
+def test_graphs_are_kept_by_padded_shape_and_results_are_their_own(monkeypatch):
+    monkeypatch.setattr(graphs, "suits", lambda generator, condition: True)
     generator = make(small())
-    replayed = Replayed(generator)
-    conditions = [random_condition(small(), n, CPU, torch.float32) for n in (9, 9, 6)]
+    kept = generator.graphs = Replayed()
+    conditions = [random_condition(small(), n, CPU, torch.float32) for n in (9, 9, 6, 32, 34)]
     conditions[1] = Condition({n: t * 2 for n, t in conditions[1].parts.items()}, fingerprint="x")
-    results = [replayed(condition) for condition in conditions]
-    assert replayed.recorded == 2
+    seen = []
+    results = [
+        graphs.generate(generator, condition, lambda *done: seen.append(done))
+        for condition in conditions
+    ]
+    # two parts of 4 to 5 tokens each are padded to 16, those of 16 as they are, those of 17 to 32
+    assert kept.recorded == 3
+    assert seen == [(2, 2)] * 5
     for condition, lora in zip(conditions, results, strict=True):
         expected = generator(condition)
         assert lora.provenance == expected.provenance
         for key, value in expected.factors.items():
-            assert torch.equal(lora.factors[key], value)
+            torch.testing.assert_close(lora.factors[key], value, rtol=1e-4, atol=1e-5)
+
+    def follows() -> None:
+        torch.testing.assert_close(
+            graphs.generate(generator, conditions[0])["d.0.qkv"].A,
+            generator(conditions[0])["d.0.qkv"].A,
+        )
+
     generator.model.hw_pos[0].weight.mul_(1.5)  # the prefix is another one
-    assert torch.equal(replayed(conditions[0])["d.0.qkv"].A, generator(conditions[0])["d.0.qkv"].A)
-    assert replayed.recorded == 3
+    follows()
+    assert kept.recorded == 4
     feed_forward = generator.model.blocks[1].feed_forward
     feed_forward.fc1.weight = nn.Parameter(feed_forward.fc1.weight * 1.5, requires_grad=False)
-    assert torch.equal(replayed(conditions[0])["d.0.qkv"].A, generator(conditions[0])["d.0.qkv"].A)
-    assert replayed.recorded == 4
+    follows()
+    assert kept.recorded == 5
     feed_forward.fc2.weight.data = feed_forward.fc2.weight * 2  # as ComfyUI moves weights
-    assert torch.equal(replayed(conditions[0])["d.0.qkv"].A, generator(conditions[0])["d.0.qkv"].A)
-    assert replayed.recorded == 5
-    for n in range(10, 10 + GRAPHS):
-        replayed(random_condition(small(), n, CPU, torch.float32))
-    assert len(replayed._graphs) == GRAPHS
-    assert replayed.recorded == 5 + GRAPHS
+    follows()
+    assert kept.recorded == 6
+    for n in range(1, 1 + graphs.GRAPHS):
+        graphs.generate(generator, random_condition(small(), 64 * n, CPU, torch.float32))
+    assert len(kept._graphs) == graphs.GRAPHS
+    generator.to(torch.float64)
+    assert generator.graphs is None
+
+
+@torch.no_grad()
+def test_a_mask_of_the_condition_goes_into_the_graph(monkeypatch):
+    monkeypatch.setattr(graphs, "suits", lambda generator, condition: True)
+    generator = make(small())
+    generator.graphs = Replayed()
+    condition = random_condition(small(), 9, CPU, torch.float32)
+    masks = [torch.rand(1, condition.parts["b"].shape[1]) > share for share in (0.3, 0.8)]
+    for mask in masks:
+        mask[:, 0] = True
+        given = Condition(condition.parts, {"b": mask})
+        for key, value in generator(given).factors.items():
+            made = graphs.generate(generator, given).factors[key]
+            torch.testing.assert_close(made, value, rtol=1e-4, atol=1e-5)
+    assert generator.graphs.recorded == 1
+
+
+def test_lengths_fall_into_few_buckets():
+    assert [graphs.bucket(n) for n in (1, 16, 17, 64, 65, 129)] == [16, 16, 32, 64, 128, 192]
 
 
 def test_without_cuda_the_generator_is_called_as_it_is():
     generator = make(small())
-    graphed = GraphedGenerator(generator)
     condition = random_condition(small(), 9, CPU, torch.float32)
-    assert not graphed.suits(condition)
+    assert not graphs.suits(generator, condition)
+    seen = []
     with torch.no_grad():
-        assert torch.equal(
-            graphed(condition)["s.1.linear1"].B, generator(condition)["s.1.linear1"].B
-        )
+        lora = graphs.generate(generator, condition, lambda *done: seen.append(done))
+        assert torch.equal(lora["s.1.linear1"].B, generator(condition)["s.1.linear1"].B)
+    assert seen == [(1, 2), (2, 2)]
 
 
 def test_attention_takes_no_more_sequences_than_a_grid_has(monkeypatch):
@@ -248,7 +282,7 @@ def test_the_path_to_an_applied_lora_never_waits_for_the_device(how):
         generator.memory_budget = 1 << 40
         plan = generator.memory_plan(2, 9)
         generator.memory_budget = plan.total_bytes - plan.block_bytes
-    generate = GraphedGenerator(generator) if how == "graph" else generator
+    generate = partial(graphs.generate, generator) if how == "graph" else generator
     x = torch.randn(2, 3, 64, device=device)
     with torch.no_grad():
         for attempt in range(3):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ...encoders.bundled import EditorEncoder
 from ...errors import HYWUError
 from ...generator.checkpoints import load_generator
+from ...generator.speed.graphs import generate
 from ...injection import inject
 from ...lora import GeneratedLoRA
 from .checkpoint import bundled, check_made_for, editor_identity, load_editor
@@ -87,7 +88,7 @@ class BundledEditor:
         with _timed(seconds, "encode"):
             condition = self.encoder(source, [instruction])
         with _timed(seconds, "generate"):
-            lora = self.generator(condition)
+            lora = generate(self.generator, condition)
             lora.check_finite()
         with _timed(seconds, "sample"), inject(self.editor, lora, strength):
             result = edit(
