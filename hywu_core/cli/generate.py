@@ -7,6 +7,7 @@ Example:
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 import torch
@@ -17,9 +18,16 @@ from ..errors import HYWUError
 from ..files import with_suffix
 from ..formats import FORMATS, save_lora
 from ..generator.checkpoints import load_generator, open_checkpoint
+from ..generator.model import ParameterGenerator
+from ..generator.speed.fp8 import to_fp8
 from .console import say
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+#: Computed in bfloat16, the blocks' products in 8 bits.
+FP8 = "fp8"
+
+UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -38,13 +46,53 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--item", type=int, help="write only this item of the batch, from 0")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps (default: cpu)")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: as in the checkpoint")
+    add_generator_options(parser)
+    parser.add_argument("--overwrite", action="store_true", help="replace what is at --out")
+
+
+def add_generator_options(parser: argparse.ArgumentParser) -> None:
+    """How a generator is loaded; see `load`."""
+    parser.add_argument(
+        "--dtype",
+        choices=(*DTYPES, FP8),
+        help="default: as in the checkpoint; fp8: bfloat16 with 8-bit products, on CUDA of compute "
+        "capability 8.9 or later (elsewhere slow)",
+    )
     parser.add_argument(
         "--rope-precision",
         choices=("float32", "bfloat16"),
         help="position tables (default: as the checkpoint says)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace what is at --out")
+    parser.add_argument(
+        "--memory-budget",
+        type=size_of,
+        metavar="SIZE",
+        help="what weights and intermediates may take on the device, such as 12GB; blocks that don't "
+        "fit rest in host memory, on the CPU in the checkpoint's file (default: no limit)",
+    )
+
+
+def size_of(text: str) -> int:
+    """Bytes of "12GB", "800 MiB" or a plain number. Raises ArgumentTypeError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match.group(2).lower() not in UNITS:
+        raise argparse.ArgumentTypeError(f"'{text}' is no size; write one such as 12GB or 800MiB")
+    return int(float(match.group(1)) * UNITS[match.group(2).lower()])
+
+
+def load(args: argparse.Namespace, path: str, device: torch.device) -> ParameterGenerator:
+    """The generator at `path` as the options of `add_generator_options` say. Raises HYWUError."""
+    fp8 = args.dtype == FP8
+    if fp8 and args.memory_budget is not None:
+        raise HYWUError(
+            f"--dtype {FP8} and --memory-budget: a generator's blocks are quantized on the device, so "
+            "that they can't rest elsewhere before; give one of the two."
+        )
+    dtype = torch.bfloat16 if fp8 else DTYPES.get(args.dtype)
+    generator = load_generator(
+        path, device, dtype, args.rope_precision, memory_budget=args.memory_budget
+    )
+    return to_fp8(generator) if fp8 else generator
 
 
 def run(args: argparse.Namespace) -> int:
@@ -57,8 +105,7 @@ def run(args: argparse.Namespace) -> int:
         config.check_condition(condition.widths)
     except HYWUError as error:
         raise HYWUError(f"{args.condition} does not fit {args.checkpoint}: {error}") from error
-    dtype = DTYPES.get(args.dtype)
-    generator = load_generator(args.checkpoint, device, dtype, args.rope_precision)
+    generator = load(args, args.checkpoint, device)
     with torch.no_grad(), tqdm(total=generator.config.num_blocks, unit="block") as bar:
         lora = generator(condition, on_block=lambda done, total: bar.update())
     path = save_lora(lora, out, args.format, args.overwrite)

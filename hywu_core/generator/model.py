@@ -113,9 +113,9 @@ class ParameterGenerator(nn.Module):
         like = self.model.norm_input.weight
         projected, masks = [], []
         for name in self.config.condition:
-            tokens, mask = condition.parts[name], condition.masks.get(name)
+            tokens, mask = _counted(condition.parts[name], condition.masks.get(name))
             if mask is not None:
-                mask = mask.to(like.device)
+                mask = mask.to(like.device, non_blocking=True)
             tokens = clear_masked(tokens.to(device=like.device, dtype=like.dtype), mask)
             layer = self.hidden_in if len(self.config.condition) == 1 else self.hidden_in[name]
             projected.append(linear(tokens, *weights(layer, tokens)))
@@ -301,3 +301,12 @@ class ParameterGenerator(nn.Module):
         widest = max(m.in_features for s in self.config.layout.stacks for m in s.modules)
         self.model.proj_out_A.weight.mul_(widest**-0.5 / self.config.lora_a_scale)
         nn.init.zeros_(self.model.proj_out_B.weight)
+
+
+def _counted(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """``tokens [B, L, C]`` and their mask; of one item only those that count, if no device must be asked."""
+    asks = torch.compiler.is_compiling() or mask is None or mask.device.type != "cpu"
+    if asks or mask.shape[0] != 1 or not bool(mask.any()):
+        return tokens, mask
+    kept = mask[0].nonzero()[:, 0].to(tokens.device, non_blocking=True)
+    return tokens.index_select(1, kept), None

@@ -21,6 +21,7 @@ from ...hywu_core.errors import HYWUError, out_of_memory
 from ...hywu_core.files import open_tensors
 from ...hywu_core.generator.checkpoints import load_generator, open_checkpoint
 from ...hywu_core.generator.config import GeneratorConfig
+from ...hywu_core.generator.speed import graphs
 from ...hywu_core.generator.speed.memory import Sizes, default_chunk_bytes
 from ...hywu_core.generator.speed.prefix import PREFIX_CACHE_BYTES
 from ...hywu_core.lora import GeneratedLoRA
@@ -148,7 +149,7 @@ class HostGenerator:
             bar.update_absolute(done, total)
             mm.throw_exception_if_processing_interrupted()
 
-        return network(condition, on_block)
+        return graphs.generate(network, condition, on_block)
 
 
 def weights_digest(network: nn.Module) -> Future[str]:

@@ -58,6 +58,31 @@ def test_generate_one_item_in_another_format_and_dtype(tmp_path, condition, caps
     assert "exists already" in capsys.readouterr().err
 
 
+def test_generate_within_a_budget_and_in_8_bits(tmp_path, condition, lora, capsys):
+    whole = load_lora(lora)
+    arguments = ["generate", "--checkpoint", str(DENSE), "--condition", str(condition)]
+    for name, options in {"budget": ["--memory-budget", "4MB"], "fp8": ["--dtype", "fp8"]}.items():
+        out = tmp_path / f"{name}.safetensors"
+        precise = ["--rope-precision", "float32", "--out", str(out)]
+        assert main([*arguments, *precise, *options]) == 0
+        made = load_lora(out)
+        apart = [
+            ((made.factors[k].float() - v.float()).norm() / v.float().norm()).item()
+            for k, v in whole.factors.items()
+        ]
+        assert max(apart) == 0 if name == "budget" else 0.005 < max(apart) < 0.15
+    tight = [*arguments, "--out", str(tmp_path / "x"), "--memory-budget", "1kb"]
+    assert main(tight) == 1
+    assert (
+        "memory_budget is 1,000 bytes, but this generator needs at least" in capsys.readouterr().err
+    )
+    assert main([*tight, "--dtype", "fp8"]) == 1
+    assert "give one of the two" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*tight[:-1], "much"])
+    assert "write one such as 12GB" in capsys.readouterr().err
+
+
 def test_generate_refuses_a_condition_with_nan(tmp_path, capsys):
     path = tmp_path / "nan.safetensors"
     save_file({"condition": torch.full((1, 2, 3), float("nan"))}, path)

@@ -182,6 +182,21 @@ def test_masked_parts_equal_unpadded_ones():
         torch.testing.assert_close(padded.factors[key], value)
 
 
+def test_masked_tokens_of_one_item_are_left_out_where_nobody_waits():
+    generator = random_generator(two_stack_config())
+    with torch.no_grad():
+        plain = generator(two_part_condition(batch=1))
+        padded = generator(two_part_condition(batch=1, pad=4))
+        nothing = two_part_condition(batch=1)
+        masks = {"text": torch.zeros(1, 7, dtype=torch.bool)}
+        without = generator(Condition(nothing.parts, masks))
+        other = Condition({**nothing.parts, "text": torch.randn(1, 7, 20)}, masks)
+        still = generator(other)
+    for key, value in plain.factors.items():
+        assert torch.equal(padded.factors[key], value)
+        assert torch.equal(without.factors[key], still.factors[key])
+
+
 def test_condition_of_length_one():
     generator = load_generator(GOLDEN / "dense")
     tokens = torch.randn(2, 1, 48)
