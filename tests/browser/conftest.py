@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from frontends import FRONTENDS
 from random_weights import make_random
 
 import dev
@@ -26,28 +28,66 @@ def chromium() -> str:
     return found
 
 
-#: The frontend's own: with paid nodes switched off its page may not call their server, and it
-#: asks for files (user style, last settings, a help page in this language) that needn't be there.
-NOISE = ("api.comfy.org", "status of 404")
-if os.environ.get("HYWU_FRONTEND"):
-    NOISE += ("[Jobs API]",)  # a newer frontend asks an older server for what it doesn't have
+#: The frontend's own: with paid nodes switched off its page may not call their server, it asks for files (user
+#: style, last settings) that needn't be there, and a newer one asks an older server for what it doesn't have.
+NOISE = ("api.comfy.org", "status of 404", "[Jobs API]")
+
+
+class Servers:
+    """A running ComfyUI per frontend, with this extension in it, small random weights, folders of its own."""
+
+    def __init__(self, tmp_path_factory: pytest.TempPathFactory) -> None:
+        self.folders, self.running = tmp_path_factory, {}
+        self.stack = contextlib.ExitStack()
+
+    def get(self, newest: bool) -> LocalServer:
+        if newest not in self.running:
+            arguments = ["--cpu"]
+            if newest:
+                arguments += ["--front-end-root", str(newest_frontend())]
+            base = self.folders.mktemp("comfyui")
+            server = dev.server_of(dev.prepare_host(), base, arguments=arguments)
+            self.running[newest] = self.stack.enter_context(server)
+        return self.running[newest]
+
+
+def newest_frontend() -> Path:
+    """Its static files; a machine that doesn't reach PyPI says so and skips, but not in CI."""
+    dev.prepare_host()
+    try:
+        return dev.newest_frontend()
+    except dev.DevError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
-    """A running ComfyUI with this extension in it, small random weights and folders of its own.
-
-    The frontend is the one that ComfyUI comes with, or that of HYWU_FRONTEND (its static folder).
-    """
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     changed = pytest.MonkeyPatch()
     if not os.environ.get(VARIABLE):
         changed.setenv(VARIABLE, str(make_random(tmp_path_factory.mktemp("weights"))))
-    frontend = os.environ.get("HYWU_FRONTEND")
-    arguments = ["--cpu", *(["--front-end-root", frontend] if frontend else [])]
-    base = tmp_path_factory.mktemp("comfyui")
-    with dev.server_of(dev.prepare_host(), base, arguments=arguments) as running:
-        yield running
+    found = Servers(tmp_path_factory)
+    with found.stack:
+        yield found
     changed.undo()
+
+
+@pytest.fixture
+def frontend() -> str:
+    """One of `FRONTENDS`; `everywhere` and `newest` give a test others."""
+    return "own"
+
+
+@pytest.fixture(scope="session")
+def own_server(servers: Servers) -> LocalServer:
+    """The one with the frontend that ComfyUI comes with."""
+    return servers.get(False)
+
+
+@pytest.fixture
+def server(servers: Servers, frontend: str) -> LocalServer:
+    return servers.get(FRONTENDS[frontend][0])
 
 
 @pytest.fixture(scope="module")  # Playwright holds the event loop of this thread while it runs
@@ -74,10 +114,11 @@ def settings() -> dict:
 
 
 @pytest.fixture
-def page(browser, server: LocalServer, errors: list[str], settings: dict):
+def page(browser, server: LocalServer, frontend: str, errors: list[str], settings: dict):
     """A page with the frontend loaded; what it writes to the console as errors later is in `errors`."""
     context = browser.new_context(viewport={"width": 1600, "height": 1000})
-    opened = open_frontend(context, server.url, settings)
+    renderer = {"Comfy.VueNodes.Enabled": FRONTENDS[frontend][1]}
+    opened = open_frontend(context, server.url, settings | renderer)
 
     def note(text: str) -> None:
         if not any(noise in text for noise in NOISE):
@@ -95,3 +136,10 @@ def artefacts() -> Path:
     folder = dev.ROOT / "artefacts" / "browser"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+@pytest.fixture
+def shot(page, artefacts: Path, frontend: str) -> Callable[[str], None]:
+    """shot(name): a screenshot of the page, named after the frontend."""
+    kind = frontend.replace(",", "").replace(" ", "_").replace(".", "")
+    return lambda name: page.screenshot(path=artefacts / f"{name}_{kind}.png")

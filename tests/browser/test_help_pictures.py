@@ -11,10 +11,10 @@ from workflows import help_pictures
 
 
 @pytest.fixture(scope="module")
-def drawn(chromium, server, tmp_path_factory) -> dict[str, Image.Image]:
+def drawn(chromium, own_server, tmp_path_factory) -> dict[str, Image.Image]:
     """Class of a node -> its picture, drawn now."""
     found = {}
-    for path in help_pictures.draw(server.url, tmp_path_factory.mktemp("drawn")):
+    for path in help_pictures.draw(own_server.url, tmp_path_factory.mktemp("drawn")):
         with Image.open(path) as picture:
             found[path.stem] = picture.convert("RGB")
     return found
@@ -48,6 +48,6 @@ def test_what_runs_shows_its_map(drawn):
         assert ((saturation > 150) & (value > 100)).sum() > 2000, name
 
 
-def test_an_unknown_node_is_an_error_that_names_those_there_are(chromium, server, tmp_path):
+def test_an_unknown_node_is_an_error_that_names_those_there_are(chromium, own_server, tmp_path):
     with pytest.raises(HYWUError, match="there is no node HYWUNone; there are HYWULoad"):
-        next(help_pictures.draw(server.url, tmp_path, ["HYWUNone"]))
+        next(help_pictures.draw(own_server.url, tmp_path, ["HYWUNone"]))

@@ -10,13 +10,12 @@ from pathlib import Path
 import actions as do
 import numpy as np
 import pytest
+from frontends import everywhere
 from PIL import Image
 
-import dev
 from hywu_core.evaluation.benchmarks import BENCHMARKS
-from workflows.build import NEWER
 
-MAP = ".hywu-norm-map"
+MAP, WARNING, REPORT = ".hywu-norm-map", ".hywu-warning", ".hywu-report"
 
 
 @pytest.fixture(autouse=True)
@@ -73,13 +72,18 @@ def test_a_new_node_goes_on_where_it_was(page, errors, kind, widget, after):
     assert errors == []
 
 
-def test_the_norm_map_and_the_time_appear_after_a_run(page, artefacts, errors):
+@everywhere
+def test_the_norm_map_and_the_time_appear_after_a_run(page, shot, errors):
     do.open_graph(page, do.hywu_graph())
     assert page.locator(MAP).count() == 0
     do.run(page)
-    page.wait_for_function("document.querySelectorAll('.hywu-norm-map').length === 2")
+    do.look_at(page, "HYWUInspectLoRA")
+    do.wait_on_screen(page, MAP, 1)
+    shot("inspect")
+    assert images_of(page, "HYWUInspectLoRA") == 0  # the map is drawn once
     do.look_at(page, "HYWUGenerateLoRA")
-    page.screenshot(path=artefacts / "norm_map_dark.png")
+    do.wait_on_screen(page, MAP, 1)
+    shot("norm_map_dark")
     shown = page.evaluate(
         """() => window.app.graph._nodes.find((n) => n.type === 'HYWUGenerateLoRA')
              .properties.hywu_norms[0]"""
@@ -91,18 +95,41 @@ def test_the_norm_map_and_the_time_appear_after_a_run(page, artefacts, errors):
     assert light.flat[norms.argmax()] == light.max()
     assert light.flat[norms.argmin()] == light.min() < light.max()
     assert re.search(r"\d\.\d\d s", page.locator(f"{MAP} .hywu-time").first.inner_text())
+    assert empty_below(page) < 12
     assert contrast(page) > 4.5
     page.evaluate("window.app.extensionManager.setting.set('Comfy.ColorPalette', 'light')")
     page.wait_for_timeout(800)
-    page.screenshot(path=artefacts / "norm_map_light.png")
+    shot("norm_map_light")
     assert contrast(page) > 4.5
     assert errors == []
 
 
-def test_the_map_outlives_a_reload_of_the_workflow_and_is_no_widget_value(page, artefacts, errors):
+def images_of(page, class_name: str) -> int:
+    """Images that a node draws: elements in it, or the canvas renderer's own."""
+    return page.evaluate(
+        """(type) => {
+             const n = window.app.graph._nodes.find((n) => n.type === type);
+             const drawn = document.querySelectorAll(`[data-node-id="${n.id}"] img`).length;
+             return drawn + (n.imgs?.length ?? 0); }""",
+        class_name,
+    )
+
+
+def empty_below(page) -> float:
+    """Pixels between the legend of the first map and the lower edge of its box."""
+    return page.evaluate(
+        """() => { const map = document.querySelector('.hywu-norm-map');
+             return (map.getBoundingClientRect().bottom
+               - map.lastElementChild.getBoundingClientRect().bottom); }"""
+    )
+
+
+@everywhere
+def test_the_map_outlives_a_reload_of_the_workflow_and_is_no_widget_value(page, shot, errors):
     do.open_graph(page, do.hywu_graph("sharpen the image"))
     do.run(page)
-    page.wait_for_function("document.querySelectorAll('.hywu-norm-map').length === 2")
+    do.look_at(page, "HYWUGenerateLoRA")
+    do.wait_on_screen(page, MAP, 1)
     before = map_pixels(page)
     saved = json.loads(page.evaluate("JSON.stringify(window.app.graph.serialize())"))
     generate = next(n for n in saved["nodes"] if n["type"] == "HYWUGenerateLoRA")
@@ -111,24 +138,50 @@ def test_the_map_outlives_a_reload_of_the_workflow_and_is_no_widget_value(page, 
     sent = next(n for n in prompt.values() if n["class_type"] == "HYWUGenerateLoRA")
     assert set(sent["inputs"]) == {"generator", "condition"}
     page.evaluate("window.app.graph.clear()")
-    page.wait_for_function("document.querySelectorAll('.hywu-norm-map').length === 0")
+    do.wait_on_screen(page, MAP, 0)
     page.evaluate("(graph) => window.app.loadGraphData(graph)", saved)
-    page.wait_for_function("document.querySelectorAll('.hywu-norm-map').length === 2")
+    do.look_at(page, "HYWUGenerateLoRA")
+    do.wait_on_screen(page, MAP, 1)
     # the workflow keeps four digits of each norm, which can turn the rounding of a colour
     assert np.abs(map_pixels(page) - before).max() <= 1
-    do.look_at(page, "HYWUInspectLoRA")
-    page.screenshot(path=artefacts / "norm_map_reloaded.png")
+    shot("norm_map_reloaded")
     assert errors == []
 
 
-def test_a_page_opened_anew_shows_the_maps_of_what_comfyui_has_kept(page, errors):
+@everywhere
+def test_a_page_opened_anew_shows_what_comfyui_has_kept(page, errors):
     graph = do.hywu_graph("blur it as before")
     for _ in range(2):  # the second run comes from ComfyUI's cache alone
         do.open_graph(page, graph)
         assert page.locator(MAP).count() == 0
         do.run(page)
-        page.wait_for_function("document.querySelectorAll('.hywu-norm-map').length === 2")
-    assert "blur it as before" in page.locator(MAP).first.inner_text()
+        do.look_at(page, "HYWUGenerateLoRA")
+        do.wait_on_screen(page, MAP, 1)
+        assert "blur it as before" in page.locator(MAP).first.inner_text()
+        do.look_at(page, "HYWUApplyLoRA")
+        page.locator(REPORT, has_text="matched: ").first.wait_for(timeout=10_000)
+    assert errors == []
+
+
+@everywhere
+def test_warnings_and_reports_stand_on_the_nodes_and_go_when_there_are_none(page, shot, errors):
+    do.open_graph(page, do.hywu_graph("add a red hat to the dog"))
+    do.run(page)
+    do.look_at(page, "HYWUConditionEncode")
+    warning = page.locator(WARNING, has_text="add a red hat")
+    warning.first.wait_for(timeout=10_000)
+    shot("warning")
+    box = warning.first.bounding_box()
+    around = page.locator(".hywu-notice", has=warning).first.bounding_box()
+    assert around["y"] <= box["y"]
+    assert box["y"] + box["height"] <= around["y"] + around["height"] + 1  # nothing of it is cut
+    page.evaluate(
+        """() => { window.app.graph._nodes.find((n) => n.type === 'HYWUConditionEncode')
+             .widgets.find((w) => w.name === 'instruction').value = 'blur the image'; }"""
+    )
+    do.run(page)
+    warning.first.wait_for(state="detached", timeout=10_000)
+    page.locator(REPORT, has_text="tokens: ").first.wait_for(timeout=10_000)
     assert errors == []
 
 
@@ -187,6 +240,20 @@ class TestInChinese:
         page.screenshot(path=artefacts / "chinese.png")
         assert errors == []
 
+    @everywhere
+    def test_new_nodes_are_english_after_the_language_has_changed(self, page, errors):
+        page.evaluate("window.app.extensionManager.setting.set('Comfy.Locale', 'en')")
+        page.wait_for_timeout(1500)
+        shown = page.evaluate(
+            """async () => { await window.app.reloadNodeDefs?.();
+                 const n = window.LiteGraph.createNode('HYWUApplyLoRA');
+                 window.app.graph.add(n);
+                 return [n.title, ...n.inputs.map((i) => i.label ?? i.localized_name ?? i.name)]; }"""
+        )
+        assert shown[0] == "Apply Generated LoRA"
+        assert all(text.isascii() for text in shown), shown
+        assert errors == []
+
 
 def test_three_nodes_are_added_by_search_and_wired_by_hand(page, artefacts, errors):
     # A text of its own: ComfyUI reports nothing about nodes whose results it still has
@@ -235,66 +302,6 @@ def test_three_nodes_are_added_by_search_and_wired_by_hand(page, artefacts, erro
     assert errors == []
 
 
-def test_dropped_workflows_have_no_missing_node_and_no_unset_widget(page, artefacts, errors):
-    for path in sorted((dev.ROOT / "workflows").glob("*.json")):
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        page.evaluate("window.app.graph.clear()")  # two of them have nodes of the same classes
-        do.drop(page, path, "application/json")
-        wanted = sorted(n["type"] for n in saved["nodes"])
-        page.wait_for_function(
-            """([wanted]) => window.app.graph._nodes.map((n) => n.type).sort().join() === wanted""",
-            arg=[",".join(wanted)],
-        )
-        page.wait_for_timeout(500)
-        wrong = page.evaluate(
-            "window.app.graph._nodes.filter((n) => n.has_errors).map((n) => n.type)"
-        )
-        # a checkpoint of the user's own, which current frontends miss
-        assert set(wrong) <= {"CheckpointLoaderSimple"}, path.name
-        shipped = json.loads((path.parent / "api" / path.name).read_text(encoding="utf-8"))
-        prompt = page.evaluate("async () => (await window.app.graphToPrompt()).output")
-        for key, node in shipped.items():
-            given = prompt[key]["inputs"]
-            # what only newer ComfyUIs have is no widget of an older one
-            missing = node["inputs"].keys() - given.keys()
-            assert missing <= NEWER.get(node["class_type"], {}).keys(), (path.name, key)
-            known = {k: v for k, v in node["inputs"].items() if k in given}
-            assert {k: given[k] for k in known} == known, (path.name, key)
-        page.screenshot(path=artefacts / f"dropped_{path.stem}.png")
-    assert errors == []
-
-
-def test_a_workflow_of_an_earlier_version_is_the_same_graph(page, tmp_path, artefacts, errors):
-    """Saved before Condition Encode had its last inputs; its instruction comes over a link."""
-    later = {"image2", "image3", "conditioning"}
-    saved = json.loads((dev.ROOT / "workflows" / "edit_bundled.json").read_text(encoding="utf-8"))
-    shipped = dev.ROOT / "workflows" / "api" / "edit_bundled.json"
-    wanted = json.loads(shipped.read_text(encoding="utf-8"))
-    (encode,) = (node for node in saved["nodes"] if node["type"] == "HYWUConditionEncode")
-    kept = [entry for entry in encode["inputs"] if entry["name"] not in later]
-    assert len(kept) == len(encode["inputs"]) - 3
-    for link in saved["links"]:
-        if link[3] == encode["id"]:
-            link[4] = [entry["name"] for entry in kept].index(encode["inputs"][link[4]]["name"])
-    encode["inputs"], encode["size"] = kept, [310, 200]
-    earlier = tmp_path / "earlier.json"
-    earlier.write_text(json.dumps(saved), encoding="utf-8")
-    page.evaluate("window.app.graph.clear()")
-    do.drop(page, earlier, "application/json")
-    page.wait_for_function(f"window.app.graph._nodes.length === {len(saved['nodes'])}")
-    page.wait_for_timeout(500)
-    prompt = page.evaluate("async () => (await window.app.graphToPrompt()).output")
-    key = str(encode["id"])
-    assert isinstance(wanted[key]["inputs"]["instruction"], list)
-    assert prompt[key]["inputs"] == wanted[key]["inputs"]
-    sockets = page.evaluate(
-        f"window.app.graph.getNodeById({encode['id']}).inputs.map((input) => input.name)"
-    )
-    assert later <= set(sockets)
-    page.screenshot(path=artefacts / "earlier.png")
-    assert errors == []
-
-
 def test_a_dropped_picture_brings_its_graph(page, server, tmp_path, artefacts, errors):
     do.open_graph(page, do.hywu_graph("blur the picture"))
     do.run(page)
@@ -307,28 +314,4 @@ def test_a_dropped_picture_brings_its_graph(page, server, tmp_path, artefacts, e
     assert do.types(page) == wanted
     do.run(page)  # what was brought also runs
     page.screenshot(path=artefacts / "dropped_picture.png")
-    assert errors == []
-
-
-def test_a_template_is_found_in_the_dialog_loaded_and_run(page, artefacts, errors):
-    page.evaluate("window.app.extensionManager.command.execute('Comfy.BrowseTemplates')")
-    dialog = page.get_by_role("dialog")
-    dialog.get_by_text("hywu", exact=True).last.click()
-    card = dialog.get_by_test_id("template-workflow-wu_eval")
-    card.wait_for(timeout=15_000)
-    picture = card.locator("img").first
-    page.wait_for_timeout(1000)
-    assert picture.evaluate("image => image.naturalWidth") == 400
-    page.screenshot(path=artefacts / "templates.png")
-    picture.click()
-    page.wait_for_function("window.app.graph._nodes.some((n) => n.type === 'HYWUScoreTable')")
-    page.wait_for_timeout(500)
-    do.run(page)
-    page.wait_for_function("document.querySelectorAll('.hywu-norm-map').length === 1")
-    page.evaluate(
-        """() => { const c = window.app.canvas; c.ds.scale = 0.5; c.ds.offset = [120, 560];
-             window.app.graph.setDirtyCanvas(true, true); }"""
-    )
-    page.wait_for_timeout(800)
-    page.screenshot(path=artefacts / "template_done.png")
     assert errors == []

@@ -82,6 +82,27 @@ def look_at(page, class_name: str, select: bool = False) -> None:
     page.wait_for_timeout(700)
 
 
+def on_screen(page, selector: str) -> int:
+    """How many elements can be seen: frontends leave out, or move aside, those of nodes off the screen."""
+    return page.evaluate(
+        """(selector) => [...document.querySelectorAll(selector)].filter((e) => {
+             const b = e.getBoundingClientRect();
+             return b.width > 0 && b.right > 0 && b.bottom > 0 && b.x < innerWidth && b.y < innerHeight
+               && e.checkVisibility({opacityProperty: true, visibilityProperty: true});
+           }).length""",
+        selector,
+    )
+
+
+def wait_on_screen(page, selector: str, count: int, timeout: float = 20_000) -> None:
+    """Wait until so many elements can be seen. Raises AssertionError."""
+    for _ in range(int(timeout / 100)):
+        if on_screen(page, selector) == count:
+            return
+        page.wait_for_timeout(100)
+    raise AssertionError(f"{on_screen(page, selector)} of {selector} on screen, not {count}")
+
+
 def add_by_search(page, name: str, class_name: str, at: tuple[int, int]) -> None:
     """Double-click on the empty canvas, type, press Enter; the node comes to `at`."""
     from playwright.sync_api import TimeoutError as PlaywrightTimeout
