@@ -412,6 +412,7 @@ def screenshots(args: argparse.Namespace, rest: list[str]) -> int:
     more = ["--front-end-root", str(newest_frontend())] if args.newest else []
     with server_of(found, HOST / "screenshots", arguments=["--cpu", *more, *rest]) as server:
         command = [str(python_of(VENV)), "-m", "workflows.screenshots", "--server", server.url]
+        command += ["--graph"] if args.graph else []
         return subprocess.run(command, cwd=ROOT).returncode
 
 

@@ -8,18 +8,22 @@ text too small to be drawn, and nodes outside the window are said, and make the 
 from __future__ import annotations
 
 import argparse
+import io
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from hywu_core.cli.console import say
 from hywu_core.errors import HYWUError, need
 from hywu_core.headless.local import get_json
 
-from . import blueprints, build
+from . import blueprints, build, pictures
 from .browser import FLAGS, SETTINGS, find_chromium, open_frontend
 
+GRAPH = build.ROOT / "docs" / "pictures" / "graph.jpg"
 SIZES = ((1920, 1080), (1440, 900))
 RENDERERS = {"classic": False, "nodes2": True}
 #: Below about .57 the classic renderer leaves out all text.
@@ -169,12 +173,38 @@ def shoot(server: str, folder: Path) -> list[str]:
     return wrong
 
 
+def shoot_graph(server: str, path: Path) -> None:
+    """The README's picture: the first template after a run, in Nodes 2.0, cut to its nodes."""
+    playwright = need("playwright.sync_api", "to take screenshots")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=find_chromium(), args=FLAGS)
+        context = browser.new_context(viewport={"width": SIZES[0][0], "height": SIZES[0][1]})
+        page = open_frontend(context, server, settings_of("nodes2"))
+        open_template(page, build.file_of(build.names()[0]).stem)
+        page.evaluate("window.app.queuePrompt(0, 1)")
+        page.wait_for_selector(".hywu-norm-map", timeout=600_000)
+        page.mouse.move(2, 2)
+        page.wait_for_timeout(3000)
+        boxes = page.evaluate(BOXES)
+        left, top = (min(box[side] for box in boxes) - 20 for side in (1, 2))
+        right, bottom = (max(box[side] for box in boxes) + 20 for side in (3, 4))
+        clip = {"x": left, "y": top, "width": right - left, "height": bottom - top}
+        content = page.screenshot(clip=clip)
+        browser.close()
+    with Image.open(io.BytesIO(content)) as image:
+        build.write(path, pictures.jpeg(image.convert("RGB"), 150_000))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m workflows.screenshots", description=__doc__)
     parser.add_argument("--server", required=True, help="address of a running ComfyUI")
     parser.add_argument("--out", type=Path, default=build.ROOT / "artefacts" / "templates")
+    parser.add_argument("--graph", action="store_true", help="only docs/pictures/graph.jpg anew")
     args = parser.parse_args()
     try:
+        if args.graph:
+            shoot_graph(args.server, GRAPH)
+            return 0
         wrong = shoot(args.server, args.out)
     except HYWUError as error:
         raise SystemExit(f"screenshots: {error}") from error
