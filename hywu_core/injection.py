@@ -70,7 +70,8 @@ def merge(
     """Add ``s·B·A`` to the base weights. Returns what `unmerge` needs to restore them bit by bit.
 
     The LoRA must be a single one. skip_missing: see `inject`. Raises HYWUError, before anything is changed, on a batch, a
-    missing or misshapen target, or a weight that isn't floating point (quantized).
+    missing or misshapen target, or a weight that isn't floating point (quantized). The originals rest in
+    host memory.
     """
     if lora.batch_size != 1:
         raise HYWUError(
@@ -88,7 +89,7 @@ def merge(
             delta = delta.mT if is_conv1d(submodule(model, path)) else delta
             for parameter, piece in zip(parameters, _pieces(delta, parameters), strict=True):
                 if id(parameter) not in seen:
-                    merged.originals.append((parameter, parameter.detach().clone()))
+                    merged.originals.append((parameter, _set_aside(parameter)))
                     seen.add(id(parameter))
                 summed = parameter.float() + piece.reshape(parameter.shape).to(parameter.device)
                 parameter.copy_(summed)
@@ -106,7 +107,7 @@ def unmerge(merged: Merged) -> None:
     """
     while merged.originals:
         parameter, original = merged.originals.pop()
-        parameter.copy_(original)
+        parameter.copy_(original, non_blocking=True)
 
 
 def target_strengths(lora: GeneratedLoRA, strength: Strength) -> dict[str, float]:
@@ -163,6 +164,26 @@ def conv_delta(x: Tensor, a: Tensor, b: Tensor, s: float, index: Tensor | None =
     return delta.view(x.shape[0], b.shape[-2], *x.shape[2:])
 
 
+def add_linear_(output: Tensor, x: Tensor, a: Tensor, b: Tensor, s: float) -> Tensor:
+    """``output += s·B(A x)`` in place, in two products: output ``[n, ..., out]`` dense, a and b as in
+    `linear_delta` without an index. Returns output.
+    """
+    if a.shape[0] == 1:
+        low = F.linear(x, a[0]).view(-1, a.shape[1])
+        output.view(-1, output.shape[-1]).addmm_(low, b[0].t(), alpha=s)
+        return output
+    low = torch.bmm(x.reshape(x.shape[0], -1, x.shape[-1]), a.mT)
+    output.view(x.shape[0], -1, output.shape[-1]).baddbmm_(low, b.mT, alpha=s)
+    return output
+
+
+def add_conv_(output: Tensor, x: Tensor, a: Tensor, b: Tensor, s: float) -> Tensor:
+    """`add_linear_` for a 1x1 convolution: output ``[n, out, ...]`` dense."""
+    low = torch.matmul(a, x.flatten(2))
+    output.view(*output.shape[:2], -1).baddbmm_(b.expand(x.shape[0], -1, -1), low, alpha=s)
+    return output
+
+
 class _Adapter:
     """The forward hook of one target: adds the LoRA's branch to the module's output."""
 
@@ -170,6 +191,7 @@ class _Adapter:
         self.path, self.s, self.index = path, s, index
         self._pair = pair
         self._cast: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._items: dict[tuple, tuple[Tensor, Tensor]] = {}
 
     def pair_for(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Both factors on x's device in x's dtype; kept, unless a gradient must flow through."""
@@ -182,6 +204,18 @@ class _Adapter:
         if key not in self._cast:
             self._cast[key] = (a.to(x), b.to(x))
         return self._cast[key]
+
+    def items_for(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`pair_for` with one LoRA for each row of x's first dimension, or one that serves all; kept."""
+        key = (x.device, x.dtype, x.shape[0])
+        found = self._items.get(key)
+        if found is None:
+            index = self.index_for(x)
+            found = self.pair_for(x)
+            if index is not None:
+                found = found[0][index], found[1][index]
+            self._items[key] = found
+        return found
 
     def index_for(self, x: Tensor) -> Tensor | None:
         """The LoRA of each row of x's first dimension; None where one serves all."""
@@ -208,6 +242,8 @@ class _Adapter:
 class _LinearAdapter(_Adapter):
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
         x = args[0] if args else kwargs["input"]
+        if _takes_more(output, x, self._pair):
+            return add_linear_(output, x, *self.items_for(x), self.s)
         delta = linear_delta(x, *self.pair_for(x), self.s, self.index_for(x))
         return output + delta.to(output.dtype)
 
@@ -215,8 +251,22 @@ class _LinearAdapter(_Adapter):
 class _ConvAdapter(_Adapter):
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
         x = args[0] if args else kwargs["input"]
+        if _takes_more(output, x, self._pair):
+            return add_conv_(output, x, *self.items_for(x), self.s)
         delta = conv_delta(x, *self.pair_for(x), self.s, self.index_for(x))
         return output + delta.to(output.dtype)
+
+
+def _takes_more(output: Tensor, x: Tensor, pair: tuple[Tensor, Tensor]) -> bool:
+    """Whether a product may add to a module's output where it lies: dense, and no gradient asks for it."""
+    differentiable = output.requires_grad or any(factor.requires_grad for factor in pair)
+    return (
+        not (torch.is_grad_enabled() and differentiable)
+        and output.dtype == x.dtype
+        and output.is_contiguous()
+        and output is not x
+        and not torch.is_autocast_enabled(x.device.type)
+    )
 
 
 class _GroupedAdapter(_Adapter):
@@ -316,6 +366,14 @@ def _weights_of(model: nn.Module, lora: GeneratedLoRA, path: str) -> list[nn.Par
                 "which nothing can be merged exactly; use inject() instead."
             )
     return weights
+
+
+def _set_aside(parameter: nn.Parameter) -> Tensor:
+    """A copy of a weight in host memory: an accelerator has no room for a second model."""
+    if parameter.device.type != "cuda":
+        return parameter.detach().to("cpu", copy=True)
+    host = torch.empty_like(parameter, device="cpu", pin_memory=True)
+    return host.copy_(parameter, non_blocking=True)  # ordered before what changes the weight
 
 
 def _pieces(delta: Tensor, parameters: list[nn.Parameter]) -> Sequence[Tensor]:

@@ -112,6 +112,52 @@ def test_windows_repeat_the_index_item_by_item(base, x):
     torch.testing.assert_close(result, expected)
 
 
+class Counting(TorchDispatchMode):
+    """Names of the operations that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("batch", "index"), [(1, None), (3, None), (2, [1, 0, 1])])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_gradients_two_products_add_to_the_output(base, x, batch, index, dtype):
+    base.to(dtype)
+    given = x.to(dtype)
+    lora = random_lora(LoRALayout.of(base, rank=2), batch)
+    with inject(base, lora, 0.7, index):
+        expected = base(given)  # with gradients: out of place
+        with torch.no_grad():
+            outputs = [base(given) for _ in range(2)]
+            with Counting() as seen:
+                outputs.append(base(given))
+    limit = {torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
+    for value in outputs:
+        torch.testing.assert_close(value, expected, rtol=limit, atol=limit)
+    assert torch.equal(given, x.to(dtype))
+    added = [name for name in seen.names if name in ("aten::addmm_", "aten::baddbmm_")]
+    assert len(added) >= 6  # one for each Linear; convolutions may give their output other strides
+    assert "aten::index" not in seen.names  # each item's factors were picked before
+
+
+def test_an_output_that_is_not_dense_is_left_as_it_is(x):
+    class Transposing(nn.Linear):
+        def forward(self, value):
+            return super().forward(value).mT.contiguous().mT
+
+    model = nn.ModuleDict({"b": nn.ModuleList([nn.ModuleDict({"fc": Transposing(8, 8)})])})
+    lora = random_lora(LoRALayout.of(model, rank=2))
+    with inject(model, lora):
+        expected = model["b"][0]["fc"](x)
+        with torch.no_grad():
+            torch.testing.assert_close(model["b"][0]["fc"](x), expected)
+
+
 def test_strength_by_pattern(base, x):
     layout = LoRALayout.of(base, rank=2)
     lora = random_lora(layout)

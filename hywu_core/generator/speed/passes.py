@@ -257,8 +257,8 @@ class FusedPasses(Passes):
 
     def settle(self, bias: Tensor | None) -> None:
         if self.switches.pending_bias and bias is not None:
-            added = bias.float()
-            self._pending = added if self._pending is None else self._pending + added
+            # float32 plus a narrower dtype is float32
+            self._pending = bias.float() if self._pending is None else self._pending + bias
 
     @property
     def pending(self) -> Tensor | None:
