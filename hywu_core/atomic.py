@@ -91,13 +91,15 @@ def atomic_folder(
             new.mkdir()
             aside.parent.mkdir()
             yield new
-            _refuse_existing(path, overwrite)
-            if path.exists():
+            if overwrite and path.exists():
                 _keep_others(path, new, drop)
             for file in new.rglob("*"):
                 if file.is_file() and not file.is_symlink():
                     _sync(file)
-            _swap(path, new, aside)
+            if overwrite:
+                _swap(path, new, aside)
+            else:
+                _place_folder(new, path)
             _sync_folder(path.parent)
         except (OSError, SafetensorError) as error:
             raise HYWUError(f"{path}: can't be written ({reason(error)}).") from error
@@ -170,6 +172,16 @@ def _place(part: Path, path: Path, overwrite: bool) -> None:
         except OSError:  # a file system without hard links
             _refuse_existing(path, overwrite)
     os.replace(part, path)
+
+
+def _place_folder(new: Path, path: Path) -> None:
+    """Rename a folder to where nothing is; of several at once one wins."""
+    try:
+        os.rename(new, path)
+    except OSError:
+        # no rename takes the place of a folder that holds something, nor on Windows of an empty one
+        _refuse_existing(path, overwrite=False)
+        raise
 
 
 def _prefix(path: Path) -> str:

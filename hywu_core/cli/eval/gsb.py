@@ -111,7 +111,7 @@ def _serve(args: argparse.Namespace) -> int:
         say(f"Voting page: {url}")
         say("Whoever has the whole link can vote. Ctrl+C stops; votes are kept.")
 
-    serve(args.session, args.host, args.port, args.allow_host, ready)
+    serve(args.session, args.host, args.port, args.allow_host, ready, say)
     return 0
 
 

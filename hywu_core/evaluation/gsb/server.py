@@ -8,9 +8,13 @@ across origins without permission, which is never given; Host and Origin are che
 from __future__ import annotations
 
 import asyncio
+import errno
 import hmac
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+import re
+import socket
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
@@ -30,6 +34,8 @@ STATIC = {
     "icon.svg": ("icon.svg", "image/svg+xml"),
 }
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+#: Stands in a set of host names for every address in numbers.
+ANY_NUMBER = "*"
 MAX_BODY = 4096
 MAX_VOTER = 64
 HEADERS = {
@@ -58,6 +64,7 @@ def routes(
     be addressed to (None: any, for servers that do their own check).
     """
     web = need("aiohttp.web", "to serve the voting page", "aiohttp")
+    payload = need("aiohttp", "to serve the voting page")
 
     def reply(data: Mapping[str, Any], status: int = 200) -> Any:
         return web.json_response(data, status=status, headers=HEADERS)
@@ -75,6 +82,9 @@ def routes(
                 return reply({"error": str(error)}, 400)
             except (web.HTTPException, asyncio.CancelledError):
                 raise
+            except (ConnectionError, payload.ClientPayloadError):
+                log.debug("A client hung up in the middle of %s", request.path)
+                return reply({"error": "The request broke off."}, 400)
             except Exception:
                 log.exception("The voting page failed on %s", request.path)
                 return reply({"error": "The server failed; its log says why."}, 500)
@@ -128,8 +138,11 @@ def routes(
 
 def _check_address(request: Any, hosts: frozenset[str] | None) -> None:
     address = request.headers.get("Host", "")
-    if hosts is not None and _split("//" + address).hostname not in hosts:
-        raise Refused(403, "This server doesn't answer to that host name.")
+    if hosts is not None:
+        name = (_split("//" + address).hostname or "").removesuffix(".")
+        # Only names can be pointed at this machine by a stranger: numbers of it are as good as each other
+        if name not in hosts and not (ANY_NUMBER in hosts and _number(name)):
+            raise Refused(403, "This server doesn't answer to that host name.")
     origin = request.headers.get("Origin")
     if origin is not None and _split(origin).netloc != address:
         raise Refused(403, "Requests from other sites are refused.")
@@ -173,36 +186,104 @@ async def _body(request: Any, *names: str) -> dict[str, str]:
     return {name: body[name] for name in fields}
 
 
-def serve(folder: Path, host: str, port: int, extra_hosts: list[str], ready: Callable) -> None:
-    """Serve one session until interrupted; ready(url) is called once the port is open.
+def allowed_hosts(host: str, more: Iterable[str]) -> frozenset[str]:
+    """The host names that requests may be addressed to, in lower case.
 
-    Raises HYWUError when aiohttp is missing, OSError when the port is taken.
+    host: what is listened on; more: names that voters use, with or without scheme, port and capitals.
+    Raises HYWUError on a text that holds no host name.
     """
+    found = {*LOOPBACK, host.lower()}
+    number = _number(host)
+    if number is not None and not number.is_loopback:
+        found.add(ANY_NUMBER)
+    for text in more:
+        text = text.strip()
+        parts = _split(text if "://" in text else "//" + text)
+        name = (parts.hostname or "").removesuffix(".")
+        if "@" in parts.netloc or (
+            not _number(name) and not re.fullmatch(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*", name)
+        ):
+            raise HYWUError(
+                f"--allow-host is '{text}'; give a host name as voters type it, such as votes.example.org."
+            )
+        found.add(name)
+    return frozenset(found)
+
+
+def _number(name: str) -> IPv4Address | IPv6Address | None:
+    """The address that a host name is in numbers; None for a name."""
+    try:
+        return ip_address(name)
+    except ValueError:
+        return None
+
+
+def _own_address() -> str:
+    """The address of this machine that others in its network reach it by; the loopback's without one."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # sends nothing: the system only chooses an interface
+            return probe.getsockname()[0]
+        except OSError:
+            return "127.0.0.1"
+
+
+def serve(
+    folder: Path,
+    host: str,
+    port: int,
+    extra_hosts: Sequence[str],
+    ready: Callable[[str], None],
+    warn: Callable[[str], None] = log.warning,
+) -> None:
+    """Serve one session until interrupted.
+
+    ready: called with the link once the port is open; warn: called with what an operator should know.
+    Raises HYWUError when aiohttp is missing or an argument can't be used, OSError when the port is taken.
+    """
+    if not 0 <= port <= 65535:
+        raise HYWUError(f"--port is {port}; it must be 0 to 65535 (0 takes a free one).")
     web = need("aiohttp.web", "to serve the voting page", "aiohttp")
     store = Store(folder)
-    hosts = LOOPBACK | {host} | set(extra_hosts)
     app = web.Application(client_max_size=MAX_BODY)
 
     def find(name: str) -> Store | None:
         return store if name == "session" and store.is_current() else None
-
-    for row in routes(find, "/gsb", hosts):
-        app.router.add_route(*row)
 
     async def main() -> None:
         runner = web.AppRunner(app, access_log=None)
         await runner.setup()
         site = web.TCPSite(runner, host, port)
         try:
-            await site.start()
-            bound = runner.addresses[0][1]
-            shown = f"[{host}]" if ":" in host else host
+            await _start(site, host)
+            number, bound = _number(host), runner.addresses[0][1]
+            shown = _own_address() if number is not None and number.is_unspecified else host
+            shown = f"[{shown}]" if ":" in shown else shown
+            if host not in LOOPBACK and not (number is not None and number.is_loopback):
+                warn(
+                    f"Listening on {host}: whoever reaches this machine's port {bound} gets the page, and "
+                    "the connection is not encrypted. Outside a network that you trust put a server with "
+                    "https before it."
+                )
             ready(f"http://{shown}:{bound}/gsb/#session:{store.about['token']}")
             await asyncio.Event().wait()
         finally:
             await runner.cleanup()
 
     try:
+        for row in routes(find, "/gsb", allowed_hosts(host, extra_hosts)):
+            app.router.add_route(*row)
         asyncio.run(main())
     finally:
         store.close()
+
+
+async def _start(site: Any, host: str) -> None:
+    try:
+        await site.start()
+    except socket.gaierror as error:
+        raise HYWUError(f"--host is '{host}', which is no address ({error.strerror}).") from error
+    except OSError as error:
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise HYWUError(f"--host is '{host}', which is no address of this machine.") from error
+        raise

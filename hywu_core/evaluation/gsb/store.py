@@ -8,21 +8,25 @@ the same pair is refused, never counted.
 from __future__ import annotations
 
 import os
+import re
 import sqlite3
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-from ...errors import HYWUError
+from ...errors import HYWUError, printable
 
 DATABASE = "session.sqlite3"
 IMAGES = "images"
 FORMAT = "hywu-gsb-1"
 VERDICTS = ("good", "same", "bad")
+
+#: Keys of a session's settings.
+ABOUT = ("name", "method_a", "method_b", "seed", "token", "pairs_per_voter")
 
 SCHEMA = """
 CREATE TABLE about (key TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -91,16 +95,39 @@ class Store:
                 "SELECT pair, item, instruction, source, a, b FROM pairs ORDER BY item"
             )
             self.pairs = {row[0]: Pair(*row) for row in rows}
-        except sqlite3.DatabaseError as error:
+            problem = self._problem()
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+            problem = f"can't be read as a voting session: {error}"
+        if problem:
             self._db.close()
-            raise HYWUError(f"{path} can't be read as a voting session: {error}.") from error
-        if self.about.get("format") != FORMAT:
-            self._db.close()
-            raise HYWUError(
-                f"{path} has format {self.about.get('format')}, this version reads {FORMAT}: "
-                "make the session again with this version."
-            )
+            raise HYWUError(f"{path}: {problem}.")
         self.images = {i for p in self.pairs.values() for i in (p.source, p.a, p.b)}
+
+    def _problem(self) -> str:
+        """What is wrong with an opened session; "" when nothing is."""
+        if self.about.get("format") != FORMAT:
+            return (
+                f"has format {self.about.get('format')}, this version reads {FORMAT}: make the session again "
+                "with this version"
+            )
+        texts = [value for pair in self.pairs.values() for value in astuple(pair)]
+        if not self.pairs or not all(isinstance(text, str) for text in texts):
+            return "is damaged: it holds no pairs, or such that are no text"
+        images = [image for p in self.pairs.values() for image in (p.source, p.a, p.b)]
+        if not all(re.fullmatch(r"[0-9a-f]+", image) for image in images):
+            return "is damaged: it names images by what is no name of ours"
+        lacking = [key for key in ABOUT if not self.about.get(key)]
+        numbers = [self.about.get(key, "") for key in ("seed", "pairs_per_voter")]
+        if lacking or not all(re.fullmatch(r"\d{1,30}|-\d{1,30}", n) for n in numbers):
+            return f"is damaged: its settings lack {', '.join(lacking) or 'a whole number'}"
+        if int(numbers[1]) < 0:
+            return "is damaged: its pairs per voter are fewer than none"
+        for table in ("votes", "undone"):
+            self._db.execute(f"SELECT voter, pair, verdict, a_on_left, time FROM {table} LIMIT 1")
+        strange = self._db.execute(
+            "SELECT COUNT(*) FROM votes WHERE pair NOT IN (SELECT pair FROM pairs)"
+        ).fetchone()
+        return "is damaged: it holds votes on pairs that it doesn't have" if strange[0] else ""
 
     def close(self) -> None:
         """Close the database."""
@@ -182,7 +209,7 @@ def write_session(path: Path, about: Mapping[str, Any], pairs: list[Pair]) -> No
     """Write a new session's database."""
     with closing(sqlite3.connect(path)) as db, db:
         db.executescript(SCHEMA)
-        rows = [(key, str(value)) for key, value in {**about, "format": FORMAT}.items()]
+        rows = [(key, printable(str(value))) for key, value in {**about, "format": FORMAT}.items()]
         db.executemany("INSERT INTO about VALUES (?, ?)", rows)
         db.executemany(
             "INSERT INTO pairs VALUES (?,?,?,?,?,?)",
