@@ -32,6 +32,34 @@ def test_orthogonalized_keeps_the_singular_vectors(shape):
     torch.testing.assert_close(u * values[:, None] @ vh, made, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("shape", [(1, 200, 300), (3, 300, 200), (2, 129, 129), (1, 256, 512)])
+def test_symmetric_products_by_blocks_change_nothing_but_rounding(shape, monkeypatch):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    by_blocks = orthogonalized(x)
+    monkeypatch.setattr(muon, "BLOCK", 10_000)
+    torch.testing.assert_close(by_blocks, orthogonalized(x), atol=2e-6, rtol=1e-4)
+    both = orthogonalized(torch.cat([x, x]))
+    torch.testing.assert_close(both[: len(x)], by_blocks, atol=2e-6, rtol=1e-4)
+
+
+def test_the_fused_adamw_of_a_device_steps_alike_and_is_kept(monkeypatch):
+    """On the CPU, which has it too: its count of steps lies with the weights, also after loading a state."""
+    torch.manual_seed(0)
+    modules = [nn.ModuleDict({"a": nn.Linear(6, 6), "b": nn.LayerNorm(6)}) for _ in range(2)]
+    modules[1].load_state_dict(modules[0].state_dict())
+    optimizers = [Muon(m, LR, fused=fused) for m, fused in zip(modules, (False, True), strict=True)]
+    for step in range(3):
+        for module, optimizer in zip(modules, optimizers, strict=True):
+            generator = torch.Generator().manual_seed(step)
+            for parameter in module.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            optimizer.step()
+    for one, two in zip(*(m.parameters() for m in modules), strict=True):
+        torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-5)
+    assert optimizers[1]._adamw.defaults["fused"]
+    assert not optimizers[0]._adamw.defaults["fused"]
+
+
 def test_a_matrix_steps_as_with_the_muon_of_torch(monkeypatch):
     reference = getattr(torch.optim, "Muon", None)
     if reference is None:
