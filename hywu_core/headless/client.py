@@ -155,7 +155,7 @@ class Client:
         body = {"prompt": graph, "client_id": self.id, "prompt_id": prompt}
         status, raw = await self.call("POST", "/prompt", json=body)
         try:
-            answer = parse_json(raw, "the answer")
+            answer = parse_json(raw, "the answer", finite=False)
         except HYWUError:
             answer = {"error": self._said(raw)}
         if status in (404, 405):

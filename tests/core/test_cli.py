@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import hywu_core
@@ -18,8 +19,10 @@ from hywu_core.cli import generate as generate_command
 from hywu_core.cli import inspect as inspect_command
 from hywu_core.cli import main
 from hywu_core.errors import need
-from hywu_core.files import HEADER, read_header
+from hywu_core.evaluation.store import Judgement, JudgementStore, StoreName
+from hywu_core.files import HEADER, read_header, write_json
 
+ROOT = Path(__file__).parents[2]
 DENSE = Path(__file__).parent / "golden" / "dense"
 
 
@@ -288,3 +291,89 @@ def test_what_of_a_foreign_lora_cannot_be_read_is_left_out_only_when_asked(tmp_p
     assert main(["convert", str(path), str(out), "--skip-missing"]) == 0
     assert "left out: 1 entries: a.0.q.dora_scale\n" in capsys.readouterr().out
     assert load_lora(out).provenance["left_out"]["count"] == 1
+
+
+def lines_of(capsys) -> list[str]:
+    return capsys.readouterr().out.splitlines()
+
+
+@pytest.fixture
+def files(tmp_path, lora):
+    """Files of ours, one of each kind."""
+    made = load_lora(lora)
+    provenance = {f"field {i}": {"nested": list(range(50))} for i in range(30)}
+    wide = hywu_core.GeneratedLoRA(
+        made.layout, made.factors, {**provenance, "instruction": "x" * 900}
+    )
+    condition = hywu_core.Condition({"text": torch.ones(1, 3, 4)}, {}, "f", {"instruction": ["a"]})
+    results = tmp_path / "results"
+    results.mkdir()
+    write_json(results / "hywu_run.json", {"format": "hywu-results-1", "benchmark": "folder"})
+    (results / "00001.png").write_bytes(b"x" * 10)
+    name = StoreName("gpt", "chat-1", "wu-eval", "ours-1")
+    with JudgementStore(tmp_path, name, writable=True) as store:
+        store.append(Judgement("t/en/1", "wu-eval", "p", "q", "answered", "{}"))
+        store.append(Judgement("t/en/2", "wu-eval", "p", "q", "failed", "{}"))
+    return {
+        "generator": DENSE,
+        "hywu-lora-1": wide.save(tmp_path / "wide"),
+        "hywu-lora-peft-1": wide.select(0).save(tmp_path / "peft", "peft"),
+        "hywu-condition-1": condition.save(tmp_path / "made condition"),
+        "hywu-editor-1": next((ROOT / "hywu_core").rglob("weights/editor.safetensors")),
+        "evaluation results": results,
+        "hywu-judgements-1": store.path,
+    }
+
+
+KINDS = (
+    "generator", "hywu-lora-1", "hywu-lora-peft-1", "hywu-condition-1", "hywu-editor-1",
+    "evaluation results", "hywu-judgements-1",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_inspect_knows_our_files_and_fits_a_screen(files, kind, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["inspect", str(files[kind])]) == 0
+    shown = lines_of(capsys)
+    assert shown[0].replace("2", "1") == f"kind: {kind}"
+    assert len(shown) <= 24
+    assert max(map(len, shown)) <= 80
+    assert main(["inspect", str(files[kind]), "--full"]) == 0
+    full = lines_of(capsys)
+    assert not [line for line in full if "--full" in line]
+    if kind == "hywu-lora-1":
+        assert any("--full" in line for line in shown)
+        assert any("x" * 900 in line for line in full)
+    assert main(["inspect", str(files[kind]), "--json"]) == 0
+    json.loads(capsys.readouterr().out)
+
+
+def test_inspect_tells_a_condition_and_judgements(files, capsys):
+    assert main(["inspect", str(files["hywu-condition-1"])]) == 0
+    assert any(line.startswith("parts.text [1, 3, 4]") for line in lines_of(capsys))
+    assert main(["inspect", str(files["hywu-judgements-1"])]) == 0
+    shown = lines_of(capsys)
+    assert [line.split() for line in shown[-2:]] == [["answered", "1"], ["failed", "1"]]
+
+
+def test_inspect_shows_nothing_that_steers_a_terminal(tmp_path, lora, capsys):
+    made = load_lora(lora)
+    odd = hywu_core.GeneratedLoRA(made.layout, made.factors, {"instruction": "a\x1b[2Jb\u202ec"})
+    assert main(["inspect", str(odd.save(tmp_path / "odd"))]) == 0
+    out = capsys.readouterr().out
+    assert "a\\x1b[2Jb\\u202ec" in out
+    assert "\x1b" not in out
+
+
+@pytest.mark.parametrize("format", ["comfyui", "peft"])
+def test_inspect_does_not_believe_a_header(tmp_path, lora, capsys, format):
+    path = load_lora(lora).select(0).save(tmp_path / "x", format)
+    weights = path / "adapter_model.safetensors" if path.is_dir() else path
+    with safe_open(str(weights), "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(weights)
+    tensors.pop(next(key for key in tensors if not key.endswith("alpha")))
+    save_file(tensors, weights, metadata=metadata)
+    assert main(["inspect", str(path)]) == 1
+    assert "another program changed it" in capsys.readouterr().err

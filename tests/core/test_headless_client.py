@@ -148,6 +148,15 @@ def test_the_end_is_found_without_the_websocket(server, run, tmp_path, socket):
     assert server.sockets > (1 if socket == "closed in mid-run" else 0)
 
 
+def test_a_record_may_hold_what_a_node_failed_with(server, run, capsys):
+    """ComfyUI's JSON has NaN where a graph had it."""
+    server.events = []
+    failed = ["execution_error", {**FAILED, "current_inputs": {"strength": float("nan")}}]
+    server.status = {**RECORDED, "messages": [failed]}
+    assert run() == 5
+    assert "Node 2 (SaveImage) failed" in capsys.readouterr().err
+
+
 def test_a_proxy_that_stumbles_is_asked_again(server, run, tmp_path):
     server.events, server.broken, server.outputs = [], 3, {"2": {"text": ["made"]}}
     assert run() == 0
