@@ -142,7 +142,8 @@ def test_without_gradients_two_products_add_to_the_output(base, x, batch, index,
     assert torch.equal(given, x.to(dtype))
     added = [name for name in seen.names if name in ("aten::addmm_", "aten::baddbmm_")]
     assert len(added) >= 6  # one for each Linear; convolutions may give their output other strides
-    picked = seen.names.count("aten::index")  # of a Linear's factors before, of others' at each call
+    # a Linear's factors were picked before, others' are at each call
+    picked = seen.names.count("aten::index")
     assert picked == (2 * (9 - len(added)) if index else 0)
 
 
