@@ -22,6 +22,7 @@ from ...hywu_core.discovery import is_pointwise_conv, submodule, target_shape
 from ...hywu_core.errors import HYWUError
 from ...hywu_core.injection import conv_delta, linear_delta, target_strengths
 from ...hywu_core.lora import GeneratedLoRA
+from .resident import resident
 
 log = logging.getLogger(__name__)
 
@@ -230,6 +231,7 @@ def _unmerged(
 ) -> None:
     unmerged = Unmerged(lora, active, scope)
     key = f"hywu_{uuid.uuid4().hex[:8]}"
+    patched.set_additional_models(key, [unmerged.resident])
     patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, key, unmerged)
     patched.add_callback_with_key(CallbacksMP.ON_CLEANUP, key, unmerged.release)
 
@@ -245,16 +247,21 @@ class Unmerged:
     ) -> None:
         self.lora, self.scope = lora, scope
         self.active = active
+        self.resident = resident(lora)
         self._placed: dict[tuple[torch.device, torch.dtype], GeneratedLoRA] = {}
 
     def release(self, *_: Any) -> None:
-        """After sampling: the LoRA is in host memory only."""
+        """After sampling: only ComfyUI's memory manager keeps the LoRA on the device, or not."""
         self._placed.clear()
 
     def on(self, x: Tensor) -> GeneratedLoRA:
+        """The LoRA beside x: as ComfyUI has loaded it, or a copy for the length of the sampling."""
+        held = self.resident.model.lora.placed
+        if (held.device, held.dtype) == (x.device, x.dtype):
+            return held
         key = (x.device, x.dtype)
         if key not in self._placed:
-            self._placed[key] = self.lora.to(x.device, x.dtype)
+            self._placed[key] = held.to(x.device, x.dtype, non_blocking=True)
         return self._placed[key]
 
     def _now(self, model: nn.Module, sigma: Tensor) -> bool:

@@ -28,6 +28,7 @@ from ...hywu_core.lora import GeneratedLoRA
 from . import operations
 from .cache import CACHE
 from .paths import generator_path
+from .resident import keep, to_host
 
 log = logging.getLogger(__name__)
 
@@ -202,9 +203,10 @@ def generate(generator: HostGenerator, condition: Condition) -> tuple[GeneratedL
     lora = CACHE.get(key)
     cached = lora is not None
     if lora is None:
-        lora = generator.run(condition).to("cpu")
-        lora.check_finite()
+        placed = generator.run(condition)
+        lora = to_host(placed)
         CACHE.put(key, lora)
+        keep(lora, placed)
     return lora, time.perf_counter() - start, cached
 
 

@@ -24,7 +24,7 @@ class Linear(torch.nn.Linear, comfy.ops.CastWeightBiasOp):
         """Weight and bias on like's device in its dtype; see `hywu_core.generator.layers`."""
         if self.weight_scale is not None:
             weight, bias = comfy.ops.cast_bias_weight(self, like)
-            return weight.mul_(self.weight_scale.to(like.device)), bias
+            return weight.mul_(self.weight_scale.to(like.device, non_blocking=True)), bias
         ready = self.weight.device == like.device and self.weight.dtype == like.dtype
         if ready and not self.weight_function and not self.bias_function:
             return self.weight, self.bias

@@ -107,4 +107,4 @@ SAME = 2
 
 def levels(one: Tensor, two: Tensor) -> float:
     """Largest difference in levels of 255."""
-    return float((one - two).abs().max() * 255)
+    return float(((one - two).abs().max() * 255).round(decimals=3))
