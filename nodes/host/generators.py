@@ -7,11 +7,13 @@ import threading
 import time
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import comfy.model_management as mm
 import comfy.model_patcher
 import comfy.utils
 import torch
+from comfy.patcher_extension import CallbacksMP
 from torch import nn
 
 from ...hywu_core import fingerprint
@@ -70,6 +72,7 @@ class HostGenerator:
         self.patcher = comfy.model_patcher.ModelPatcher(
             network, mm.get_torch_device(), mm.unet_offload_device()
         )
+        self.patcher.add_callback(CallbacksMP.ON_DETACH, self._forget_graphs)
 
     @property
     def reads(self) -> Reads:
@@ -84,6 +87,10 @@ class HostGenerator:
         """
         precision = f"{self.dtype}{f', {FP8_WEIGHTS}' if self.fp8 else ''}"
         return (self._weights.result(), precision)
+
+    def _forget_graphs(self, *_: Any) -> None:
+        """When ComfyUI takes the weights off the device: graphs hold memory there, too."""
+        self.patcher.model.graphs = None
 
     def get_ram_usage(self) -> int:
         return self.patcher.model_size()
