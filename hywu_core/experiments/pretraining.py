@@ -54,13 +54,19 @@ STAGES = (
 
 
 class PretrainingBase(EditorBase):
-    """The editor as it is pretrained: sampling starts at t = 1, where the error counts whole, so half of
-    the draws lie above 0.7.
+    """The editor as it is pretrained: half of the draws are at t = 1, where sampling starts, the others of
+    the square root of a uniform draw.
+
+    Below t = 1 the noisy image shows the edit, and a network learns to clean it long before it learns to read
+    the instruction.
     """
 
     def draw(self, batch: Batch, seed: int) -> Draws:
         draws = super().draw(batch, seed)
-        return {**draws, "t": draws["t"].sqrt().clamp_min(1e-3)}
+        t = draws["t"].sqrt().clamp_min(1e-3)
+        generator = torch.Generator().manual_seed(seed + 1)
+        begin = torch.rand(len(batch), generator=generator) < 0.5
+        return {**draws, "t": torch.where(begin, torch.ones_like(t), t)}
 
 
 class PretrainingBatches:

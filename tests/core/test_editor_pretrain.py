@@ -134,3 +134,13 @@ def test_the_command_goes_through_its_stages_and_on(pool, tmp_path, monkeypatch,
     assert torch.equal(editor.time1.weight, last.time1.weight)
     assert main([*command, "--lr", "0.5"]) == 1
     assert "other settings" in capsys.readouterr().err
+
+
+def test_half_of_the_draws_are_where_sampling_starts(pool):
+    base = module.PretrainingBase(make_editor())
+    batch = module.PretrainingBatches(pool, 60, 16)(0)
+    t = base.draw(batch, 3)["t"]
+    assert 20 <= int((t == 1).sum()) <= 40
+    assert 0 < t.min() < 0.5
+    assert torch.equal(t, base.draw(batch, 3)["t"])
+    assert not torch.equal(t, base.draw(batch, 4)["t"])

@@ -348,7 +348,12 @@ class Editor(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Start as the identity: the correction is zero, and nothing is steered yet."""
+        """Start as the identity: the correction is zero, and nothing is steered yet, by a vector that
+        differs between instructions as much as it can.
+        """
+        for layer in (self.words, self.time1, self.time2, self.steer):
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+            layer.bias.zero_()
         self.scales[0].leave.weight.zero_()
         self.scales[0].leave.bias.zero_()
         for module in self.modules():
@@ -416,7 +421,7 @@ class Editor(nn.Module):
         """The vector that steers all blocks ``[B, S]``, from time and the mean of the words."""
         mean = (text * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).to(text)
         time = self.time2(F.silu(self.time1(time_embedding(t, TIME).to(text))))
-        return F.silu(self.steer(F.silu(time + self.words(mean))))
+        return F.silu(self.steer(F.silu(norm(time) + self.words(norm(mean)))))
 
     def _down(self, pixels: Tensor, steer: Tensor) -> tuple[Tensor, list[Tensor]]:
         """What enters the coarsest scale, and what the finer ones keep for the way up."""
