@@ -83,7 +83,7 @@ def test_training_lowers_the_loss(pool, tmp_path):
         return sum(base.loss(editor, b, base.draw(b, 1)).mean().item() for b in examples)
 
     before = loss(make_editor())
-    config = TrainConfig(40, 12, 5e-3, warmup=2, ema=0.9, optimizer="muon")
+    config = TrainConfig(100, 12, 1e-2, warmup=2, ema=0.9, optimizer="muon")
     module.pretrain(
         make_editor(), pool, config, tmp_path / "run", module.Stage("s", "mse", size=32)
     )
