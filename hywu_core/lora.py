@@ -203,17 +203,6 @@ class GeneratedLoRA:
         factors = {key: change(value) for key, value in self.factors.items()}
         return replace(self, factors=factors, provenance=provenance)
 
-    @classmethod
-    def concat(cls, loras: Sequence[GeneratedLoRA]) -> GeneratedLoRA:
-        """One batch out of several of the same layout. Provenance entries that differ become lists."""
-        if not loras:
-            raise HYWUError("Nothing to concatenate: the list of LoRAs is empty.")
-        first = loras[0]
-        if any(lora.layout != first.layout for lora in loras):
-            raise HYWUError("LoRAs of different layouts can't form one batch.")
-        factors = {key: torch.cat([lora.factors[key] for lora in loras]) for key in first.factors}
-        return cls(first.layout, factors, _join_provenance(loras))
-
     def blend(self, other: GeneratedLoRA, weight: float) -> GeneratedLoRA:
         """``(1 - weight)·self + weight·other`` in weight space: the ranks are concatenated.
 
@@ -234,21 +223,6 @@ class GeneratedLoRA:
                 factors[key] = torch.cat([value * first, theirs * second], dim=-1)
         layout = self.layout.with_rank(rank)
         return GeneratedLoRA(layout, factors, _mixture("blend", self, other, weight))
-
-    def interpolate(self, other: GeneratedLoRA, weight: float) -> GeneratedLoRA:
-        """Each factor interpolated: keeps the rank, but is a mixture of the weights only at 0 and 1."""
-        self._check_mixable(other, weight)
-        if self.rank != other.rank:
-            raise HYWUError(
-                f"Interpolation needs equal ranks, these are {self.rank} and {other.rank}; use "
-                "blend, which concatenates them."
-            )
-        ratio = other.scale / self.scale
-        factors = {}
-        for key, value in self.factors.items():
-            value, theirs = _alike(value, other.factors[key])
-            factors[key] = torch.lerp(value, theirs * ratio if key[2] == "B" else theirs, weight)
-        return GeneratedLoRA(self.layout, factors, _mixture("interpolate", self, other, weight))
 
     def _check_mixable(self, other: GeneratedLoRA, weight: float) -> None:
         if not weight == weight or abs(weight) == float("inf"):
@@ -285,10 +259,13 @@ class GeneratedLoRA:
                     result[stack.target(n, m)] = values[:, n] * abs(self.scale)
         return {path: result[path] for path in self}
 
+    @torch.no_grad()
     def is_finite(self) -> Tensor:
         """Scalar bool tensor on the LoRA's device; reading it is what waits for the device."""
         held = self.grids or tuple(self.factors.values())
-        return torch.stack([torch.isfinite(value).all() for value in held]).all()
+        # both ends pass NaN on; isfinite of all values would make copies of them
+        ends = [end for value in held for end in torch.aminmax(value.detach())]
+        return torch.isfinite(torch.stack(ends)).all()
 
     def check_finite(self, what: str = "The generated LoRA") -> None:
         """Raise HYWUError, naming targets, when a value is NaN or infinite. Waits for the device."""
@@ -356,22 +333,6 @@ def _layer_of(path: str) -> str:
         if part.isdigit() and i:
             return ".".join(parts[: i + 1])
     return ""
-
-
-def _join_provenance(loras: Sequence[GeneratedLoRA]) -> dict[str, Any]:
-    keys = dict.fromkeys(key for lora in loras for key in lora.provenance)
-    joined: dict[str, Any] = {}
-    for key in keys:
-        values = [lora.provenance.get(key) for lora in loras]
-        if all(value == values[0] and not isinstance(value, list) for value in values):
-            joined[key] = values[0]
-        else:
-            joined[key] = [
-                item
-                for value, lora in zip(values, loras, strict=True)
-                for item in (value if isinstance(value, list) else [value] * lora.batch_size)
-            ]
-    return joined
 
 
 def _mixture(kind: str, one: GeneratedLoRA, two: GeneratedLoRA, weight: float) -> dict[str, Any]:

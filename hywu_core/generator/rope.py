@@ -69,7 +69,10 @@ class StackTables:
         head, half, precision = config.head_dim, config.head_dim // 2, config.rope_precision
         tokens, layers, length = grid.num_tokens, grid.num_layers, grid.num_tokens * rows
         self._half, self._precision = half, precision
-        self.layers = Axes.of(axis_table(layers, head, precision, device))
+        # kernels read these as they lie
+        self.layers = Axes(
+            *(t.contiguous() for t in Axes.of(axis_table(layers, head, precision, device)))
+        )
         within = _two_axes(
             axis_table(tokens, half, precision, device)[:, None],
             axis_table(rows, half, precision, device)[None],

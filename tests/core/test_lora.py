@@ -47,27 +47,18 @@ def test_matrices_are_views_of_the_buffers():
         lora.factors[0, 0, "A"] = torch.zeros(1)
 
 
-def test_select_and_concat_are_inverse():
+def test_select_picks_items_and_names_those_that_are_not_there():
     lora = make(3)
     parts = [lora.select(i) for i in range(3)]
     assert parts[1]["out.fc"].A.data_ptr() == lora["out.fc"].A[1].data_ptr()
-    joined = GeneratedLoRA.concat(parts)
     for key, value in lora.factors.items():
-        assert torch.equal(joined.factors[key], value)
+        assert torch.equal(torch.cat([part.factors[key] for part in parts]), value)
     assert torch.equal(lora.select([2, 0])["out.fc"].B, lora["out.fc"].B[[2, 0]])
     with pytest.raises(HYWUError, match="Item 3 is out of range"):
         lora.select(3)
     for items in ([0, 3], slice(3, 5), torch.tensor([7])):
         with pytest.raises(HYWUError, match="Items .* out of range: the LoRA has 3 items"):
             lora.select(items)
-    with pytest.raises(HYWUError, match="empty"):
-        GeneratedLoRA.concat([])
-
-
-def test_concat_joins_provenance():
-    joined = GeneratedLoRA.concat([make(1, 0), make(2, 5)])
-    assert joined.provenance["seed"] == [0, 5, 5]
-    assert joined.select(0).provenance["seed"] == [0]
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0, -0.5])
@@ -90,17 +81,6 @@ def test_blend_loses_nothing_to_the_narrower_dtype():
             torch.testing.assert_close(product(mixed, path), sum(parts) / 2, rtol=1e-5, atol=1e-5)
 
 
-def test_interpolate_keeps_the_rank_and_is_exact_at_both_ends():
-    one, two = make(2, 0), make(2, 1, LAYOUT.with_rank(2, alpha=1.0))
-    for weight, end in ((0.0, one), (1.0, two)):
-        mixed = one.interpolate(two, weight)
-        assert mixed.rank == 2
-        for path in one:
-            torch.testing.assert_close(product(mixed, path), product(end, path))
-    with pytest.raises(HYWUError, match="equal ranks"):
-        one.interpolate(make(2, 1, LAYOUT.with_rank(3)), 0.5)
-
-
 def test_mixtures_refuse_what_does_not_fit():
     one = make(2)
     with pytest.raises(HYWUError, match="finite number"):
@@ -110,17 +90,13 @@ def test_mixtures_refuse_what_does_not_fit():
     other = LoRALayout((Stack(("c.0",), MODULES),), 2, 3.0)
     with pytest.raises(HYWUError, match="target different modules"):
         one.blend(make(2, 0, other), 0.5)
-    with pytest.raises(HYWUError, match="different layouts"):
-        GeneratedLoRA.concat([one, make(2, 0, other)])
 
 
 def test_mixing_with_scale_zero_first_is_refused():
     lora = make()
     nothing = GeneratedLoRA(replace(lora.layout, alpha=0.0), lora.factors, {})
-    for mix in (nothing.blend, nothing.interpolate):
-        with pytest.raises(HYWUError, match="scale 0"):
-            mix(lora, 0.5)
-    assert torch.equal(lora.interpolate(nothing, 1.0)["b.0.qkv"].B, 0 * lora["b.0.qkv"].B)
+    with pytest.raises(HYWUError, match="scale 0"):
+        nothing.blend(lora, 0.5)
 
 
 def test_norms_equal_those_of_the_product():
