@@ -29,8 +29,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--steps", type=int, default=12000, help="optimizer steps of the main stage (default 12000)"
     )
     parser.add_argument(
-        "--first-steps", type=int, default=600,
-        help="steps before, on the mean squared error (default 600)",
+        "--first-steps", type=int, default=800,
+        help="steps before, on the mean squared error (default 800)",
     )  # fmt: skip
     parser.add_argument(
         "--fine-steps", type=int, default=8000,

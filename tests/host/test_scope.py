@@ -6,7 +6,7 @@ import edit_graph as g
 import pytest
 
 #: Levels of 255 up to which pictures count as equal: rounding to bytes may fall either way.
-EQUAL = 1
+EQUAL = g.SAME
 
 
 def common() -> dict[str, dict]:
