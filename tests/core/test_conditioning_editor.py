@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hywu_core.bases.bundled.checkpoint import editor_identity
 from hywu_core.bases.bundled.transformer import TransformerConfig as EditorConfig
 from hywu_core.bases.bundled.transformer import TransformerEditor as Editor
+from hywu_core.encoders.bundled import EditorEncoder
 from hywu_core.errors import HYWUError
 from hywu_core.generator.config import GeneratorConfig
 from hywu_core.layout import LoRALayout
@@ -38,18 +40,23 @@ def test_padding_of_texts_changes_nothing_that_counts(base):
 
 
 def test_fingerprint_knows_pixels_text_and_encoder(base):
+    encode = EditorEncoder(base.module, editor_identity(base.module))
     image = torch.rand(1, 3, 16, 16)
-    first = base.encode(image, ["blur"]).fingerprint
-    assert first == base.encode(image.clone(), ["blur"]).fingerprint
+    first = encode(image, ["blur"]).fingerprint
+    assert first == encode(image.clone(), ["blur"]).fingerprint
     changed = image.clone()
     changed[0, 0, 3, 3] += 0.01
-    other = EditorBase(Editor(base.module.config))
+    other = Editor(base.module.config)
     prints = [
-        base.encode(changed, ["blur"]).fingerprint,
-        base.encode(image, ["sharpen"]).fingerprint,
-        other.encode(image, ["blur"]).fingerprint,
+        encode(changed, ["blur"]).fingerprint,
+        encode(image, ["sharpen"]).fingerprint,
+        EditorEncoder(other, editor_identity(other))(image, ["blur"]).fingerprint,
     ]
     assert len({first, *prints}) == 4
+
+
+def test_a_training_step_takes_no_fingerprint(base):
+    assert base.encode(torch.rand(1, 3, 16, 16), ["blur"]).fingerprint == ""
 
 
 @pytest.mark.parametrize("size", [(16, 16), (17, 33), (40, 70), (200, 64)])
