@@ -24,7 +24,7 @@ SIZES = {
     "SaveImage": (WIDTH, 350),
     "HYWUGenerateLoRA": (WIDTH, 330),
     "HYWULoadLoRA": (WIDTH, 330),
-    "HYWUInspectLoRA": (WIDTH, 340),
+    "HYWUInspectLoRA": (WIDTH, 260),
     "PreviewAny": (WIDTH, 330),
     "PrimitiveStringMultiline": (WIDTH, 120),
     "HYWUTrainGenerator": (WIDTH, 940),

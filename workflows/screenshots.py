@@ -179,10 +179,16 @@ def shoot_graph(server: str, path: Path) -> None:
     with playwright.sync_playwright() as started:
         browser = started.chromium.launch(executable_path=find_chromium(), args=FLAGS)
         context = browser.new_context(viewport={"width": SIZES[0][0], "height": SIZES[0][1]})
-        page = open_frontend(context, server, settings_of("nodes2"))
+        plain = {"Comfy.Minimap.Visible": False}
+        page = open_frontend(context, server, settings_of("nodes2") | plain)
         open_template(page, build.file_of(build.names()[0]).stem)
         page.evaluate("window.app.queuePrompt(0, 1)")
         page.wait_for_selector(".hywu-norm-map", timeout=600_000)
+        page.wait_for_function(
+            """() => window.app.graph._nodes.filter((n) => n.type === 'SaveImage')
+                 .every((n) => window.app.nodeOutputs[n.id]?.images?.length)""",
+            timeout=600_000,
+        )
         page.mouse.move(2, 2)
         page.wait_for_timeout(3000)
         boxes = page.evaluate(BOXES)
