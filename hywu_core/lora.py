@@ -248,7 +248,7 @@ class GeneratedLoRA:
     def norms(self) -> dict[str, Tensor]:
         """Frobenius norm of ``scale·B·A`` for every target: path -> float32 ``[B]``.
 
-        Through QR of the factors (``|B·A| = |R_B·R_Aᵀ|``), never forming the product. Experts count
+        Through QR of the factors (``|B·A| = |R_B·R_A^T|``), never forming the product. Experts count
         together. Stays on the device, but for those that have no QR (MPS).
         """
         result = {}
