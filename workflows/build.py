@@ -7,7 +7,8 @@ workflow there and makes the thumbnails and docs/pictures from what comes out.
 workflows/api/NAME.json is the graph as programs queue it. workflows/layouts/NAME.json says how a person sees
 it: `file`, the name in the template dialog; `instances`, the blueprints that stand for several of its nodes
 (`nodes`: path inside -> id in the API file); `notes`; `rows` of groups of columns of ids, of those of
-instances, `note:NAME`, or pixels left free; `sizes` of single nodes; `app`, inputs and outputs of App mode; and the rows of
+instances, `note:NAME`, or pixels left free; `sizes` of single nodes; `app`, inputs (node, widget, its name for
+people) and outputs of App mode; and the rows of
 images of the `thumbnail` (an input's file name, or the id of a SaveImage node).
 """
 
@@ -169,7 +170,9 @@ def workflow(name: str, graph: dict, layout: dict, info: dict) -> dict[str, Any]
     needed = dict.fromkeys(one for kind in kinds if kind for one in blueprints.used(kind))
     extra: dict[str, Any] = {"ds": view(nodes)}
     if app := layout.get("app"):
-        inputs = [[int(ident), widget] for ident, widget in app["inputs"]]
+        inputs = [[int(ident), widget] for ident, widget, _ in app["inputs"]]
+        for ident, widget, label in app["inputs"]:
+            name_widget(level.nodes[ident], widget, label)
         extra["linearData"] = {"inputs": inputs, "outputs": list(map(int, app["outputs"]))}
     return {
         "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"hywu/{name}")),
@@ -187,6 +190,11 @@ def workflow(name: str, graph: dict, layout: dict, info: dict) -> dict[str, Any]
         "extra": extra,
         "version": 0.4,
     }
+
+
+def name_widget(node: dict, widget: str, label: str) -> None:
+    """The words by which a person knows a widget, on the node and in App mode."""
+    next(one for one in node["inputs"] if one["name"] == widget)["label"] = label
 
 
 def view(nodes: list[dict]) -> dict[str, Any]:

@@ -72,7 +72,10 @@ def overlaps(boxes: list[list]) -> list[str]:
 def cut_texts(page: Any) -> list[str]:
     """Texts of the Vue renderer's toggles that are wider than the room they have."""
     return page.evaluate(
-        """() => [...document.querySelectorAll('[data-node-id] [role=radio], [data-node-id] button')]
+        """() => window.app.canvas.graph._nodes
+             .filter((n) => n.subgraph || n.type.startsWith('HYWU'))
+             .flatMap((n) => [...document.querySelectorAll(`[data-node-id="${n.id}"] button`),
+                              ...document.querySelectorAll(`[data-node-id="${n.id}"] [role=radio]`)])
              .filter((e) => e.textContent.trim() && e.scrollWidth > e.clientWidth + 1)
              .map((e) => `the text '${e.textContent.trim()}' is cut`)"""
     )
@@ -117,6 +120,16 @@ def enter(page: Any) -> None:
     page.wait_for_timeout(1200)
 
 
+def toggle_app(page: Any) -> None:
+    """Into App mode or back; the first time, its tour is skipped."""
+    page.evaluate("window.app.extensionManager.command.execute('Comfy.ToggleLinear')")
+    page.wait_for_timeout(1500)
+    skip = page.get_by_role("button", name="Skip")
+    if skip.count() and skip.first.is_visible():
+        skip.first.click()
+        page.wait_for_timeout(800)
+
+
 def shoot_templates(page: Any, folder: Path, renderer: str) -> Iterator[str]:
     """All templates, and in Nodes 2.0 their apps, in the page's window; yields what is wrong."""
     size = "{width}x{height}".format(**page.viewport_size)
@@ -128,11 +141,9 @@ def shoot_templates(page: Any, folder: Path, renderer: str) -> Iterator[str]:
         wrong = problems(page) if full else overlaps(page.evaluate(BOXES))
         yield from (f"{name}, {renderer}, {size}: {one}" for one in wrong)
         if build.layout_of(name).get("app") and renderer == "nodes2":
-            page.evaluate("window.app.extensionManager.command.execute('Comfy.ToggleLinear')")
-            page.wait_for_timeout(1500)
+            toggle_app(page)
             page.screenshot(path=folder / f"{name}_app_{size}.png")
-            page.evaluate("window.app.extensionManager.command.execute('Comfy.ToggleLinear')")
-            page.wait_for_timeout(800)
+            toggle_app(page)
 
 
 def shoot_blueprints(page: Any, folder: Path, renderer: str, info: dict) -> Iterator[str]:

@@ -30,7 +30,7 @@ def chromium() -> str:
 
 #: The frontend's own: with paid nodes switched off its page may not call their server, it asks for files (user
 #: style, last settings) that needn't be there, and a newer one asks an older server for what it doesn't have.
-NOISE = ("api.comfy.org", "status of 404", "[Jobs API]")
+NOISE = ("api.comfy.org", "status of 404", "[Jobs API]", "JobsApiError")
 
 
 class Servers:

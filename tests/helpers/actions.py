@@ -103,8 +103,8 @@ def wait_on_screen(page, selector: str, count: int, timeout: float = 20_000) -> 
     raise AssertionError(f"{on_screen(page, selector)} of {selector} on screen, not {count}")
 
 
-def add_by_search(page, name: str, class_name: str, at: tuple[int, int]) -> None:
-    """Double-click on the empty canvas, type, press Enter; the node comes to `at`."""
+def open_search(page, at: tuple[int, int]):
+    """The node search's field, after a double-click on the empty canvas."""
     from playwright.sync_api import TimeoutError as PlaywrightTimeout
 
     field = page.locator("input[role=combobox]:focus")
@@ -115,6 +115,12 @@ def add_by_search(page, name: str, class_name: str, at: tuple[int, int]) -> None
             field.wait_for(timeout=5_000)
             break
     field.wait_for(timeout=5_000)
+    return field
+
+
+def add_by_search(page, name: str, class_name: str, at: tuple[int, int]) -> None:
+    """Double-click on the empty canvas, type, press Enter; the node comes to `at`."""
+    field = open_search(page, at)
     field.fill(name)
     page.wait_for_timeout(1000)
     page.keyboard.press("Enter")

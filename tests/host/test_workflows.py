@@ -292,7 +292,9 @@ def test_an_app_names_widgets_and_outputs_that_there_are(name, info):
     app = workflow["extra"]["linearData"]
     nodes = {node["id"]: node for node in workflow["nodes"]}
     for ident, widget in app["inputs"]:
-        assert widget in [one["name"] for one in nodes[ident]["inputs"] if "widget" in one]
+        (named,) = [one for one in nodes[ident]["inputs"] if one["name"] == widget]
+        assert "widget" in named
+        assert named["label"][0].isupper()
     assert {nodes[ident]["type"] for ident in app["outputs"]} == {"SaveImage"}
 
 
