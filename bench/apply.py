@@ -45,7 +45,7 @@ def make_editor(folder: Path, tiny: bool) -> None:
     for layer in (
         editor.image_out,
         editor.modulate,
-    ):  # zero at first: nothing would reach the picture
+    ):  # zero at first: nothing would reach the image
         torch.nn.init.normal_(layer.weight, std=0.05)
     save_editor(editor, folder / "editor.safetensors", {})
 

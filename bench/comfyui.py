@@ -30,7 +30,7 @@ from hywu_core.headless.client import Client
 from hywu_core.headless.local import LocalServer
 
 PHOTO = "bench.png"
-#: The long run is about memory: a small picture keeps it short.
+#: The long run is about memory: a small image keeps it short.
 SMALL = "bench-small.png"
 
 
@@ -190,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--size", type=int, default=256, help="side of the picture in pixels")
+    parser.add_argument("--size", type=int, default=256, help="side of the image in pixels")
     parser.add_argument("--repeats", type=int, default=15, help="prompts of each kind")
     parser.add_argument("--prompts", type=int, default=200, help="of the long run; 0 leaves it out")
     parser.add_argument("--json", type=Path, help="also write the figures here")

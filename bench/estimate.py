@@ -11,7 +11,7 @@ workspaces aren't in it, and no times: the last columns divide by rates that are
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +51,18 @@ def _prepared(
     return lambda: generator.generate_grids(condition)
 
 
-def estimate(size: Size, name: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
-    """The figures of one size and variant: a call after the first, whose tables and prefix are kept."""
+def estimate(
+    size: Size, name: str, dtype: torch.dtype = torch.bfloat16, off: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The figures of one size and variant: a call after the first, whose tables and prefix are kept.
+
+    off: parts of the fast path to switch off, fields of `Switches`.
+    """
     ledger = Ledger()
     with pretended_cuda(ledger):
         config = size.config()
         generator = make(config, "cuda", dtype)
+        generator.switches = generator.switches.without(*off)
         condition = condition_of(size, config, dtype)
         run = _prepared(name, generator, condition)
         run()
@@ -96,6 +102,7 @@ def main() -> None:
     parser.add_argument(
         "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME"
     )
+    parser.add_argument("--off", nargs="+", default=[], metavar="PART", help="of the fast path")
     parser.add_argument("--tflops", type=float, default=750, help="bf16; default: %(default)s")
     parser.add_argument("--fp8-tflops", type=float, default=1300, help="default: %(default)s")
     parser.add_argument("--copy-gbs", type=float, default=2800, help="default: %(default)s")
@@ -108,7 +115,7 @@ def main() -> None:
         for name in args.variants:
             if name == "offloaded" and size_name != "official":
                 continue
-            one = figures[name] = estimate(size, name)
+            one = figures[name] = estimate(size, name, off=args.off)
             products, rest = one["seconds_at_rates"] = seconds(one, rates)
             over = one["peak_over_weights_bytes"]
             rows.append(

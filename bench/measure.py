@@ -100,7 +100,7 @@ def environment() -> dict[str, Any]:
 
 
 def write_json(path: Path | None, data: dict[str, Any]) -> None:
-    """Write `data` under the environment's facts; nothing where path is None."""
+    """Write `data` beside the environment; nothing where path is None."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"environment": environment(), **data}, indent=2) + "\n")

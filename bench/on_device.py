@@ -5,7 +5,7 @@
 
 First the bundled editor's pretraining and a generator's training are tried for some steps at each batch
 size, each a process of its own, through the same commands as anywhere; then the pretraining goes on at the
-batch size with the most crops a second until the time is over, and its weights go to --out in half
+batch size with the most crops per second until the time is over, and its weights go to --out in half
 precision, in files of at most 16 MiB, with the figures beside them. Its states stay in --runs, so that a
 later call goes on. The images are the packages' that `hywu train` uses.
 """

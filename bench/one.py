@@ -131,7 +131,7 @@ def _compare(figures: dict[str, Any], name: str, result: list[Tensor], path: Pat
 def sampled(grids: list[Tensor]) -> list[Tensor]:
     """Evenly spread values of every layer of token grids ``[B, layers, ...]``: ``[B, layers, n]``."""
     step = max(1, sum(grid.numel() for grid in grids) // SAMPLE_VALUES)
-    step += step > 1 and step % 2 == 0  # an odd one meets every column
+    step += step > 1 and step % 2 == 0  # one that isn't even meets every column
     return [grid.flatten(2)[..., ::step].contiguous() for grid in grids]
 
 

@@ -123,8 +123,8 @@ def kernels(probe: Probe) -> dict[str, Any]:
     if found is None:
         return {"skipped": "no Triton kernels on this device"}
     p, result = probe, {}
-    stream = p.random(1, p.layers, p.length, p.width)
-    view = stream.transpose(1, 2)[:, : p.sequences]
+    states = p.random(1, p.layers, p.length, p.width)
+    view = states.transpose(1, 2)[:, : p.sequences]
     weight, pending = p.random(p.width), p.random(p.width, dtype=torch.float32)
     expected = F.rms_norm(view.float() + pending, (p.width,), weight.float(), 1e-6)
     count = view.numel() * view.element_size()

@@ -1,7 +1,7 @@
 """ParameterGenerator: the HY-WU hypernetwork. Condition in, generated LoRA out.
 
 With one stack and one condition part it computes exactly what the official generator computes
-(Tencent HY-WU, facts only); beyond that, several stacks share one body, conditions have several parts,
+(Tencent HY-WU, read off its published code); beyond that, several stacks share one body, conditions have several parts,
 and everything works for any batch size.
 """
 

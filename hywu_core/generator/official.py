@@ -1,6 +1,6 @@
 """All that is known of Tencent's generator folder: its config.json, its shards, reading and writing.
 
-The form is read off the published inference code (Tencent-Hunyuan/HY-WU, facts only): one stack of
+The form is read off the published inference code (Tencent-Hunyuan/HY-WU, of which nothing is taken): one stack of
 numbered layers, one condition part, and a `pg_mapping` whose order in the file is the order of the tokens.
 """
 

@@ -1,7 +1,7 @@
 """Rotary position tables of the generator, kept separable, and their application.
 
 Interleaved pairs ``(x0, x1) -> (x0 cos - x1 sin, x0 sin + x1 cos)``, theta 10000 (RoFormer, Su et al.
-2021). Every attention of a block splits the head's pairs in two halves, one an axis, but for the
+2021). Every attention of a block splits the head's pairs in two halves, one per axis, but for the
 attention across layers, whose pairs all turn by the layer.
 """
 
@@ -59,7 +59,7 @@ class StackTables:
     """The position tables of one stack on one device.
 
     layers ``[1, N, hd/4, 2]`` twice: attention across layers. within ``[1, S, hd/4, 2]`` twice: token
-    index and row group. The query of the cross attention has one half a layer, one half a position
+    index and row group. The query of the cross attention has one half per layer, one half per position
     (`query_layer` ``[N, hd/4, 2]``, `query_position` ``[S, hd/4, 2]``): the whole table would have a
     row for every position of every layer.
     """

@@ -39,6 +39,31 @@ def test_the_reference_holds_what_the_issue_says():
     assert sum(eager["flops"].values()) == pytest.approx(config.flops(4000), rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("variant", "parts"),
+    [
+        ("ours", ("across", "pending_bias", "strided_accumulate")),
+        ("fp8", ("fp8_norm", "fp8_silu", "fp8_across")),
+    ],
+)
+def test_each_part_of_the_fast_path_saves_what_it_claims(variant, parts):
+    size = few_blocks("official_dense")
+    whole = estimate.estimate(size, variant)
+    for part in parts:
+        without = estimate.estimate(size, variant, off=[part])
+        assert without["other_bytes"] > 1.01 * whole["other_bytes"], part
+        assert without["flops"] == whole["flops"], part
+
+
+def test_the_large_prefix_is_kept_where_memory_is_free():
+    size = few_blocks("official")
+    kept, made = (estimate.estimate(size, "ours", off=off) for off in ((), ["keep_prefix"]))
+    hidden = 176_512 * 4096 * 2
+    apart = kept["peak_over_weights_bytes"] - made["peak_over_weights_bytes"]
+    assert apart == pytest.approx(hidden, rel=0.01)
+    assert made["flops"]["bfloat16"] > 1.1 * kept["flops"]["bfloat16"]  # of two blocks
+
+
 @pytest.mark.parametrize("how", ["plain", "masked", "fp8", "offloaded"])
 def test_nothing_between_condition_and_applied_lora_waits_or_copies_to_the_host(how):
     ledger = Ledger()

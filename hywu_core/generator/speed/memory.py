@@ -110,7 +110,7 @@ class Sizes:
             rows * d * 6 * size,
             out_rows * (2 * d * size + 2 * values * size),
         )
-        # kv, turned keys (a copy a stack), beside the projected condition itself
+        # kv, turned keys (a copy per stack), beside the projected condition itself
         keys = condition * d * (4 * size + turned + 4)
         projecting = condition * (widest + 4 * d) * size
         tables = sum(

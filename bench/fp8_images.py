@@ -1,9 +1,9 @@
-"""Edited pictures of the bundled editor with LoRAs from bf16 and fp8 generators, against float32's.
+"""Edited images of the bundled editor with LoRAs from bf16 and fp8 generators, against float32's.
 
-    python -m bench.fp8_pictures [--device cuda] [--side 256] [--json FILE]
+    python -m bench.fp8_images [--device cuda] [--side 256] [--json FILE]
 
 The same photograph, instruction and noise; only the generator's arithmetic differs. On a device without
-fp8 products the rounded values are multiplied in float32, so that the rounding is the same there.
+fp8 products the quantized values are multiplied in float32, so that the rounding is the same there.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from hywu_core.images import read_image
 
 from .measure import write_json
 
-PICTURES = Path(__file__).parent.parent / "workflows" / "inputs"
+IMAGES = Path(__file__).parent.parent / "workflows" / "inputs"
 
 #: (photograph, instruction in words that were trained)
 EDITS = [
@@ -39,7 +39,7 @@ EDITS = [
 
 
 def psnr(one: Tensor, other: Tensor) -> float:
-    """Of pictures in 0..1, in dB."""
+    """Of images in 0..1, in dB."""
     return -10 * (one.double() - other.double()).square().mean().clamp(min=1e-12).log10().item()
 
 
@@ -59,8 +59,8 @@ def measure(device: str, side: int) -> dict:
         name: {"lora_difference": [], "psnr_db": []} for name in generators if name != "float32"
     }
     changed = []
-    for picture, instruction in tqdm(EDITS, desc="edits", unit="edit", leave=False):
-        image = read_image(PICTURES / picture, side).to(device)
+    for file, instruction in tqdm(EDITS, desc="edits", unit="edit", leave=False):
+        image = read_image(IMAGES / file, side).to(device)
         results = {}
         for name, generator in generators.items():
             engine.generator = generator
@@ -102,7 +102,7 @@ def main() -> None:
                 f"{min(db):.1f}",
             )
         )
-    header = ("generator", "LoRA off float32's", "pictures, dB", "the furthest, dB")
+    header = ("generator", "LoRA off float32's", "images, dB", "the furthest, dB")
     table(rows, header)
     edits = statistics.mean(figures["psnr_db_of_the_edit"])
     say(f"The edits themselves are {edits:.1f} dB from their photographs on average.")
