@@ -7,6 +7,7 @@ workflows  makes workflows/*.json, their thumbnails and docs/pictures anew, afte
 screenshots  [arguments of ComfyUI]: every template, app and blueprint in a real browser, into artefacts/templates
 help-pictures  [class of a node]: draws the help pages' pictures anew, web/docs/pictures, after nodes changed
 bench  [name] [arguments]: the benchmarks of bench/; without a name it lists them
+fuzz   [--count 10000]: damaged files of every kind, each of which must be read or refused in one sentence
 lint   ruff check and ruff format --check
 
 Everything lands in .venv and .host of this folder; a second call finds them ready. ComfyUI is taken from
@@ -429,6 +430,12 @@ def bench(args: argparse.Namespace, rest: list[str]) -> int:
     return subprocess.run(command, cwd=ROOT).returncode
 
 
+def fuzz(args: argparse.Namespace, rest: list[str]) -> int:
+    """Damaged files of every kind, 10,000 by default; exit code 1 where one is a traceback, hangs or takes much memory."""
+    command = [str(ensure_venv()), ROOT / "tests" / "helpers" / "fuzz.py", *rest]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
+
+
 def lint(args: argparse.Namespace, rest: list[str]) -> int:
     """ruff over everything."""
     ruff = [str(ensure_venv()), "-m", "ruff"]
@@ -441,7 +448,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="dev.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for function in (demo, test, host, workflows, screenshots, help_pictures, bench, lint):
+    for function in (demo, test, host, workflows, screenshots, help_pictures, bench, fuzz, lint):
         command = commands.add_parser(
             function.__name__.replace("_", "-"), help=function.__doc__, description=function.__doc__
         )

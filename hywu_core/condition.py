@@ -154,15 +154,17 @@ class Condition:
 
         Raises HYWUError naming the file, also when the masks leave an item without any token.
         """
-        from .files import read_tensors
+        from .files import check_fields, read_tensors
 
         tensors, header = read_tensors(path, device)
         try:
             if header.get("format") != FORMAT:
                 return cls.of(_only_tensor(tensors))
-            parts = {name: tensors[f"parts.{name}"] for name in header["parts"]}
+            kinds = {"parts": list, "fingerprint": str, "origin": dict}
+            check_fields(header, kinds, "the header")
+            parts = {str(name): tensors[f"parts.{name}"] for name in header["parts"] or ()}
             masks = {n: tensors[f"masks.{n}"] for n in parts if f"masks.{n}" in tensors}
-            condition = cls(parts, masks, header["fingerprint"], header["origin"])
+            condition = cls(parts, masks, header["fingerprint"] or "", header["origin"] or {})
             condition._check_counts()
             return condition
         except KeyError as error:

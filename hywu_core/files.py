@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "HEADER", "as_json", "atomic_folder", "atomic_path", "check_name", "folder_lock", "is_file", "open_tensors",
+    "HEADER", "as_json", "atomic_folder", "atomic_path", "check_fields", "check_name", "folder_lock", "is_file", "open_tensors",
     "parse_header", "parse_json", "read_header", "read_json", "read_json_lines", "read_metadata", "read_tensors",
     "save_tensors", "slug", "with_suffix", "write_json", "write_text",
 ]  # fmt: skip
@@ -150,8 +150,7 @@ def parse_json(
     except ValueError as error:  # numbers of thousands of digits too
         raise HYWUError(f"{name}: not JSON ({error}){way_out}.") from error
     if kind is not None and not isinstance(data, kind):
-        wanted = {dict: "an object", list: "a list"}.get(kind, kind.__name__)
-        raise HYWUError(f"{name}: holds {_kind(data)}, {wanted} is needed{way_out}.")
+        raise HYWUError(f"{name}: holds {_kind(data)}, {_KINDS[kind]} is needed{way_out}.")
     return data
 
 
@@ -195,6 +194,35 @@ def write_text(path: str | Path, text: str) -> Path:
     return Path(path)
 
 
+def check_fields(
+    data: Mapping[str, Any],
+    kinds: Mapping[str, type | tuple[type, ...]],
+    name: str,
+    null: bool = True,
+) -> None:
+    """Raise HYWUError unless every field that is there is of its kind; what a file says may be anything.
+
+    kinds: field -> type or types; a field that is absent is not looked at. name: whose fields they are, for
+    the error. null: whether a field may be null.
+    """
+    for field, kind in kinds.items():
+        if field not in data or (null and data[field] is None):
+            continue
+        value = data[field]
+        if (isinstance(value, bool) and kind is not bool) or not isinstance(value, kind):
+            kinds_ = kind if isinstance(kind, tuple) else (kind,)
+            wanted = " or ".join(_KINDS.get(k, k.__name__) for k in kinds_)
+            raise HYWUError(
+                f"{name}: '{field}' is {_kind(value)}, {wanted} is needed; it is damaged."
+            )
+
+
+_KINDS: dict[type, str] = {
+    dict: "an object", list: "a list", str: "a text", int: "a whole number", float: "a number",
+    bool: "true or false",
+}  # fmt: skip
+
+
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
@@ -213,8 +241,7 @@ def _not_finite(text: str) -> NoReturn:
 
 
 def _kind(data: Any) -> str:
-    kinds = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}
-    return "nothing" if data is None else kinds.get(type(data), "a number")
+    return "nothing" if data is None else _KINDS.get(type(data), "a number")
 
 
 # -- names -------------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ class ItemList:
         limit: int | None = None,
     ) -> ItemList:
         """The items of some tasks and languages, at most `limit` a task. Raises HYWUError if none."""
-        if unknown := set(tasks or ()) - set(self.tasks()):
+        if unknown := set(map(str, tasks or ())) - set(self.tasks()):
             raise HYWUError(
                 f"There are no items of the task {', '.join(sorted(unknown))}; the tasks are "
                 f"{', '.join(self.tasks())}."

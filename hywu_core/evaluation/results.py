@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image
 
 from ..errors import HYWUError
-from ..files import atomic_path, parse_json, read_json, read_json_lines, write_json
+from ..files import atomic_path, check_fields, parse_json, read_json, read_json_lines, write_json
 from ..images import load_image, write_image
 from .benchmarks import BENCHMARKS, find_benchmark
 from .benchmarks.base import Benchmark
@@ -70,7 +70,19 @@ class Results:
 def read_manifest(root: Path) -> dict[str, Any]:
     """What made these results; empty when another program did. Raises HYWUError naming the file."""
     path = root / MANIFEST
-    return read_json(path, dict, "remove it to start anew") if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    data = read_json(path, dict, "remove it to start anew")
+    check_fields(data, {"benchmark": str, "data": str, "items": str, "selection": dict}, str(path))
+    selection = data.get("selection") or {}
+    check_fields(
+        selection, {"tasks": list, "languages": list, "limit": int}, f"{path}: 'selection'"
+    )
+    if unknown := selection.keys() - {"tasks", "languages", "limit"}:
+        raise HYWUError(
+            f"{path}: 'selection' has {min(unknown)}, which chooses nothing; it is damaged."
+        )
+    return data
 
 
 def write_manifest(
@@ -141,7 +153,7 @@ def open_results(
             f"{root}: was made for other items than {data} holds now; give the --data it was made "
             "for, or generate anew under another --method."
         )
-    return Results(root, found), items.select(**manifest.get("selection", {}))
+    return Results(root, found), items.select(**(manifest.get("selection") or {}))
 
 
 # -- what is missing -------------------------------------------------------------------------------

@@ -11,13 +11,13 @@ import json
 import os
 import threading
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from .. import fingerprint
 from ..errors import HYWUError
-from ..files import parse_json, slug
+from ..files import check_fields, parse_json, slug
 
 FORMAT = "hywu-judgements-1"
 
@@ -42,6 +42,10 @@ class Judgement:
     @property
     def key(self) -> tuple[str, str, str, str]:
         return self.item, self.question, self.pictures, self.prompt
+
+
+#: Field of a line -> its type.
+JUDGEMENT = {field.name: int if field.type == "int" else str for field in fields(Judgement)}
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,7 @@ class JudgementStore:
             if number == 1:
                 self._check_header(row)
                 continue
+            check_fields(row, JUDGEMENT, name, null=False)
             try:
                 judgement = Judgement(**row)
                 self._latest[judgement.key] = judgement
@@ -145,6 +150,7 @@ def read_name(path: Path, header: dict[str, Any] | None = None) -> StoreName:
                 header = parse_json(file.readline(), "its first line", dict)
         if header.pop("format") != FORMAT:
             raise KeyError("format")
+        check_fields(header, dict.fromkeys(header, str), "its first line", null=False)
         return StoreName(**header)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise HYWUError(f"{path}: not a file of judgements ({error}).") from error

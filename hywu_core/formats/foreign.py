@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..discovery import is_expert_list
 from ..errors import HYWUError
 from ..files import HEADER
-from ..layout import LoRALayout
+from ..layout import LoRALayout, Module
 from ..lora import GeneratedLoRA
 from .matrices import expert_path
 from .names import Names
@@ -48,7 +48,7 @@ def from_state_dict(
     """
     pairs, scales, left_out = _read(tensors, Scales(config, metadata or {}), base)
     if "layout" in header:
-        return _in_layout(layout_of(header), pairs, scales, header.get("provenance", {}))
+        return _in_layout(layout_of(header), pairs, scales, header.get("provenance") or {})
     if left_out and not (skip_missing and pairs):
         raise HYWUError(_complaint(left_out, len(pairs), base))
     flat, conv = {}, set()
@@ -202,22 +202,26 @@ def _in_layout(
                 return pairs[name][side]
         raise HYWUError(f"the LoRA file lacks {path}, which its header lists; {CHANGED}")
 
+    def matrix(path: str, side: int, module: Module) -> Tensor:
+        shape = module.shape("AB"[side], layout.rank)
+        if module.num_experts:
+            each = [one(expert_path(path, str(e)), side) for e in range(module.num_experts)]
+            value = torch.stack(each) if len({m.shape for m in each}) == 1 else each[0]
+        else:
+            value = one(path, side).flatten(1) if module.conv else one(path, side)
+        if value.shape != shape:
+            raise HYWUError(
+                f"{path}: its matrix is {tuple(value.shape)} in the file and {shape} in its header; {CHANGED}"
+            )
+        return value
+
     factors = {}
     for s, stack in enumerate(layout.stacks):
         for m, module in enumerate(stack.modules):
-            for i, side in enumerate("AB"):
-                rows = []
-                for n in range(len(stack.layers)):
-                    path = stack.target(n, m)
-                    if module.num_experts:
-                        each = [
-                            one(expert_path(path, str(e)), i) for e in range(module.num_experts)
-                        ]
-                        rows.append(torch.stack(each))
-                    else:
-                        matrix = one(path, i)
-                        rows.append(matrix.flatten(1) if module.conv else matrix)
-                factors[s, m, side] = torch.stack(rows)[None]
+            for side in range(2):
+                paths = (stack.target(n, m) for n in range(len(stack.layers)))
+                rows = [matrix(path, side, module) for path in paths]
+                factors[s, m, "AB"[side]] = torch.stack(rows)[None]
     if more := [name for name in pairs if name not in used]:
         raise HYWUError(
             f"the LoRA file holds {len(more)} modules that its header doesn't list, such as {more[0]}; "

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import HYWUError
-from ..files import save_tensors
+from ..files import check_fields, save_tensors
 from ..layout import LoRALayout
 from ..lora import GeneratedLoRA
 
@@ -35,6 +35,7 @@ def layout_of(header: Mapping[str, Any]) -> LoRALayout:
         layout, recorded = LoRALayout.from_json(header["layout"]), header["layout_digest"]
     except KeyError as error:
         raise HYWUError(f"the LoRA's header lacks {error}; save it again.") from error
+    check_fields(header, {"provenance": dict, "batch_size": int}, "the LoRA's header")
     for name, value in (("rank", layout.rank), ("alpha", layout.alpha)):
         if header.get(name, value) != value:
             raise HYWUError(
@@ -57,7 +58,7 @@ def save(lora: GeneratedLoRA, path: Path, overwrite: bool) -> Path:
 
 
 def load(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> GeneratedLoRA:
-    layout, provenance = layout_of(header), header.get("provenance", {})
+    layout, provenance = layout_of(header), header.get("provenance") or {}
     try:
         if "grid.0" in tensors:
             names = [f"grid.{s}" for s in range(len(layout.stacks))]

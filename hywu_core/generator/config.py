@@ -159,7 +159,7 @@ class GeneratorConfig:
                 base=data["base"],
                 provenance=data["provenance"],
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             if isinstance(error, HYWUError):
                 raise
             raise HYWUError(f"the generator's description is damaged ({error!r}).") from error

@@ -176,7 +176,7 @@ def _named_values() -> Iterator[None]:
         raise
     except KeyError as error:
         raise HYWUError(f"the key {error} is missing.") from error
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise HYWUError(f"a value is not of its type ({error}).") from error
 
 

@@ -240,7 +240,8 @@ class Client:
 
 def outputs(record: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
     """(node id, output name, item) of every output in a history record."""
-    for node, found in (record.get("outputs") or {}).items():
+    nodes = record.get("outputs")
+    for node, found in nodes.items() if isinstance(nodes, dict) else ():
         for name, items in found.items() if isinstance(found, dict) else ():
             if isinstance(items, list):
                 yield from ((node, name, item) for item in items)

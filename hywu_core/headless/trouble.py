@@ -70,19 +70,35 @@ def describe_refusal(answer: Any) -> str:
     if not isinstance(answer, dict):
         return str(answer)[:300]
     parts = []
-    found = answer.get("node_errors")
-    for node, said in found.items() if isinstance(found, dict) else ():
-        for error in said.get("errors", []):
-            name = (error.get("extra_info") or {}).get("input_name")
-            where = f"node {node} ({said.get('class_type')})" + (f", input {name}" if name else "")
-            details = error.get("details") or ""
-            parts.append(f"{where}: {error.get('message')}{f' ({details})' if details else ''}")
+    for node, said in _items(answer.get("node_errors")):
+        for error in _list(_get(said, "errors")):
+            name = _get(_get(error, "extra_info"), "input_name")
+            where = f"node {node} ({_get(said, 'class_type')})" + (
+                f", input {name}" if name else ""
+            )
+            details = _get(error, "details") or ""
+            parts.append(f"{where}: {_get(error, 'message')}{f' ({details})' if details else ''}")
     if not parts:
         error = answer.get("error") or {}
         if not isinstance(error, dict):
             return str(error)
         parts = [f"{error.get('message', 'no reason given')} {error.get('details') or ''}".strip()]
     return "; ".join(parts)
+
+
+# A server of another version, or what stands before it, may answer anything.
+
+
+def _get(value: Any, key: str) -> Any:
+    return value.get(key) if isinstance(value, dict) else None
+
+
+def _items(value: Any) -> list[tuple[str, Any]]:
+    return list(value.items()) if isinstance(value, dict) else []
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def failure(kind: str, data: dict[str, Any]) -> ServerError | None:
@@ -101,13 +117,11 @@ def failure(kind: str, data: dict[str, Any]) -> ServerError | None:
 def check_record(record: dict[str, Any]) -> None:
     """Raises NodeFailed or Interrupted where a history record says that its prompt didn't end well."""
     status = record.get("status")
-    status = status if isinstance(status, dict) else {}
-    messages = status.get("messages")
-    for message in messages if isinstance(messages, list) else ():
+    for message in _list(_get(status, "messages")):
         kind, data = (
             message if isinstance(message, (list, tuple)) and len(message) == 2 else ("", 0)
         )
         if isinstance(data, dict) and (wrong := failure(str(kind), data)):
             raise wrong
-    if status.get("status_str") == "error":
+    if _get(status, "status_str") == "error":
         raise NodeFailed("The prompt failed, and the server's record doesn't say where.")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ...errors import HYWUError
-from ...files import read_tensors, save_tensors
+from ...files import check_fields, read_tensors, save_tensors
 from ...fingerprint import of_weights
 from .model import Editor, EditorConfig
 from .transformer import TransformerConfig, TransformerEditor
@@ -93,6 +93,22 @@ def save_editor(editor: nn.Module, path: str | Path, provenance: Mapping[str, An
     return save_tensors(path, tensors, header, overwrite=True)
 
 
+def _check_numbers(path: Any, config: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raises HYWUError where a hyperparameter is far beyond the file's tensors, before a layer is built."""
+    largest = max((side for tensor in tensors.values() for side in tensor.shape), default=0)
+    most, counts = max(4 * largest, 4096), ("depth", "blocks", "encode", "decode")
+    for name, value in config.items():
+        numbers = value if isinstance(value, (list, tuple)) else [value]
+        limit = len(tensors) if any(word in name for word in counts) else most
+        if not name.startswith("max_") and any(
+            isinstance(number, (int, float)) and number > limit for number in numbers
+        ):
+            raise HYWUError(
+                f"{path}: its hyperparameters say {name} {value}, and it holds {len(tensors)} tensors with "
+                f"no side longer than {largest}. Get the file anew."
+            )
+
+
 def load_editor(
     path: str | Path | None = None,
     device: torch.device | str = "cpu",
@@ -114,9 +130,11 @@ def load_editor(
     kind, config_kind = ARCHITECTURES[name]
     try:
         config = config_kind.from_json(header["editor"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise HYWUError(f"{path}: {error}") from error
+    _check_numbers(path, config.to_json(), tensors)
     editor = (kinds or {}).get(name, kind)(config, operations)
+    check_fields(header, {"provenance": dict}, f"{path}: the header")
     wanted = editor.state_dict()
     wrong = [f"{name} is missing" for name in wanted.keys() - tensors.keys()]
     wrong += [f"{name} is unknown" for name in tensors.keys() - wanted.keys()]
@@ -129,5 +147,5 @@ def load_editor(
     if wrong:
         raise HYWUError(f"{path}: {'; '.join(sorted(wrong)[:8])}. Get the file anew.")
     editor.load_state_dict(tensors)
-    editor.provenance = dict(header.get("provenance", {}))
+    editor.provenance = dict(header.get("provenance") or {})
     return editor.to(device, dtype).requires_grad_(False).eval()

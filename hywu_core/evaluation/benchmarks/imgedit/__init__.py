@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ....errors import HYWUError
-from ....files import check_name, read_json, write_json
+from ....files import check_name, is_file, read_json, write_json
 from ...items import Item, ItemList, check_image, check_instruction, collect
 from ...statistics import total
 from ...tables import Table
@@ -88,7 +88,7 @@ def _parse_entry(row: Mapping[str, Any], root: Path, roots: list[Path]) -> Item:
 
 def _find(value: object, roots: list[Path]) -> Path:
     for root in roots:
-        if isinstance(value, str) and value and (root / value).is_file():
+        if isinstance(value, str) and value and is_file(root / value):
             return check_image(value, root, "id")
     return check_image(value, roots[0], "id")
 

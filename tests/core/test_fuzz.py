@@ -1,0 +1,77 @@
+"""Damaged files of every kind that users bring: read, or refused in one sentence, soon and in little memory.
+
+Some hundred mutations of each kind; the longer run is `python dev.py fuzz --count 10000`.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+
+pytestmark = [
+    pytest.mark.skipif(os.name != "posix", reason="limits time and memory by signals"),
+    pytest.mark.filterwarnings("ignore"),
+]
+
+if os.name == "posix":
+    import fuzz
+    from fuzz_kinds import KINDS
+
+COUNT = 120
+
+
+@pytest.mark.parametrize("name", [row[0] for row in KINDS] if os.name == "posix" else [])
+def test_damaged_files_are_read_or_refused(name):
+    (kind,) = [kind for kind in fuzz.kinds() if kind.name == name]
+    # an editor is 12 MB, and each of its mutations some hundredths of a second
+    count = COUNT // 4 if name == "editor" else COUNT
+    assert fuzz.run(kind, count) == []
+
+
+def test_what_the_fuzzer_finds():
+    """A reader that fails in each way is caught."""
+
+    def reader(how):
+        def read(path):
+            if path.read_bytes() == b'{"a": 1}':
+                return
+            how()
+
+        return read
+
+    def raises(error):
+        def how():
+            raise error
+
+        return how
+
+    def hangs():
+        while True:
+            pass
+
+    ways = {
+        "KeyError": raises(KeyError("a")),
+        "more than one line": raises(fuzz.HYWUError("a\nb")),
+        "hang": hangs,
+        "memory": lambda: b"x" * (fuzz.MEMORY * 2),
+    }
+    for word, how in ways.items():
+        kind = fuzz.Kind("toy", _write_toy, reader(how))
+        found = fuzz.run(kind, 1)
+        assert len(found) == 1, word
+        assert word in found[0]
+
+
+def _write_toy(folder):
+    (folder / "toy.json").write_text('{"a": 1}')
+    return folder / "toy.json"
+
+
+def test_mutations_are_a_function_of_the_seed():
+    one, two, other = (
+        [fuzz.mutate_bytes(b"x" * 99, random.Random(seed)) for _ in range(3)] for seed in (1, 1, 2)
+    )
+    assert one == two
+    assert one != other
