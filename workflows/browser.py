@@ -1,4 +1,4 @@
-"""A real browser on a server's frontend: for the tests of tests/browser and the pictures of the help pages."""
+"""A real browser on a server's frontend: for the tests of tests/browser and the images of the help pages."""
 
 from __future__ import annotations
 

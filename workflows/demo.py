@@ -23,7 +23,7 @@ from hywu_core.headless.client import Client, ServerError
 from hywu_core.headless.graph import find_node, read_graph, set_input
 
 WORKFLOW = Path(__file__).parent / "api" / "conflict_blur_deblur.json"
-#: title of a SaveImage node -> name of its picture
+#: title of a SaveImage node -> name of its image
 RESULTS = {"Result: blur": "blur", "Result: deblur": "deblur"}
 #: class of a node -> what it does, for nodes that report their seconds
 STAGES = {"HYWUConditionEncode": "encode", "HYWUGenerateLoRA": "generate"}
@@ -53,7 +53,7 @@ def stages(graph: dict, record: dict, whole: float) -> dict[str, float]:
 
 
 async def edit(server: str, photo: Path | None) -> tuple[dict[str, Image.Image], dict[str, float]]:
-    """Run the workflow; returns the pictures by name, and seconds by stage."""
+    """Run the workflow; returns the images by name, and seconds by stage."""
     graph = read_graph(WORKFLOW)
     async with Client(server, timeout=1800) as client:
         if photo is not None:
@@ -73,15 +73,15 @@ async def edit(server: str, photo: Path | None) -> tuple[dict[str, Image.Image],
         items = {"source": {"filename": source, "type": "input"}}
         for title, name in RESULTS.items():
             items[name] = record["outputs"][find_node(graph, title)]["images"][0]
-        pictures = {
+        images = {
             name: Image.open(io.BytesIO(await client.fetch(item))).convert("RGB")
             for name, item in items.items()
         }
-    return pictures, stages(graph, record, whole)
+    return images, stages(graph, record, whole)
 
 
 def side_by_side(images: list[Image.Image]) -> Image.Image:
-    """The pictures in a row, all as high as the first."""
+    """The images in a row, all as high as the first."""
     height = images[0].height
     images = [im.resize((round(im.width * height / im.height), height)) for im in images]
     sheet = Image.new("RGB", (sum(im.width for im in images), height))
@@ -100,25 +100,25 @@ def save(image: Image.Image, path: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python3 dev.py demo", description=__doc__)
     parser.add_argument("--server", required=True, help="address of a running ComfyUI")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the images")
     parser.add_argument(
         "--image", type=Path, help="a photograph of yours instead of the shipped one"
     )
     args = parser.parse_args()
     try:
-        pictures, seconds = asyncio.run(edit(args.server, args.image))
+        images, seconds = asyncio.run(edit(args.server, args.image))
     except ServerError as error:
         say(f"demo: {error}")
         return error.exit_code
     args.out.mkdir(parents=True, exist_ok=True)
-    source, rows = sharpness(pictures["source"]), []
-    for name, image in pictures.items():
+    source, rows = sharpness(images["source"]), []
+    for name, image in images.items():
         save(image, args.out / f"{name}.png")
         value = sharpness(image)
         rows.append((name, f"{value:.1f}", f"{value / source:.2f}", str(args.out / f"{name}.png")))
     together = args.out / "source_blur_deblur.png"
-    save(side_by_side(list(pictures.values())), together)
-    table(rows, ("picture", "sharpness", "of the source's", "file"))
+    save(side_by_side(list(images.values())), together)
+    table(rows, ("image", "sharpness", "of the source's", "file"))
     say(f"side by side: {together}")
     table([(stage, f"{value:.2f}") for stage, value in seconds.items()], ("both edits", "seconds"))
     return 0

@@ -185,7 +185,7 @@ def shoot(server: str, folder: Path) -> list[str]:
 
 
 def shoot_graph(server: str, path: Path) -> None:
-    """The README's picture: the first template after a run, in Nodes 2.0, cut to its nodes."""
+    """The README's image of a graph: the first template after a run, in Nodes 2.0, cut to its nodes."""
     playwright = need("playwright.sync_api", "to take screenshots")
     with playwright.sync_playwright() as started:
         browser = started.chromium.launch(executable_path=find_chromium(), args=FLAGS)

@@ -21,7 +21,7 @@ const KEPT_NUMBERS = 4096;
 const FIRST_TEMPLATE = "01 Edit an image";
 /** Of the last so many prompts, a map is looked for. */
 const REMEMBERED_PROMPTS = 32;
-/** Black, violet, orange, yellow: the colours of the Inspect node's picture. */
+/** Black, violet, orange, yellow: the colours of the Inspect node's image. */
 const COLOURS = [[0, 0, 5], [128, 18, 128], [250, 128, 51], [255, 255, 178]];
 
 /**
