@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -12,6 +13,12 @@ from ..layout import LoRALayout
 from ..tokens import TokenGrid, token_grid
 
 RoPEPrecision = Literal["float32", "bfloat16"]
+
+
+#: Size -> (width, transformer blocks).
+SIZES: Mapping[str, tuple[int, int]] = MappingProxyType(
+    {"XS": (256, 2), "S": (512, 4), "M": (1024, 5), "L": (2048, 5)}
+)
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,21 @@ class GeneratorConfig:
             )
         for name in ("condition", "encoder", "provenance"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+
+    @classmethod
+    def of_size(
+        cls, layout: LoRALayout, size: str, condition: Mapping[str, int], **more: Any
+    ) -> GeneratorConfig:
+        """One of the `SIZES`, whatever the rank, ready to be trained: first steps are small.
+
+        more: other fields. Raises HYWUError on another size.
+        """
+        if size not in SIZES:
+            raise HYWUError(f"generator size '{size}': it is one of {', '.join(SIZES)}.")
+        width, blocks = SIZES[size]
+        usual = {"token_dim": 192, "dim_accumulation": math.gcd(layout.rank, width), "head_dim": 64}
+        usual |= {"d_model": width, "num_blocks": blocks, "lora_a_scale": 0.05, "lora_b_scale": 0.6}
+        return cls(layout, condition, **usual | more)
 
     @property
     def grids(self) -> tuple[TokenGrid, ...]:

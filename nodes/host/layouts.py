@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
 import time
-from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -17,9 +15,6 @@ from ...hywu_core.generator.model import ParameterGenerator
 from ...hywu_core.layout import LoRALayout
 from .generators import activation_bytes
 
-#: Size -> (width, transformer blocks).
-SIZES = {"XS": (256, 2), "S": (512, 4), "M": (1024, 5), "L": (2048, 5)}
-TOKEN_DIM = 192
 #: Width of the condition that is assumed; it hardly counts.
 CONDITION_WIDTH = 1152
 #: Share of a large product's speed that a whole forward reaches.
@@ -33,7 +28,7 @@ def describe(
     layout = LoRALayout.of(
         model.model.diffusion_model, rank, include=patterns(include), exclude=patterns(exclude)
     )
-    config = generator_config(layout, size, {"hidden_states": CONDITION_WIDTH})
+    config = GeneratorConfig.of_size(layout, size, {"hidden_states": CONDITION_WIDTH})
     device = mm.get_torch_device()
     dtype = torch.bfloat16 if mm.should_use_bf16(device) else torch.float32
     with torch.device("meta"):
@@ -68,15 +63,6 @@ def describe(
         },
     }
     return _table(layout, report), json.dumps(report)
-
-
-def generator_config(
-    layout: LoRALayout, size: str, condition: Mapping[str, int], **more: Any
-) -> GeneratorConfig:
-    """A generator of one of the `SIZES`, whatever the rank. more: other fields of its config."""
-    width, blocks = SIZES[size]
-    shared = math.gcd(layout.rank, width)
-    return GeneratorConfig(layout, condition, TOKEN_DIM, shared, width, 64, blocks, **more)
 
 
 def patterns(text: str) -> list[str] | None:

@@ -28,7 +28,7 @@ from ....hywu_core.training.schedule import TrainConfig
 from ....hywu_core.training.trainer import STATE, Trainer
 from ..cache import TensorCache, digest
 from ..generators import HostGenerator
-from ..layouts import generator_config, patterns
+from ..layouts import patterns
 from . import files
 from .base import HostBase
 from .conditions import READS, CachedEncoder
@@ -51,8 +51,6 @@ LEARNING_RATE = 5e-4
 STATISTICS = 64
 #: Examples that are drawn as samples, and seconds between previews on the node.
 SAMPLES, PREVIEW_SECONDS = 4, 5.0
-#: How large a new generator's LoRAs are (see `GeneratorConfig`).
-LORA_SCALES = {"lora_a_scale": 0.05, "lora_b_scale": 0.6}
 #: A report's note, and a warning.
 TEXT_ONLY = "Without clip_vision the generator reads the instruction only."
 #: The bundled editor's text is encoded before its blocks, by the CLIP of the graph.
@@ -140,9 +138,8 @@ class _Training:
         layout = LoRALayout.of(
             base.module, request.rank, include=patterns(request.include), exclude=exclude or None
         )
-        return generator_config(
+        return GeneratorConfig.of_size(
             layout, request.generator_size, dict(base.condition_parts),
-            **LORA_SCALES,
             encoder=dict(base.encoder), base=base.name,
         )  # fmt: skip
 

@@ -1,0 +1,62 @@
+"""The examples of docs/ run as they stand, on a user's pairs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hywu_core.files import read_header
+from hywu_core.formats import load_lora
+from hywu_core.generator.checkpoints import load_generator
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "docs" / "examples"
+
+
+@pytest.fixture
+def pairs(tmp_path) -> Path:
+    """Blocks of colour; "swap" exchanges red and blue, "dark" halves."""
+    rows = []
+    for i in range(12):
+        coarse = np.random.default_rng(i).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+        image = coarse.repeat(8, 0).repeat(8, 1)
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+        for text, target in (("swap colours", image[..., ::-1]), ("make it dark", image // 2)):
+            name = f"{i}_{text[:4]}.png"
+            Image.fromarray(np.ascontiguousarray(target)).save(tmp_path / name)
+            rows.append({"source": f"{i}.png", "target": name, "instruction": text})
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_an_own_base_is_trained_measured_and_written_for_peft(pairs, tmp_path):
+    file = EXAMPLES / "own_base.py"
+    assert len(file.read_text(encoding="utf-8").splitlines()) < 80
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, str(file), str(pairs), str(out), "40"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True, text=True, check=False, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    words = done.stdout.split()
+    unchanged, edited = (float(words[words.index(w) - 1]) for w in ("unchanged,", "edited"))
+    assert edited < 0.8 * unchanged
+    generator = load_generator(out / "generator.safetensors")
+    assert generator.config.base == "my-vit"
+    assert dict(generator.config.condition) == {"image": 96, "words": 48}
+    assert read_header(out / "state.safetensors")["step"] == 40
+    assert load_lora(out / "peft").rank == 4
+
+
+def test_the_docs_are_built_around_the_example():
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    assert "examples/own_base.py" in text
