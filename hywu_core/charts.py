@@ -46,7 +46,7 @@ def draw_loss(rows: Sequence[Mapping[str, float]], path: Path) -> Path:
 def draw_edits(
     columns: Mapping[str, Tensor], rows: Sequence[str], path: Path, size: float = 1.15
 ) -> Path:
-    """columns: title -> images ``[R, 3, H, W]`` in 0..1; rows: one label (the instruction) a row."""
+    """columns: title -> images ``[R, 3, H, W]`` in 0..1; rows: one label (the instruction) per row."""
     figure = _figure(size * len(columns) + 1.2, size * len(rows) + 0.3)
     axes = figure.subplots(len(rows), len(columns), squeeze=False)
     for column, (title, images) in enumerate(columns.items()):
@@ -64,7 +64,7 @@ def draw_edits(
 
 
 def draw_ranks(ranks: Mapping[str, Mapping[str, Any]], path: Path) -> Path:
-    """PSNR over the rank with intervals, one line a strategy."""
+    """PSNR over the rank with intervals, one line per strategy."""
     figure = _figure(5, 3.4)
     axis = figure.subplots()
     at = [int(rank) for rank in ranks]
@@ -84,7 +84,7 @@ def draw_ranks(ranks: Mapping[str, Mapping[str, Any]], path: Path) -> Path:
 
 
 def draw_learning(learning: Mapping[str, Any], error: str, path: Path) -> Path:
-    """Training loss over steps, one line a strategy (see `learning_curves`).
+    """Training loss over steps, one line per strategy (see `learning_curves`).
 
     error: of an item; where it is the logarithm, the axis is in dB, like a PSNR.
     """

@@ -105,8 +105,8 @@ def run(args: argparse.Namespace) -> int:
     if missing := experiment.missing():
         say(f"not done yet: {', '.join(missing)}")
         if not args.report:
-            if picture := write_ranks(experiment, args.out):
-                say(str(picture))
+            if chart := write_ranks(experiment, args.out):
+                say(str(chart))
             return 0
 
     say(str(write_report(experiment, args.out)))

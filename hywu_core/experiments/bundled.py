@@ -19,7 +19,7 @@ from ..generator.config import GeneratorConfig
 from ..layout import LoRALayout
 from ..training.base import Batch, BatchSource
 from ..training.data import Ahead, PairBatches
-from ..training.editor_base import ONE_PICTURE, EditorBase
+from ..training.editor_base import ONE_IMAGE, EditorBase
 from ..training.pairs import held_out, number_of_references, pairs_identity, phrasings, read_pairs
 from ..training.schedule import RATES, TrainConfig, chosen_precision
 from ..training.strategies import FullFineTuning, HyperNetwork, StaticLoRA, Strategy
@@ -204,7 +204,7 @@ def _own_pairs(request: Request, size: int, say: Callable[[str], None]):
     for line in bad:
         say(f"  {line}")
     if number_of_references(pairs):
-        raise HYWUError(f"{request.data}: {ONE_PICTURE}")
+        raise HYWUError(f"{request.data}: {ONE_IMAGE}")
     identity: dict[str, Any] = {"data": pairs_identity(pairs), "tasks": request.task or "all"}
     options, kept = (request.batch_size, size, request.seed, request.task or ""), []
     if request.validation:

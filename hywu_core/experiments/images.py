@@ -61,7 +61,7 @@ def template_files() -> dict[str, Path]:
 def make_split(path: Path = SPLIT) -> Path:
     """Write the split anew: the files with the smallest content hashes are held out.
 
-    A picture that lies in two files counts once, so that none is on both sides.
+    An image that lies in two files counts once, so that none is on both sides.
     """
     unique: dict[str, str] = {}
     for name, file in template_files().items():
@@ -79,11 +79,11 @@ def split_files(side: str) -> list[Path]:
     if side not in ("train", "held_out"):
         raise HYWUError(f"The split has the sides train and held_out, not '{side}'.")
     files, wanted = template_files(), read_json(SPLIT)[side]
-    odd = [n for n, digest in wanted.items() if n not in files or of_file(files[n]) != digest]
-    if odd:
+    changed = [n for n, digest in wanted.items() if n not in files or of_file(files[n]) != digest]
+    if changed:
         pins = ", ".join(f"{name}=={version}" for name, version in PACKAGES.values())
         raise HYWUError(
-            f"{len(odd)} files of the committed split are missing or differ, such as {odd[0]}; "
+            f"{len(changed)} files of the committed split are missing or differ, such as {changed[0]}; "
             f"install the pinned releases: {pins}."
         )
     return [files[name] for name in wanted]

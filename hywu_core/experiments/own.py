@@ -46,7 +46,7 @@ PHRASINGS = ("seen", "held_out")
 LABELS = {
     "hywu": "HY-WU",
     "shared": "Shared LoRA",
-    "single": "Single LoRA (one a task)",
+    "single": "Single LoRA (one per task)",
     "sft": "SFT",
     "base": "editor alone",
 }
@@ -58,7 +58,7 @@ class OwnSet:
 
     files: Mapping[str, Path]
     photographs: frozenset[str]
-    facts: Mapping[str, Any]
+    about: Mapping[str, Any]
 
 
 # -- items ---------------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ def experiment_plan(folder: Path | None) -> ConflictPlan:
 def write_items(out: Path, plan: ConflictPlan, size: int, progress: bool = True) -> OwnSet:
     """Write the evaluation set of a plan as a folder benchmark, once; later calls take what is there.
 
-    size: side of the crops in pixels. Pictures come first, the lists next, ``set.json`` last, so that a
+    size: side of the crops in pixels. Images come first, the lists next, ``set.json`` last, so that a
     run stopped before the end starts the set anew. Raises HYWUError when `out` holds another set.
     """
     root = out / "items"
@@ -116,15 +116,15 @@ def write_items(out: Path, plan: ConflictPlan, size: int, progress: bool = True)
         data = evaluation_set(plan, size)
         photos = [name for name in photographs() if name in data.image]
         _write_set(root, data, files, progress)
-        facts = {"images": len(set(data.image)), "items": len(data)}
-        write_json(path, {"asked": asked, "photographs": photos, **facts})
-    facts = read_json(path)
-    if facts["asked"] != asked:
+        about = {"images": len(set(data.image)), "items": len(data)}
+        write_json(path, {"asked": asked, "photographs": photos, **about})
+    about = read_json(path)
+    if about["asked"] != asked:
         raise HYWUError(
-            f"{path}: this folder holds another set of items ({_difference(facts['asked'], asked)}); "
+            f"{path}: this folder holds another set of items ({_difference(about['asked'], asked)}); "
             "choose another --out."
         )
-    return OwnSet(files, frozenset(facts["photographs"]), facts)
+    return OwnSet(files, frozenset(about["photographs"]), about)
 
 
 def _items_file(out: Path, phrasing: str) -> Path:
@@ -154,8 +154,8 @@ def _write_set(root: Path, data: EvaluationSet, files: Mapping[str, Path], progr
 
 
 def _difference(one: Mapping[str, Any], two: Mapping[str, Any]) -> str:
-    odd = [name for name in two if one.get(name) != two[name]]
-    return ", ".join(f"{name} {one.get(name)} and not {two[name]}" for name in odd)
+    different = [name for name in two if one.get(name) != two[name]]
+    return ", ".join(f"{name} {one.get(name)} and not {two[name]}" for name in different)
 
 
 # -- methods -------------------------------------------------------------------------------------
@@ -245,7 +245,7 @@ def _runs(method: str, plan: ConflictPlan) -> dict[str, str]:
 def own_table(
     seen: Sequence[MethodScores],
     held_out: Sequence[MethodScores],
-    facts: OwnSet,
+    items: OwnSet,
     parameters: int,
     questionnaire: str,
 ) -> Table:
@@ -256,7 +256,7 @@ def own_table(
     """
     names = [LABELS.get(scores.method, scores.method) for scores in seen]
     whole = comparison_table(seen).rows
-    photos = comparison_table([_only(scores, facts.photographs) for scores in seen]).rows
+    photos = comparison_table([_only(scores, items.photographs) for scores in seen]).rows
     bars = dimension_bars(seen)
     dimensions = [b.group for b in bars if b.method == seen[0].method and b.group != "overall"]
     by_key = {(bar.method, bar.group): bar.estimate for bar in bars}
@@ -278,7 +278,7 @@ def own_table(
         "WU-Eval of the bundled weights, by the reference judge",
         header,
         tuple(rows),
-        _note(seen, held_out, facts, parameters, questionnaire),
+        _note(seen, held_out, items, parameters, questionnaire),
     )
 
 
@@ -303,17 +303,17 @@ def _mean(value: Estimate) -> str:
 def _note(
     seen: Sequence[MethodScores],
     held_out: Sequence[MethodScores],
-    facts: OwnSet,
+    items: OwnSet,
     parameters: int,
     questionnaire: str,
 ) -> str:
-    asked, name = facts.facts["asked"], seen[0].name
+    asked, name = items.about["asked"], seen[0].name
     lacking = sum(len(s.scores) - len(s.scored()) for s in (*seen, *held_out))
     parts = [
         f"Judge: {name.judge}, version {name.judge_version} ({questionnaire}); 1 is the unchanged "
         "source or worse, 5 the target itself.",
-        f"{len(seen[0].scores)} edits a method: {facts.facts['images']} held-out images, of which "
-        f"{len(facts.photographs)} photographs, {asked['crops']} crops each, {len(asked['tasks'])} "
+        f"{len(seen[0].scores)} edits per method: {items.about['images']} held-out images, of which "
+        f"{len(items.photographs)} photographs, {asked['crops']} crops each, {len(asked['tasks'])} "
         "tasks, instructions given as text.",
         "Intervals: 95 %, bootstrap over images; differences are paired.",
         "Limits: this judge computes from pixels with known targets and sees nothing; the tasks are "

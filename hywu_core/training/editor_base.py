@@ -19,8 +19,8 @@ from .base import Batch, Draws
 NAME = "hywu-bundled-editor"
 NAMES = {"hywu-editor-1": NAME, "hywu-editor-2": f"{NAME}-2"}
 #: Said of rows with references.
-ONE_PICTURE = (
-    "The bundled editor reads one picture and the rows have references; take them out of the rows, or "
+ONE_IMAGE = (
+    "The bundled editor reads one image and the rows have references; take them out of the rows, or "
     "train a generator for another model in ComfyUI (HY-WU Train Generator)."
 )
 #: Losses of an item.
@@ -68,7 +68,7 @@ class EditorBase:
     ) -> Condition:
         """Raises HYWUError on references, which the editor doesn't read."""
         if references:
-            raise HYWUError(ONE_PICTURE)
+            raise HYWUError(ONE_IMAGE)
         return self._encoder(source, instruction)
 
     def draw(self, batch: Batch, seed: int) -> Draws:

@@ -87,7 +87,7 @@ def plot_loss(rows: Sequence[Mapping[str, float]], path: Path) -> None:
 
 
 def save_grid(columns: Sequence[Tensor], path: Path, zoom: int = 2) -> None:
-    """A PNG with one row an item; columns ``[B, 3, H, W]`` in 0..1 side by side."""
+    """A PNG with one row per item; columns ``[B, 3, H, W]`` in 0..1 side by side."""
     from PIL import Image
 
     grid = torch.cat([column.detach().float().cpu().clamp(0, 1) for column in columns], dim=-1)

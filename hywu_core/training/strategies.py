@@ -163,9 +163,9 @@ class StaticLoRA:
         wrapped = {n for n, m in self.trained.named_modules() if hasattr(m, "lora_A")}
         if wrapped != set(self.paths):
             # PEFT matches suffixes too; anything beyond the layout would be an unfair advantage
-            odd = sorted(wrapped ^ set(self.paths))
+            others = sorted(wrapped ^ set(self.paths))
             raise HYWUError(
-                f"PEFT adapts other modules than the layout says: {', '.join(odd[:5])}."
+                f"PEFT adapts other modules than the layout says: {', '.join(others[:5])}."
             )
 
     @contextlib.contextmanager

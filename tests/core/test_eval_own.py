@@ -91,7 +91,7 @@ def test_from_weights_to_the_table(experiment, weights, tmp_path, capsys):
         assert text in page
     assert "3 held-out images, of which 2 photographs" in page
     assert list(table(out)) == [
-        "HY-WU", "Shared LoRA", "Single LoRA (one a task)", "SFT", "editor alone",
+        "HY-WU", "Shared LoRA", "Single LoRA (one per task)", "SFT", "editor alone",
     ]  # fmt: skip
     for phrasing in ("seen", "held_out"):
         report = (out / f"report_{phrasing}.md").read_text(encoding="utf-8")

@@ -114,7 +114,7 @@ def _write_table(
     table = own_table(scores["seen"], scores["held_out"], items, parameters, questionnaire.title)
     write_text(out / "own.md", "\n".join(markdown_table(table)))
     made_by = {s.method: read_manifest(s.results.root)["editor"] for s in scores["seen"]}
-    write_json(out / "own.json", {**items.facts, "methods": made_by, "table": table.as_json()})
+    write_json(out / "own.json", {**items.about, "methods": made_by, "table": table.as_json()})
     show_table(table.rows, table.header)
     say(table.note)
     say(f"written to {out / 'own.md'} and {out / 'own.json'}")

@@ -38,7 +38,7 @@ class Interval(NamedTuple):
 def bootstrap(
     values: Mapping[str, Sequence[float]], resamples: int = 10_000, seed: int = 0
 ) -> Interval:
-    """Interval of a mean; values: photograph -> one number a crop (or task, or phrasing) of it.
+    """Interval of a mean; values: photograph -> one number per crop (or task, or phrasing) of it.
 
     Each photograph counts once, by its own mean; photographs are what is resampled (Efron 1979).
     Raises HYWUError on no photographs, an empty one, or a number that isn't finite.
@@ -66,8 +66,8 @@ def paired_bootstrap(
     Raises HYWUError when the two don't cover the same items.
     """
     if one.keys() != two.keys():
-        odd = sorted(one.keys() ^ two.keys())
-        raise HYWUError(f"paired bootstrap: only one side has {', '.join(odd[:5])}.")
+        alone = sorted(one.keys() ^ two.keys())
+        raise HYWUError(f"paired bootstrap: only one side has {', '.join(alone[:5])}.")
     differences = {}
     for name, numbers in one.items():
         if len(numbers) != len(two[name]):

@@ -58,7 +58,7 @@ class ConflictPlan:
     tune_steps: length of a run that tries a learning rate, 0 to take the middle one untried.
     precision, optimizer: of all trainings. error: of an item (see `EditorBase`). written_steps: over so many steps the
     composed phrasings come in, from none to all (see `make_batch`); 0: all from the start.
-    crops: crops of each evaluation image, each edited once a task.
+    crops: crops of each evaluation image, each edited once per task.
     """
 
     steps: int = 2000

@@ -26,7 +26,7 @@ COLUMNS = ("Unchanged", "Editor alone", "Single", "Shared", "Shared large", "SFT
 
 
 def write_report(experiment: Experiment, folder: Path) -> Path:
-    """``figures.json``, the pictures and ``report.md`` in `folder`; returns the last.
+    """``figures.json``, the charts and ``report.md`` in `folder`; returns the last.
 
     Raises HYWUError while a run is missing that everything else is compared with.
     """
@@ -37,7 +37,7 @@ def write_report(experiment: Experiment, folder: Path) -> Path:
     names = [name for name in photographs() if name in experiment.data.image]
     photos = Summary(results, plan, opposites, names)
     gradients = read_json(folder / "results" / "gradients.json", dict, finite=False)
-    facts = {
+    figures = {
         "plan": plan.to_json(),
         "trained": _trained(experiment, folder),
         "missing": experiment.missing(),
@@ -49,13 +49,13 @@ def write_report(experiment: Experiment, folder: Path) -> Path:
         "gradients": {**gradients, **_mean_cosines(gradients, opposites)},
         **_beside(folder),
     }
-    write_json(folder / "figures.json", facts)
-    _keep_ranks(plan, facts["all_images"]["ranks"], folder)
-    draw_learning(facts["learning"], plan.error, folder / "learning.png")
+    write_json(folder / "figures.json", figures)
+    _keep_ranks(plan, figures["all_images"]["ranks"], folder)
+    draw_learning(figures["learning"], plan.error, folder / "learning.png")
     draw_cosines(gradients["tasks"], gradients["cosines"], folder / "gradients.png")
     _draw_edits(experiment, summary, folder / "edits.png")
     with atomic_path(folder / "report.md", overwrite=True) as part:
-        part.write_text(render(facts), encoding="utf-8")
+        part.write_text(render(figures), encoding="utf-8")
     return folder / "report.md"
 
 
@@ -95,7 +95,7 @@ def _beside(folder: Path) -> dict[str, Any]:
 def write_ranks(experiment: Experiment, folder: Path) -> Path | None:
     """``ranks.json`` and ``ranks.png`` of the sweep, which can be done without the main runs.
 
-    Returns the picture; None while no rank is done.
+    Returns the chart; None while no rank is done.
     """
     summary = Summary(experiment.results(), experiment.plan, experiment.plan.opposites)
     return _keep_ranks(experiment.plan, summary.ranks(), folder)
@@ -191,23 +191,23 @@ def _most_contrast(data: EvaluationSet, image: str, task: str) -> int:
 # -- Markdown ---------------------------------------------------------------------------------------
 
 
-def render(facts: Mapping[str, Any]) -> str:
+def render(figures: Mapping[str, Any]) -> str:
     """The page, from ``figures.json`` alone."""
-    return "\n\n".join([*_main(facts), *_controls(facts), *_rest(facts)]) + "\n"
+    return "\n\n".join([*_main(figures), *_controls(figures), *_rest(figures)]) + "\n"
 
 
-def _main(facts: Mapping[str, Any]) -> list[str]:
+def _main(figures: Mapping[str, Any]) -> list[str]:
     """The strategies against each other."""
-    everything, plan = facts["all_images"], facts["plan"]
-    photos = facts["photographs_only"]
+    everything, plan = figures["all_images"], figures["plan"]
+    photos = figures["photographs_only"]
     return [
         "# Contradictory tasks, one frozen editor",
         f"Rank {plan['main_rank']}, {plan['steps']} steps of {plan['batch_size']} examples "
         f"({plan['batch_size'] // len(plan['tasks'])} a task), seed {plan['seed']}; "
         f"{everything['images']} held-out images, {plan['crops']} crops each, of which "
-        f"{len(facts['photographs'])} photographs ({', '.join(facts['photographs'])}). "
+        f"{len(figures['photographs'])} photographs ({', '.join(figures['photographs'])}). "
         "Intervals: 95 %, bootstrap over images. `hywu conflict` wrote this page.",
-        *([f"**Not done yet:** {', '.join(facts['missing'])}."] if facts["missing"] else []),
+        *([f"**Not done yet:** {', '.join(figures['missing'])}."] if figures["missing"] else []),
         "## PSNR in dB (instructions as trained)",
         _table(everything["psnr"], 2),
         "## SSIM",
@@ -239,12 +239,12 @@ def _main(facts: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _controls(facts: Mapping[str, Any]) -> list[str]:
+def _controls(figures: Mapping[str, Any]) -> list[str]:
     """What could prove the method wrong: other items' LoRAs, mean LoRAs, other phrasings."""
-    everything = facts["all_images"]
+    everything = figures["all_images"]
     held_out = [
         f"{task}: " + ", ".join(f"“{text}”" for text in texts)
-        for task, texts in facts["held_out_phrasings"].items()
+        for task, texts in figures["held_out_phrasings"].items()
     ]
     return [
         "## Controls, dB",
@@ -268,16 +268,16 @@ def _controls(facts: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _rest(facts: Mapping[str, Any]) -> list[str]:
-    """Ranks, gradients, pictures, and how each run was trained."""
-    cosines = facts["gradients"]
+def _rest(figures: Mapping[str, Any]) -> list[str]:
+    """Ranks, gradients, charts, and how each run was trained."""
+    cosines = figures["gradients"]
     trained = [
         (k, f"{v['lr']:g}", v["steps"], v["examples"], f"{v['trained_values']:,}", v["seconds"])
-        for k, v in facts["trained"].items()
+        for k, v in figures["trained"].items()
     ]
     return [
-        *_ranks(facts),
-        *_learning(facts),
+        *_ranks(figures),
+        *_learning(figures),
         "## Gradients at the Shared LoRA",
         f"Mean cosine of all pairs of tasks {cosines['mean_of_all_pairs']:.2f}, of opposite tasks "
         f"{cosines['mean_of_opposite_tasks']:.2f}. (The HY-WU authors report about -0.30 on "
@@ -290,22 +290,22 @@ def _rest(facts: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _ranks(facts: Mapping[str, Any]) -> list[str]:
+def _ranks(figures: Mapping[str, Any]) -> list[str]:
     """The sweep, as far as it is done."""
-    ranks = facts["all_images"]["ranks"]
+    ranks = figures["all_images"]["ranks"]
     if not ranks:
         return []
     lines = [(rank, *(_interval(x) for x in v.values())) for rank, v in ranks.items()]
     return [
-        f"## Ranks, PSNR in dB (all trained for {facts['plan']['sweep_steps']} steps)",
+        f"## Ranks, PSNR in dB (all trained for {figures['plan']['sweep_steps']} steps)",
         _rows(("rank", *next(iter(ranks.values()))), lines),
         "![PSNR over rank](ranks.png)",
     ]
 
 
-def _learning(facts: Mapping[str, Any]) -> list[str]:
+def _learning(figures: Mapping[str, Any]) -> list[str]:
     """The loss of each strategy over the steps; at the end of each quarter as numbers."""
-    learning = facts["learning"]
+    learning = figures["learning"]
     quarters = [max(0, len(learning["steps"]) * i // 4 - 1) for i in range(1, 5)]
     lines = [
         (label, *(f"{losses[i]:.4f}" for i in quarters))

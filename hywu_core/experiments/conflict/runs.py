@@ -185,10 +185,10 @@ def bundle(experiment: Path, editor: Path, plan: ConflictPlan, folder: Path) -> 
             "--bundle."
         )
     sizes = {name: path.stat().st_size for name, path in sources.items()}
-    odd = [f"{name} has {size:,} bytes" for name, size in sizes.items() if size > FILE_LIMIT]
-    if odd or sum(sizes.values()) > FOLDER_LIMIT:
+    too_large = [f"{name} has {size:,} bytes" for name, size in sizes.items() if size > FILE_LIMIT]
+    if too_large or sum(sizes.values()) > FOLDER_LIMIT:
         raise HYWUError(
-            f"{', '.join(odd) or 'together they have'} {sum(sizes.values()):,} bytes in all; at most "
+            f"{', '.join(too_large) or 'together they have'} {sum(sizes.values()):,} bytes in all; at most "
             f"{FILE_LIMIT:,} a file and {FOLDER_LIMIT:,} in all may be bundled."
         )
     folder.mkdir(parents=True, exist_ok=True)
