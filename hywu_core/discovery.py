@@ -10,15 +10,82 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import HYWUError
 from .layout import Module, Stack
 
 logger = logging.getLogger(__name__)
+
+#: Expert matrices that some models keep in one: name -> (fused name, first or second half) by w1 (gate), w2
+#: (down), w3 (up). Names tell the order: HunyuanImage-3's stacks up on gate, transformers' gate on up.
+FUSED_EXPERTS: dict[str, tuple[tuple[str, int | None], ...]] = {
+    "w1": (("gate_and_up_proj", 1), ("gate_up_proj", 0)),
+    "w2": (("down_proj", None),),
+    "w3": (("gate_and_up_proj", 0), ("gate_up_proj", 1)),
+}
+
+
+@dataclass(frozen=True)
+class ExpertPlace:
+    """Where a model keeps the matrices of a grouped target.
+
+    modules: one per expert, or one for all. parameter: its name there, ``[out, in]`` of one expert or
+    ``[experts, out, in]`` of all. half: which half of its rows is meant, or None for all of them.
+    """
+
+    modules: tuple[nn.Module, ...]
+    parameter: str = "weight"
+    half: int | None = None
+
+    @property
+    def bank(self) -> bool:
+        """Whether one parameter holds all experts."""
+        return len(self.modules) == 1 and self.value(0).ndim == 3
+
+    def value(self, module: int) -> Tensor:
+        return getattr(self.modules[module], self.parameter)
+
+    def rows(self, out: int) -> slice:
+        """The rows that are meant, of `out` that are there."""
+        return (
+            slice(None)
+            if self.half is None
+            else slice(out // 2 * self.half, out // 2 * (self.half + 1))
+        )
+
+    @property
+    def shape(self) -> tuple[int, int, int] | None:
+        """(experts, out, in), or None where the experts differ."""
+        if self.bank:
+            experts, out, in_ = self.value(0).shape
+        else:
+            shapes = {linear_shape(module) for module in self.modules}
+            if len(shapes) != 1 or (found := shapes.pop()) is None:
+                return None
+            experts, (_, out, in_) = len(self.modules), found
+        return (experts, out if self.half is None else out // 2, in_)
+
+
+def find_experts(model: nn.Module, path: str) -> ExpertPlace | None:
+    """The matrices of ``<experts>.<name>``: a list of modules that have `name`, a bank of that name, or
+    either under a fused name (`FUSED_EXPERTS`). None when there is nothing of the kind.
+    """
+    owner, _, name = path.rpartition(".")
+    for fused, half in ((name, None), *FUSED_EXPERTS.get(name, ())):
+        if modules := expert_modules(model, f"{owner}.{fused}"):
+            return ExpertPlace(tuple(modules), "weight", half)
+        holder = submodule(model, owner)
+        value = getattr(holder, fused, None)
+        if isinstance(value, nn.Module) and getattr(getattr(value, "weight", None), "ndim", 0) == 3:
+            return ExpertPlace((value,), "weight", half)
+        if isinstance(holder, nn.Module) and isinstance(value, Tensor) and value.ndim == 3:
+            return ExpertPlace((holder,), fused, half)
+    return None
 
 
 class _Found(NamedTuple):
@@ -65,19 +132,13 @@ def is_pointwise_conv(module: nn.Module) -> bool:
 def target_shape(model: nn.Module, path: str, num_experts: int) -> tuple[int, int, int] | None:
     """(experts, out, in) of the target at `path`; None when there is no such module.
 
-    A grouped target is one module with a three-dimensional weight, or ``<list>.<name>`` where the
-    list holds one module `name` per expert.
+    A grouped target is one module with a three-dimensional weight, or what `find_experts` finds.
     """
     module = submodule(model, path)
-    if module is not None:
-        return linear_shape(module)
-    if not num_experts:
-        return None
-    experts = expert_modules(model, path)
-    shapes = {linear_shape(expert) for expert in experts}
-    if len(shapes) != 1 or (shape := shapes.pop()) is None:
-        return None
-    return (len(experts), shape[1], shape[2])
+    if module is not None and (shape := linear_shape(module)) is not None:
+        return shape
+    place = find_experts(model, path) if num_experts else None
+    return None if place is None else place.shape
 
 
 def submodule(model: nn.Module, path: str) -> nn.Module | None:

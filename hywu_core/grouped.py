@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 
 import torch
@@ -73,3 +74,26 @@ class GroupedLinear(nn.Module):
 
     def forward(self, x: Tensor, ends: Tensor, items: Tensor | None = None) -> Tensor:
         return grouped_linear(x, self.weight, ends)
+
+
+def reads_ends(module: nn.Module) -> bool:
+    """Whether a module is called as `GroupedLinear`: with rows sorted by expert and where each ends."""
+    return (
+        isinstance(module, GroupedLinear) or "ends" in inspect.signature(module.forward).parameters
+    )
+
+
+def grouped_delta(
+    x: Tensor, ends: Tensor, a: Tensor, b: Tensor, s: float, items: Tensor | None = None
+) -> Tensor:
+    """``s·B(A x)`` ``[T, out]`` for rows ``x [T, in]`` sorted by expert.
+
+    a ``[K, E, r, in]``, b ``[K, E, out, r]``; items int64 ``[T]``: the LoRA of each row, where K isn't 1.
+    """
+    if a.shape[0] == 1:
+        return grouped_linear(grouped_linear(x, a[0], ends) * s, b[0], ends)
+    order, group_ends = item_groups(items, ends, a.shape[0])
+    hidden = grouped_linear(x[order], a.flatten(0, 1), group_ends) * s
+    delta = x.new_empty(x.shape[0], b.shape[-2])
+    delta[order] = grouped_linear(hidden, b.flatten(0, 1), group_ends)
+    return delta

@@ -11,14 +11,15 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .discovery import expert_modules, is_conv1d, is_pointwise_conv, submodule
+from .discovery import ExpertPlace, find_experts, is_conv1d, is_pointwise_conv, submodule
 from .errors import HYWUError
-from .grouped import grouped_linear, item_groups
+from .grouped import grouped_delta, reads_ends
 from .lora import GeneratedLoRA
 
 #: One number for all targets, or shell patterns over target paths; the last match counts.
@@ -49,11 +50,21 @@ def inject(
     handles = []
     try:
         for module, hook in hooks:
-            handles.append(module.register_forward_hook(hook, with_kwargs=True))
+            handles += attach(module, hook)
         yield model
     finally:
         for handle in reversed(handles):
             handle.remove()
+
+
+def attach(module: nn.Module, hook: Callable) -> list[Any]:
+    """Register a hook of `inject`; returns handles with ``remove()``."""
+    if isinstance(hook, BankSwap):
+        before = module.register_forward_pre_hook(hook.swap)
+        # also after an error in the module: what is swapped in never stays
+        after = module.register_forward_hook(hook.restore, always_call=True)
+        return [before, after]
+    return [module.register_forward_hook(hook, with_kwargs=True)]
 
 
 @dataclass
@@ -87,12 +98,14 @@ def merge(
             a, b = (factor[0].float() for factor in lora[path])
             delta = (b @ a).mul_(s * lora.scale)
             delta = delta.mT if is_conv1d(submodule(model, path)) else delta
-            for parameter, piece in zip(parameters, _pieces(delta, parameters), strict=True):
+            for (parameter, rows), piece in zip(
+                parameters, _pieces(delta, parameters), strict=True
+            ):
                 if id(parameter) not in seen:
                     merged.originals.append((parameter, _set_aside(parameter)))
                     seen.add(id(parameter))
-                summed = parameter.float() + piece.reshape(parameter.shape).to(parameter.device)
-                parameter.copy_(summed)
+                part = parameter[rows]
+                part.copy_(part.float() + piece.reshape(part.shape).to(part.device))
     except BaseException:
         unmerge(merged)
         raise
@@ -269,30 +282,78 @@ def _takes_more(output: Tensor, x: Tensor, pair: tuple[Tensor, Tensor]) -> bool:
     )
 
 
+class _PartAdapter(_LinearAdapter):
+    """For one expert, where a LoRA adapts a half of the module's outputs."""
+
+    def __init__(self, place: ExpertPlace, *args: Any) -> None:
+        super().__init__(*args)
+        self.place = place
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+        x = args[0] if args else kwargs["input"]
+        delta = linear_delta(x, *self.pair_for(x), self.s, self.index_for(x)).to(output.dtype)
+        if self.place.half is not None:
+            rows = self.place.rows(output.shape[-1])
+            delta = F.pad(delta, (rows.start, output.shape[-1] - rows.stop))
+        return output + delta
+
+
+class BankSwap(_Adapter):
+    """For banks ``[E, out, in]`` of modules that are called in their own way: while the module runs, its
+    attribute is the bank with ``s·B·A`` added; the parameter itself is never written.
+    """
+
+    def __init__(self, place: ExpertPlace, *args: Any) -> None:
+        super().__init__(*args)
+        self.place = place
+
+    def swap(self, module: nn.Module, *_: Any) -> None:
+        name = self.place.parameter
+        bank = getattr(module, name)
+        if not bank.is_floating_point():
+            raise HYWUError(
+                f"{self.path}: the experts are {bank.dtype}, and this model reads them in its own way; a "
+                "LoRA needs them as floating point. Load the model in bf16."
+            )
+        a, b = self.pair_for(bank)
+        rows = self.place.rows(bank.shape[1])
+        whole = bank.clone()
+        whole[:, rows] = bank[:, rows] + torch.bmm(b[0], a[0]) * self.s
+        # an instance's dict comes before its parameters
+        module.__dict__.setdefault("_hywu_swapped", []).append((name, module.__dict__.get(name)))
+        module.__dict__[name] = whole
+
+    def restore(self, module: nn.Module, *_: Any) -> None:
+        swapped = module.__dict__.get("_hywu_swapped")
+        if not swapped:
+            return
+        name, former = swapped.pop()
+        if former is None:
+            module.__dict__.pop(name, None)
+        else:
+            module.__dict__[name] = former
+        if not swapped:
+            del module.__dict__["_hywu_swapped"]
+
+
 class _GroupedAdapter(_Adapter):
     """For modules called as ``module(x [T, in], ends [E])`` with rows sorted by expert."""
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
         x, ends = args[0], args[1] if len(args) > 1 else kwargs["ends"]
         a, b = self.pair_for(x)
-        if a.shape[0] == 1:
-            hidden = grouped_linear(x, a[0], ends) * self.s
-            return output + grouped_linear(hidden, b[0], ends).to(output.dtype)
-        items = kwargs.get("items")
-        if items is None:
-            raise HYWUError(
-                f"{self.path}: {a.shape[0]} LoRAs, but the rows of an expert module don't tell which "
-                "image they belong to; pass items=, or use one LoRA at a time."
-            )
-        which = items
-        if self.index is not None:
-            self.index = _moved(self.index, items.device)
-            which = self.index[items]
-        order, group_ends = item_groups(which, ends, a.shape[0])
-        hidden = grouped_linear(x[order], a.flatten(0, 1), group_ends) * self.s
-        delta = torch.empty_like(output)
-        delta[order] = grouped_linear(hidden, b.flatten(0, 1), group_ends).to(output.dtype)
-        return output + delta
+        which = None
+        if a.shape[0] > 1:
+            which = kwargs.get("items")
+            if which is None:
+                raise HYWUError(
+                    f"{self.path}: {a.shape[0]} LoRAs, but the rows of an expert module don't tell which "
+                    "image they belong to; pass items=, or use one LoRA at a time."
+                )
+            if self.index is not None:
+                self.index = _moved(self.index, which.device)
+                which = self.index[which]
+        return output + grouped_delta(x, ends, a, b, self.s, which).to(output.dtype)
 
 
 def _hooks(
@@ -305,10 +366,11 @@ def _hooks(
             continue
         pair, s = lora[path], strength * lora.scale
         module = submodule(model, path)
-        if module is None:
-            hooks += _expert_hooks(model, path, pair, s)
-        elif lora.target(path).module.num_experts:
-            hooks.append((module, _GroupedAdapter(path, pair, s, index)))
+        if lora.target(path).module.num_experts:
+            if module is not None and reads_ends(module):
+                hooks.append((module, _GroupedAdapter(path, pair, s, index)))
+            else:
+                hooks += expert_hooks(model, path, pair, s)
         elif is_pointwise_conv(module):
             hooks.append((module, _ConvAdapter(path, pair, s, index)))
         else:
@@ -316,19 +378,28 @@ def _hooks(
     return hooks
 
 
-def _expert_hooks(
+def expert_hooks(
     model: nn.Module, path: str, pair: tuple[Tensor, Tensor], s: float
 ) -> list[tuple[nn.Module, Callable]]:
-    """Hooks for experts that are modules of their own, one slice of the LoRA each."""
-    a, b = pair
+    """Hooks for experts that aren't called as `GroupedLinear`: a list of modules, or a bank.
+
+    pair: one LoRA's ``[1, E, r, in]`` and ``[1, E, out, r]``. Raises HYWUError on several.
+    """
+    place, (a, b) = find_experts(model, path), pair
+    if place is None:
+        raise HYWUError(
+            f"{path}: the model has no such experts; use the one the LoRA was made for."
+        )
     if a.shape[0] != 1:
         raise HYWUError(
             f"{path}: the experts of this model see rows of all images mixed, so they can take one "
             f"LoRA at a time, not {a.shape[0]}; use select(i)."
         )
+    if place.bank:
+        return [(place.modules[0], BankSwap(place, path, pair, s, None))]
     return [
-        (expert, _LinearAdapter(f"{path}[{e}]", (a[:, e], b[:, e]), s, None))
-        for e, expert in enumerate(expert_modules(model, path))
+        (expert, _PartAdapter(place, f"{path}[{e}]", (a[:, e], b[:, e]), s, None))
+        for e, expert in enumerate(place.modules)
     ]
 
 
@@ -354,12 +425,19 @@ def _moved(index: Tensor, device: torch.device) -> Tensor:
 # -- merged -------------------------------------------------------------------------------------
 
 
-def _weights_of(model: nn.Module, lora: GeneratedLoRA, path: str) -> list[nn.Parameter]:
-    """The base weights of a target: one, or one an expert."""
+def _weights_of(model: nn.Module, lora: GeneratedLoRA, path: str) -> list[tuple[nn.Parameter, Any]]:
+    """(base weight, index of the part that is meant) of a target: one, or one per expert."""
     module = submodule(model, path)
-    modules = [module] if module is not None else expert_modules(model, path)
-    weights = [m.weight for m in modules]
-    for weight in weights:
+    if module is not None:
+        weights = [(module.weight, ...)]
+    else:
+        place = find_experts(model, path)
+        weights = []
+        for i in range(len(place.modules)):
+            value = place.value(i)
+            rows = place.rows(value.shape[-2])
+            weights.append((value, (slice(None), rows) if place.bank else rows))
+    for weight, _ in weights:
         if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
             raise HYWUError(
                 f"{path}: the base weight is {getattr(weight, 'dtype', type(weight).__name__)}, into "
@@ -376,5 +454,5 @@ def _set_aside(parameter: nn.Parameter) -> Tensor:
     return host.copy_(parameter, non_blocking=True)  # ordered before what changes the weight
 
 
-def _pieces(delta: Tensor, parameters: list[nn.Parameter]) -> Sequence[Tensor]:
+def _pieces(delta: Tensor, parameters: list[Any]) -> Sequence[Tensor]:
     return [delta] if len(parameters) == 1 else delta.unbind(0)

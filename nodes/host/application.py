@@ -7,9 +7,11 @@ ever sees them.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import uuid
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +24,7 @@ from ...hywu_core.discovery import is_pointwise_conv, submodule, target_shape
 from ...hywu_core.errors import HYWUError
 from ...hywu_core.injection import conv_delta, linear_delta, target_strengths
 from ...hywu_core.lora import GeneratedLoRA
+from .experts import GroupedHook, attach_experts, expert_paths, grouped, row_by_row
 from .resident import resident
 
 log = logging.getLogger(__name__)
@@ -154,12 +157,6 @@ def match(model: nn.Module, lora: GeneratedLoRA, skip_missing: bool = False) -> 
             f"connect the model it was made for ({base}), connect MODEL to Load Generated LoRA where the "
             "file has other names for its modules, or turn skip_missing on to apply the others."
         )
-    experts = [path for path in found if lora.target(path).module.num_experts]
-    if experts:
-        raise HYWUError(
-            f"{experts[0]}: LoRAs on grouped experts can't be applied to a MODEL; use "
-            "hywu_core.inject on the base model itself."
-        )
     return Match(found, tuple(skipped))
 
 
@@ -186,11 +183,18 @@ def apply(
     strengths = scope.strengths(lora)
     if mode == "auto":
         single = lora.batch_size == 1 and not scope.needs_unmerged
-        mode = "merge" if _compiled(model) and single else "unmerged"
+        experts = bool(expert_paths(lora))
+        mode = "merge" if _compiled(model) and single and not experts else "unmerged"
     if mode == "merge" and lora.batch_size != 1:
         raise HYWUError(
             f"{lora.batch_size} LoRAs can't be merged into one model; use mode 'unmerged', which gives "
             "each image its own, or pick one with HY-WU Select LoRA."
+        )
+    if mode == "merge" and (experts := expert_paths(lora)):
+        raise HYWUError(
+            f"{experts[0]}: LoRAs on experts aren't merged into a MODEL: every expert's weights would be "
+            "read and written again with every prompt, and small changes be lost in their rounding; use "
+            "mode 'unmerged', which gives the same image."
         )
     if mode == "merge" and scope.needs_unmerged:
         raise HYWUError(scope.needs_unmerged)
@@ -285,14 +289,67 @@ class Unmerged:
                 "latent batch as long, or pick one with HY-WU Select LoRA."
             )
         branch_on = [self.scope.negative or branch == 0 for branch in branches]
+        model = executor.class_obj
+        whole, rest = self._kinds(model)
+        with self._hooks(model, whole, branch_on, rows):
+            if not rest:
+                return executor(*args, **kwargs)
+            if self.lora.batch_size == 1 and all(branch_on):
+                with self._other_experts(model, rest, 0):
+                    return executor(*args, **kwargs)
+
+        def around(place: int, item: int) -> contextlib.ExitStack:
+            stack = contextlib.ExitStack()
+            if branch_on[place]:
+                chosen = item if self.lora.batch_size > 1 else 0
+                stack.enter_context(self._hooks(model, whole, [True], 1, chosen))
+                stack.enter_context(self._other_experts(model, rest, chosen))
+            return stack
+
+        return row_by_row(executor, args, kwargs, items, branches, around)
+
+    def _kinds(self, model: nn.Module) -> tuple[list[str], list[str]]:
+        """Targets that know their batch item, and experts that don't."""
+        rest = [
+            path for path in expert_paths(self.lora)
+            if path in self.active and grouped(model, self.active[path][0]) is None
+        ]  # fmt: skip
+        return [path for path in self.active if path not in rest], rest
+
+    @contextlib.contextmanager
+    def _hooks(
+        self, model: nn.Module, paths: list[str], branch_on: list[bool], rows: int,
+        item: int | None = None,
+    ) -> Iterator[None]:  # fmt: skip
+        """Hooks for the block's length. item: the one LoRA that counts; None is each item its own."""
+        handles = []
+
+        def placed(x: Tensor) -> GeneratedLoRA:
+            lora = self.on(x)
+            return lora if item is None else lora.select(item)
+
+        try:
+            for path in paths:
+                target, strength = self.active[path]
+                module, scale = submodule(model, target), self.lora.scale * strength
+                if self.lora.target(path).module.num_experts:
+                    hook = GroupedHook(placed, path, scale, branch_on, rows)
+                    handles.append(module.register_forward_hook(hook, with_kwargs=True))
+                    continue
+                hook = _Hook(placed, path, scale, is_pointwise_conv(module), branch_on, rows)
+                handles.append(module.register_forward_hook(hook))
+            yield
+        finally:
+            for handle in reversed(handles):
+                handle.remove()
+
+    @contextlib.contextmanager
+    def _other_experts(self, model: nn.Module, paths: list[str], item: int) -> Iterator[None]:
         handles = []
         try:
-            for path, (target, strength) in self.active.items():
-                module = submodule(executor.class_obj, target)
-                scale = self.lora.scale * strength
-                hook = _Hook(self, path, scale, is_pointwise_conv(module), branch_on, rows)
-                handles.append(module.register_forward_hook(hook))
-            return executor(*args, **kwargs)
+            targets = {path: self.active[path] for path in paths}
+            handles = attach_experts(model, self.lora.select(item), targets)
+            yield
         finally:
             for handle in reversed(handles):
                 handle.remove()
@@ -302,14 +359,15 @@ class _Hook:
     """Adds one target's branch to the rows of the active guidance branches."""
 
     def __init__(
-        self, owner: Unmerged, path: str, scale: float, conv: bool, active: list[bool], rows: int
-    ) -> None:
-        self.owner, self.path, self.scale, self.conv = owner, path, scale, conv
+        self, placed: Callable[[Tensor], GeneratedLoRA], path: str, scale: float, conv: bool,
+        active: list[bool], rows: int,
+    ) -> None:  # fmt: skip
+        self.placed, self.path, self.scale, self.conv = placed, path, scale, conv
         self.active, self.rows = active, rows
 
     def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         x = args[0]
-        shared = self.owner.lora.batch_size == 1
+        shared = self.placed(x).batch_size == 1
         # the output is the module's own, fresh; only autograd may still need it as it was
         output = output.clone() if output.requires_grad else output
         if shared and all(self.active):
@@ -329,7 +387,7 @@ class _Hook:
 
     def _add(self, output: Tensor, x: Tensor) -> None:
         """Add the branch in place; rows of one image stand together."""
-        a, b = self.owner.on(x)[self.path]
+        a, b = self.placed(x)[self.path]
         count = a.shape[0]
         if self.conv or output.dtype != x.dtype or not output.is_contiguous():
             if count > 1:

@@ -9,6 +9,7 @@ import comfy.hooks
 from ...hywu_core.errors import HYWUError
 from ...hywu_core.lora import GeneratedLoRA
 from .application import check_strength, match
+from .experts import expert_paths
 from .stock_lora import stock_lora
 
 
@@ -25,6 +26,11 @@ def hook(
         raise HYWUError(
             f"A hook holds one LoRA and this is a batch of {lora.batch_size}; pick one with HY-WU "
             "Select LoRA."
+        )
+    if experts := expert_paths(lora):
+        raise HYWUError(
+            f"{experts[0]} is a LoRA on experts, which ComfyUI's hooks can't hold; use Apply Generated LoRA, "
+            "whose scope narrows where it acts."
         )
     matched = match(model.model, lora, skip_missing)
     group = comfy.hooks.create_hook_lora(stock_lora(lora), strength, 0.0)
