@@ -6,6 +6,7 @@ from .apply import HYWUApplyLoRA, HYWULoRAHook, HYWULoRAScope
 from .condition import HYWUConditionEncode, HYWULoadCondition, HYWUSaveCondition
 from .evaluation import HYWUBenchmarkItems, HYWUJudge, HYWUScoreTable
 from .host import examples, gsb_routes
+from .hunyuan_image3 import HYWUHunyuanEditPrompt, HYWUHunyuanThink, HYWULoadHunyuanImage3
 from .loaders import HYWULoadBundledEditor, HYWULoadGenerator
 from .lora import (
     HYWUBlendLoRA,
@@ -37,6 +38,9 @@ NODE_CLASS_MAPPINGS = {
     "HYWUBenchmarkItems": HYWUBenchmarkItems,
     "HYWUJudge": HYWUJudge,
     "HYWUScoreTable": HYWUScoreTable,
+    "HYWULoadHunyuanImage3": HYWULoadHunyuanImage3,
+    "HYWUHunyuanThink": HYWUHunyuanThink,
+    "HYWUHunyuanEditPrompt": HYWUHunyuanEditPrompt,
 }
 
 NODE_DISPLAY_NAME_MAPPINGS = {
@@ -59,6 +63,9 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "HYWUBenchmarkItems": "HY-WU Benchmark Items",
     "HYWUJudge": "HY-WU Judge",
     "HYWUScoreTable": "HY-WU Score Table",
+    "HYWULoadHunyuanImage3": "Load HunyuanImage-3",
+    "HYWUHunyuanThink": "HunyuanImage-3 Think",
+    "HYWUHunyuanEditPrompt": "HunyuanImage-3 Edit Prompt",
 }
 
 gsb_routes.register()

@@ -74,6 +74,12 @@ GRAPH = {
     "26": node("SaveImage", images=["25", 1]),
     "27": node("VAEDecode", samples=["28", 0], vae=["2", 2]),
     "28": node("KSampler", model=["7", 0], positive=["18", 0], negative=["17", 0]),
+    "29": node("HYWULoadHunyuanImage3"),
+    "30": node("HYWUHunyuanThink", model=["29", 0], instruction="make it night", image=["1", 0]),
+    "31": node("HYWUHunyuanEditPrompt", hunyuan=["29", 2], instruction="make it night", image=["1", 0],
+               cot=["30", 0], model=["29", 0]),
+    "32": node("KSampler", model=["29", 0], positive=["31", 0], negative=["31", 1], latent_image=["31", 2]),
+    "33": node("VAEDecode", samples=["32", 0], vae=["29", 1]),
 }  # fmt: skip
 
 #: What a run of node 8 draws is there: maps of two nodes, and its picture.

@@ -24,7 +24,7 @@ from ...hywu_core.discovery import is_pointwise_conv, submodule, target_shape
 from ...hywu_core.errors import HYWUError
 from ...hywu_core.injection import conv_delta, linear_delta, target_strengths
 from ...hywu_core.lora import GeneratedLoRA
-from .experts import GroupedHook, attach_experts, expert_paths, grouped, row_by_row
+from .experts import GroupedHook, attach_experts, expert_paths, grouped, row_by_row, told
 from .resident import resident
 
 log = logging.getLogger(__name__)
@@ -289,6 +289,7 @@ class Unmerged:
                 "latent batch as long, or pick one with HY-WU Select LoRA."
             )
         branch_on = [self.scope.negative or branch == 0 for branch in branches]
+        args, kwargs = told(args, kwargs, (id(self), *branch_on))
         model = executor.class_obj
         whole, rest = self._kinds(model)
         with self._hooks(model, whole, branch_on, rows):

@@ -114,6 +114,17 @@ def row_by_row(
     return torch.cat(made)
 
 
+def told(args: tuple, kwargs: dict, acting: tuple) -> tuple[tuple, dict]:
+    """The arguments of ``apply_model`` with what acts in the options: models that keep something between
+    steps read there whether their weights are still the same.
+    """
+    options = args[OPTIONS] if len(args) > OPTIONS else kwargs.get("transformer_options", {})
+    options = {**options, "hywu_loras": (*options.get("hywu_loras", ()), acting)}
+    if len(args) > OPTIONS:
+        return (*args[:OPTIONS], options, *args[OPTIONS + 1 :]), kwargs
+    return args, {**kwargs, "transformer_options": options}
+
+
 def _row(value: Any, row: int, rows: int) -> Any:
     """One row of whatever has the batch's length, in lists and dicts too."""
     if isinstance(value, Tensor):

@@ -20,6 +20,8 @@ BUNDLED = "bundled"
 BUNDLED_LORA = "bundled: "
 #: A PEFT adapter is a folder with this file in it.
 PEFT_FILE = "adapter_model.safetensors"
+#: ComfyUI's name of the folder with HunyuanImage-3's own folders.
+HUNYUAN = "hunyuan_image_3"
 NOTHING = "(none found)"
 SUFFIX = ".safetensors"
 #: Bytes of a name on most disks, less what the number and the suffix take.
@@ -32,7 +34,7 @@ def register() -> None:
     Folders that are ComfyUI's own (input, output, models/loras) are no model folders of ours: what
     lists models would show a user's images there, and every LoRA twice.
     """
-    for name in ("hywu", "hywu_conditions"):
+    for name in ("hywu", "hywu_conditions", HUNYUAN):
         own = os.path.join(folder_paths.models_dir, name)
         known = folder_paths.folder_names_and_paths.get(name, ([], set()))[0]
         folder_paths.folder_names_and_paths[name] = (list(dict.fromkeys([own, *known])), {SUFFIX})
@@ -61,6 +63,14 @@ def generator_names() -> list[str]:
 
 def condition_names() -> list[str]:
     return _files_in(_condition_folders()) or [NOTHING]
+
+
+def hunyuan_names() -> list[str]:
+    """Folders with a config.json, once each."""
+    found = {os.path.dirname(name) for name in folder_paths.get_filename_list(HUNYUAN)}
+    roots = folder_paths.get_folder_paths(HUNYUAN)
+    names = [n for n in sorted(found) if n and _find(roots, os.path.join(n, "config.json"))]
+    return names or [NOTHING]
 
 
 def lora_names() -> list[str]:
@@ -114,6 +124,11 @@ def condition_path(name: str) -> Path:
     return _existing(_condition_folders(), name, where)
 
 
+def hunyuan_path(name: str) -> Path:
+    roots = folder_paths.get_folder_paths(HUNYUAN)
+    return _existing(roots, name, f"models/{HUNYUAN}")
+
+
 def lora_path(name: str) -> Path:
     if name.startswith(BUNDLED_LORA):
         return bundled(_bundled_file(name))
@@ -127,6 +142,10 @@ def generator_stamp(name: str) -> str:
 
 def condition_stamp(name: str) -> str:
     return _stamp(_condition_folders(), name)
+
+
+def hunyuan_stamp(name: str) -> str:
+    return _stamp(folder_paths.get_folder_paths(HUNYUAN), name)
 
 
 def lora_stamp(name: str) -> str:

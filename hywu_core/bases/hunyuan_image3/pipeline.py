@@ -53,18 +53,34 @@ class Parts:
 PREFIXES = {"model": "", "vae": "vae.", "tower": vision.PREFIX, "aligner": "vision_aligner."}
 
 
-def build(folder: Folder) -> Parts:
-    """The folder's networks without weights; every tensor of the files is checked against them."""
+def build(folder: Folder, network: type[HunyuanImage3] = HunyuanImage3) -> Parts:
+    """The folder's networks without weights; every tensor of the files is checked against them.
+
+    network: the class of the transformer. Raises HYWUError on tensors that don't fit.
+    """
     config = folder.config
     with torch.device("meta"):
         parts = Parts(
-            HunyuanImage3(config),
+            network(config),
             VAE(config.vae),
             vision.build_tower(config.vision),
             Aligner(config.vision.hidden_size, config.hidden_size),
         )
     folder.check({prefix: getattr(parts, name) for name, prefix in PREFIXES.items()})
     return parts
+
+
+def fill(
+    folder: Folder,
+    parts: Parts,
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+    vae_dtype: torch.dtype = torch.float32,
+) -> None:
+    """Read the weights of what `build` gave. dtype: None keeps the stored one."""
+    for name, prefix in PREFIXES.items():
+        wanted = vae_dtype if name == "vae" else dtype
+        folder.fill(getattr(parts, name), prefix, device, wanted)
 
 
 class Pipeline:
@@ -100,9 +116,7 @@ class Pipeline:
         parts = build(folder)
         if layout is not None:
             check_layout(parts.model, layout, folder.path)
-        for name, prefix in PREFIXES.items():
-            wanted = vae_dtype if name == "vae" else dtype
-            folder.fill(getattr(parts, name), prefix, device, wanted)
+        fill(folder, parts, device, dtype, vae_dtype)
         parts.model.set_router_precision(router_precision)
         return cls(prompts, parts)
 

@@ -20,11 +20,16 @@ from ..instructions import for_images, lines_of
 from . import conditionings
 from .bundled import BundledEncoder
 from .graph import GraphEncoder
+from .hunyuan_image3 import HunyuanEncoder
 
 log = logging.getLogger(__name__)
 
 #: Type in a checkpoint's encoder -> what makes such conditions here, of (Reads, the node's sockets).
-ENCODERS = {"bundled_editor": BundledEncoder, "comfyui": GraphEncoder}
+ENCODERS = {
+    "bundled_editor": BundledEncoder,
+    "comfyui": GraphEncoder,
+    "hunyuan_image_3": HunyuanEncoder,
+}
 
 
 class HostEncoder(base.Encoder, Protocol):

@@ -1,0 +1,71 @@
+"""The published condition: hidden states of HunyuanImage-3 itself, of instruction, images and thought."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ....hywu_core.condition import OFFICIAL_PART, Condition
+from ....hywu_core.encoders.base import Reads
+from ....hywu_core.errors import HYWUError
+from ..hunyuan_image3.load import model_of
+from ..hunyuan_image3.model import KEY
+from ..hunyuan_image3.prompt import encoded, hidden_states, requests_of
+
+
+class HunyuanEncoder:
+    """(images, instructions, further images) -> Condition, by the MODEL that is connected.
+
+    With a conditioning of HunyuanImage-3 Edit Prompt, its images, instructions and thoughts are what is
+    read, and its noise; else those of the node, without a thought.
+    """
+
+    def __init__(self, reads: Reads, sockets: Mapping[str, Any]) -> None:
+        self.parts, self.identity, self.sockets = reads.parts, reads.identity, sockets
+        if sockets.get("model") is None:
+            raise HYWUError(
+                "This generator reads hidden states of HunyuanImage-3; connect the MODEL of Load "
+                "HunyuanImage-3 to model."
+            )
+        self.model = sockets["model"]
+        width = model_of(self.model).diffusion_model.config.hidden_size
+        wanted = self.parts.get(OFFICIAL_PART)
+        if width != wanted:
+            raise HYWUError(
+                f"The connected HunyuanImage-3 has hidden states {width} wide, the generator reads {wanted}; "
+                "connect the base model that it was trained for."
+            )
+
+    def __call__(self, images: Tensor, instructions: Sequence[str], *further: Tensor) -> Condition:
+        reader = model_of(self.model).reader
+        if (given := self.sockets.get("conditioning")) is not None:
+            rows = given[0][1].get(KEY)
+            if rows is None:
+                raise HYWUError(
+                    "The conditioning isn't HunyuanImage-3's; connect positive of HunyuanImage-3 Edit Prompt, "
+                    "or nothing."
+                )
+            requests, sources = [r.request for r in rows], [r.sources for r in rows]
+        else:
+            pictures = [each.movedim(1, -1) for each in (images, *further)]
+            requests = requests_of(reader, "\n".join(instructions), pictures)
+            sources = encoded(reader, requests)
+        states = hidden_states(self.model, requests, sources).float().cpu()
+        lengths = torch.tensor([len(reader.prompts.ratio(request)) for request in requests])
+        masks = {}
+        if len(set(lengths.tolist())) > 1:
+            masks[OFFICIAL_PART] = torch.arange(states.shape[1]) < lengths[:, None]
+        origin = {
+            "instruction": [request.instruction for request in requests],
+            "encoder": "hunyuan_image_3",
+            "base": reader.prompts.folder.path.name,
+        }
+        condition = Condition({OFFICIAL_PART: states}, masks, origin=origin)
+        return replace(condition, fingerprint=condition.digest())
+
+    def warnings(self, texts: Sequence[str], condition: Condition) -> list[str]:
+        return []

@@ -1,0 +1,128 @@
+"""Loading an official folder: MODEL, VAE, and the reader that makes prompts."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management as mm
+import comfy.model_patcher
+import comfy.sd
+import torch
+from torch import Tensor, nn
+
+from ....hywu_core.bases.hunyuan_image3.config import VAEConfig
+from ....hywu_core.bases.hunyuan_image3.layers import RouterPrecision
+from ....hywu_core.bases.hunyuan_image3.pipeline import build, fill
+from ....hywu_core.bases.hunyuan_image3.prompts import Prompts
+from ....hywu_core.bases.hunyuan_image3.sources import SourceEncoder
+from ....hywu_core.bases.hunyuan_image3.vae import VAE
+from ....hywu_core.errors import HYWUError
+from .model import HostModel, HunyuanModel, patched
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class HostVAE(nn.Module):
+    """The VAE as ComfyUI calls it: latents unscaled, the mean where one encodes."""
+
+    def __init__(self, vae: VAE) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Images ``[B, 3, H, W]`` in -1..1 -> latents ``[B, C, h, w]``."""
+        return self.vae.moments(pixels)[:, :, 0].chunk(2, dim=1)[0]
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """The inverse: pixels in -1..1."""
+        return self.vae.frames(latents[:, :, None])[:, :, -1]
+
+
+class ImageVAE(comfy.sd.VAE):
+    """ComfyUI's VAE around this project's; `reader.vae` is the same network."""
+
+    def __init__(self, vae: VAE) -> None:
+        # the smallest VAE that the host builds by itself, of which the network is exchanged
+        super().__init__(sd={"pixel_space_vae": torch.tensor(1.0)})
+        config: VAEConfig = vae.config
+        factor, widest = config.spatial_factor, config.channels[0]
+        self.first_stage_model = HostVAE(vae).eval()
+        self.downscale_ratio = self.upscale_ratio = factor
+        self.latent_channels, self.latent_dim = config.latent_channels, 2
+        self.process_input = lambda image: image * 2.0 - 1.0
+        self.process_output = lambda image: ((image + 1.0) / 2.0).clamp(0.0, 1.0)
+        # four frames at the widest level: input, two convolutions, the sum
+        bytes_of = mm.dtype_size
+        self.memory_used_encode = lambda shape, dtype: (
+            16 * widest * shape[-2] * shape[-1] * bytes_of(dtype)
+        )
+        self.memory_used_decode = lambda shape, dtype: (
+            16 * widest * shape[-2] * shape[-1] * factor**2 * bytes_of(dtype)
+        )
+        self.vae_dtype = next(vae.parameters()).dtype
+        self.device, self.output_device = mm.vae_device(), mm.intermediate_device()
+        self.patcher = comfy.model_patcher.ModelPatcher(
+            self.first_stage_model, load_device=self.device, offload_device=mm.vae_offload_device()
+        )
+
+
+class Reader:
+    """What the HYWU_HUNYUAN socket carries: tokenizer, system prompt, tower and VAE of one folder.
+
+    model: the MODEL that was loaded with it.
+    """
+
+    def __init__(self, prompts: Prompts, encoder: SourceEncoder, vae: ImageVAE) -> None:
+        self.prompts, self.encoder, self.vae = prompts, encoder, vae
+        eyes = nn.ModuleList([encoder.tower, encoder.aligner])
+        self.patcher = comfy.model_patcher.ModelPatcher(
+            eyes, load_device=mm.text_encoder_device(), offload_device=mm.unet_offload_device()
+        )
+
+    @contextlib.contextmanager
+    def ready(self) -> Iterator[SourceEncoder]:
+        """The encoder of source images, its networks on their devices."""
+        mm.load_models_gpu([self.patcher, self.vae.patcher])
+        yield self.encoder
+
+
+def load(
+    path: Path, precision: str, router: RouterPrecision, system: str | None
+) -> tuple[Any, ImageVAE, Reader]:
+    """(MODEL, VAE, reader) of an official folder. Raises HYWUError before weights are read.
+
+    precision: "auto" is bfloat16 where the device multiplies it, else float32; "stored" keeps the files'.
+    router: see RouterPrecision. system: the system prompt, or None for the folder's own.
+    """
+    prompts = Prompts.open(path, system)
+    folder = prompts.folder
+    parts = build(folder, HostModel)
+    fill(folder, parts, "cpu", _dtype(precision))
+    network = parts.model
+    network.set_router_precision(router)
+    network.default_guidance = folder.settings.guidance
+    vae = ImageVAE(parts.vae)
+    reader = Reader(prompts, SourceEncoder(prompts, parts.vae, parts.tower, parts.aligner), vae)
+    model = HunyuanModel(network, reader, folder.settings.flow_shift)
+    return patched(model), vae, reader
+
+
+def _dtype(precision: str) -> torch.dtype | None:
+    if precision == "auto":
+        fast = mm.should_use_bf16(mm.get_torch_device())
+        return torch.bfloat16 if fast else torch.float32
+    return DTYPES.get(precision)
+
+
+def model_of(model: Any) -> HunyuanModel:
+    """The HunyuanImage-3 in a MODEL. Raises HYWUError on another one."""
+    inner = getattr(model, "model", None)
+    if not isinstance(inner, HunyuanModel):
+        raise HYWUError(
+            f"The MODEL is {type(inner).__name__}, not HunyuanImage-3; connect the one of Load "
+            "HunyuanImage-3."
+        )
+    return inner
