@@ -36,7 +36,7 @@ def model(form: str):
                     layer.proj.bias.zero_()
 
         def forward(self, x, t, context=None, control=None, transformer_options=None, **_):
-            hidden = x.flatten(2).mT + context.mean()
+            hidden = x.flatten(2).mT + context.mean(dim=2, keepdim=True)
             for layer in self.layers:
                 hidden = layer.proj(hidden) + torch.tanh(layer.mlp(hidden) / 20)
             return hidden.mT.view_as(x)
