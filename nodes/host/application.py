@@ -20,9 +20,10 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 from comfy.weight_adapter import LoRAAdapter
 from torch import Tensor, nn
 
+from ...hywu_core.adapters import conv_delta, linear_delta
 from ...hywu_core.discovery import is_pointwise_conv, submodule, target_shape
 from ...hywu_core.errors import HYWUError
-from ...hywu_core.injection import conv_delta, linear_delta, target_strengths
+from ...hywu_core.injection import target_strengths
 from ...hywu_core.lora import GeneratedLoRA
 from .experts import GroupedHook, attach_experts, expert_paths, grouped, row_by_row, told
 from .resident import resident
@@ -311,10 +312,8 @@ class Unmerged:
 
     def _kinds(self, model: nn.Module) -> tuple[list[str], list[str]]:
         """Targets that know their batch item, and experts that don't."""
-        rest = [
-            path for path in expert_paths(self.lora)
-            if path in self.active and grouped(model, self.active[path][0]) is None
-        ]  # fmt: skip
+        experts = [path for path in expert_paths(self.lora) if path in self.active]
+        rest = [path for path in experts if grouped(model, self.active[path][0]) is None]
         return [path for path in self.active if path not in rest], rest
 
     @contextlib.contextmanager

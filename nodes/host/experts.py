@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...hywu_core.adapters import attach, expert_hooks
 from ...hywu_core.discovery import submodule
 from ...hywu_core.errors import HYWUError
 from ...hywu_core.grouped import grouped_delta, reads_ends
-from ...hywu_core.injection import attach, expert_hooks
 from ...hywu_core.lora import GeneratedLoRA
 
 #: Position of ``transformer_options`` among the arguments of ``apply_model``.

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 BASICS = {"errors", "atomic", "files", "fingerprint", "images", "precision", "devices"}
 VALUES = {"batch", "layout", "discovery", "tokens", "condition", "grouped"}
-PARTS = {"encoders", "injection", "generator", "formats"}
+PARTS = {"encoders", "adapters", "injection", "generator", "formats"}
 ENGINE = BASICS | VALUES | {"lora"} | PARTS | {"bases", "charts"}
 
 #: Room of hywu_core (a file or folder in it), or nodes -> rooms that it may import.
@@ -37,7 +37,8 @@ ALLOWED: dict[str, set[str]] = {
     "grouped": BASICS,
     "lora": BASICS | VALUES,
     "encoders": BASICS | VALUES,
-    "injection": BASICS | VALUES | {"lora"},
+    "adapters": BASICS | VALUES,
+    "injection": BASICS | VALUES | {"lora", "adapters"},
     "formats": BASICS | VALUES | {"lora"},
     "generator": BASICS | VALUES | {"lora"},
     "bases": BASICS | VALUES | {"lora"} | PARTS,
