@@ -29,8 +29,9 @@ def chromium() -> str:
 
 
 #: The frontend's own: with paid nodes switched off its page may not call their server, it asks for files (user
-#: style, last settings) that needn't be there, and a newer one asks an older server for what it doesn't have.
-NOISE = ("api.comfy.org", "status of 404", "[Jobs API]", "JobsApiError")
+#: style, last settings) that needn't be there, a newer one asks an older server for what it doesn't have, and the
+#: models of the stock graph that it begins with for their sizes.
+NOISE = ("api.comfy.org", "huggingface.co", "status of 404", "[Jobs API]", "JobsApiError")
 
 
 class Servers:
