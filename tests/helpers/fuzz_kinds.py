@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import logging
 import shutil
 from pathlib import Path
 
@@ -38,8 +37,6 @@ from hywu_core.headless.trouble import ServerError, check_record, describe_refus
 from hywu_core.images import load_image
 from hywu_core.layout import Module, Stack
 from hywu_core.tokens import token_grid
-
-logging.disable(logging.CRITICAL)
 
 LAYOUT = LoRALayout(
     (
