@@ -37,7 +37,7 @@ from hywu_core.cli.console import say, table
 
 from . import clocks, isolated, probe
 from .decisions import decisions
-from .measure import write_json
+from .measure import checked, course_options, write_json
 
 #: (size, variant, seconds it may calculate, seconds it is worth waiting for in all)
 OFFICIAL = (("official", "eager", 40, 110), ("official", "ours", 30, 90))
@@ -237,19 +237,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", type=Path, required=True, help="where all figures go")
-    parser.add_argument("--device", default="cuda", help="default: %(default)s")
-    parser.add_argument("--seconds", type=float, default=570, help="default: %(default)s")
-    parser.add_argument("--tiny", action="store_true", help="every size shrunk to almost nothing")
+    course_options(parser)
     parser.add_argument("--only", nargs="+", metavar="SIZE/VARIANT", help="instead of all of them")
     parser.add_argument("--checks", nargs="+", choices=probe.CHECKS, metavar="NAME")
     parser.add_argument(
-        "--decide", action="store_true", help="measure nothing: decide anew from --json"
+        "--decide",
+        action="store_true",
+        help="measure nothing: decide anew from --json (with --device cpu where there is no other)",
     )
-    args = parser.parse_args(arguments)
-    if not args.decide and args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("this torch finds no CUDA device; `--device cpu --tiny` tries the course")
-    return args
+    return checked(parser, arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import statistics
@@ -85,6 +86,22 @@ def peak_memory(function: Callable[[], Any]) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+def course_options(parser: argparse.ArgumentParser) -> None:
+    """--json, --device, --seconds and --tiny of a course on a device; see `checked`."""
+    parser.add_argument("--json", type=Path, required=True, help="where all figures go")
+    parser.add_argument("--device", default="cuda", help="default: %(default)s")
+    parser.add_argument("--seconds", type=float, default=570, help="default: %(default)s")
+    parser.add_argument("--tiny", action="store_true", help="every size shrunk to almost nothing")
+
+
+def checked(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The parsed arguments; exits with advice where the device isn't there."""
+    args = parser.parse_args(arguments)
+    if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
+        parser.error("this torch finds no CUDA device; `--device cpu --tiny` tries the course")
+    return args
 
 
 def environment() -> dict[str, Any]:

@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -30,7 +29,7 @@ from hywu_core.cli.console import say, table
 from hywu_core.training.logs import read_log
 
 from . import clocks, isolated
-from .measure import write_json
+from .measure import checked, course_options, write_json
 
 #: Most bytes of one file of results.
 LARGEST_FILE = 16 << 20
@@ -178,21 +177,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", type=Path, required=True)
+    course_options(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder of the trained weights")
     parser.add_argument("--runs", type=Path, help="folder of states (default: runs below --out)")
-    parser.add_argument("--device", default="cuda", help="default: %(default)s")
-    parser.add_argument("--seconds", type=float, default=570, help="default: %(default)s")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[24, 256, 1024])
     parser.add_argument(
         "--trainings", nargs="+", choices=("pretrain", "train"), default=["pretrain", "train"]
     )
     parser.add_argument("--only-trials", action="store_true", help="leave the long training out")
-    parser.add_argument("--tiny", action="store_true", help="a few steps of everything")
-    args = parser.parse_args(arguments)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("this torch finds no CUDA device; `--device cpu --tiny` tries the course")
-    return args
+    return checked(parser, arguments)
 
 
 if __name__ == "__main__":

@@ -24,13 +24,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hywu_core.cli.console import say, table
 from hywu_core.generator.speed.passes import Switches
 
 from . import clocks, isolated
-from .measure import write_json
+from .measure import checked, course_options, write_json
 
 #: Blocks of the short runs: the first has no prefix where it is kept.
 BLOCKS = 3
@@ -197,16 +195,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--device", default="cuda", help="default: %(default)s")
-    parser.add_argument("--seconds", type=float, default=570, help="default: %(default)s")
-    parser.add_argument("--tiny", action="store_true")
+    course_options(parser)
     parser.add_argument("--variants", nargs="+", choices=("ours", "fp8"), default=["ours", "fp8"])
     parser.add_argument("--parts", nargs="+", metavar="PART", help="only these, at a few blocks")
-    args = parser.parse_args(arguments)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("this torch finds no CUDA device; `--device cpu --tiny` tries the course")
-    return args
+    return checked(parser, arguments)
 
 
 if __name__ == "__main__":

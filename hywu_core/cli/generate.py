@@ -106,6 +106,12 @@ def run(args: argparse.Namespace) -> int:
     except HYWUError as error:
         raise HYWUError(f"{args.condition} does not fit {args.checkpoint}: {error}") from error
     generator = load(args, args.checkpoint, device)
+    plan = generator.memory_plan(condition.batch_size, condition.num_tokens)
+    if plan is not None:
+        say(
+            f"{plan.resident_blocks} of {plan.num_blocks} blocks stay on the device, "
+            f"{plan.total_bytes / 1e9:.3g} GB in all"
+        )
     with torch.no_grad(), tqdm(total=generator.config.num_blocks, unit="block") as bar:
         lora = generator(condition, on_block=lambda done, total: bar.update())
     path = save_lora(lora, out, args.format, args.overwrite)

@@ -68,6 +68,8 @@ def test_generate_within_a_budget_and_in_8_bits(tmp_path, condition, lora, capsy
         out = tmp_path / f"{name}.safetensors"
         precise = ["--rope-precision", "float32", "--out", str(out)]
         assert main([*arguments, *precise, *options]) == 0
+        said = "of 2 blocks stay on the device" in capsys.readouterr().out
+        assert said == (name == "budget")
         made = load_lora(out)
         apart = [
             ((made.factors[k].float() - v.float()).norm() / v.float().norm()).item()

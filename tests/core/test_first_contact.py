@@ -37,7 +37,7 @@ def test_the_whole_first_contact_runs_on_a_cpu(tmp_path, capsys):
     assert answers["official vectors are met"] == "yes"
     assert figures["environment"]["torch"] == torch.__version__
     capsys.readouterr()
-    first_contact.main(["--decide", "--json", str(path)])
+    first_contact.main(["--decide", "--device", "cpu", "--json", str(path)])
     assert "official vectors are met" in capsys.readouterr().out
 
 
