@@ -34,6 +34,7 @@ from ..hywu_core.evaluation.scores import MethodScores, same_judge, score_result
 from ..hywu_core.evaluation.store import FAILED, StoreName
 from ..hywu_core.evaluation.tables import comparison_table
 from ..hywu_core.files import check_name, folder_lock
+from ..hywu_core.images import to_pillow
 from . import ui
 from .host import benchmarks
 from .host.charts import chart_image
@@ -291,13 +292,17 @@ def _tensor(image: Image.Image) -> Tensor:
 
 
 def _pillow(image: Tensor) -> Image.Image:
+    """The one image of a batch. Raises HYWUError on more, and on what is no image."""
+    if image.ndim != 4:
+        raise HYWUError(
+            f"HY-WU Judge got {tuple(image.shape)} for an image; an image is [batch, height, width, 3]."
+        )
     if image.shape[0] != 1:
         raise HYWUError(
             f"HY-WU Judge got a batch of {image.shape[0]} images for one item; give it one image "
             "(ImageFromBatch takes one out)."
         )
-    pixels = (image[0, ..., :3].detach().cpu().float().clamp(0, 1) * 255).round()
-    return Image.fromarray(pixels.byte().numpy())
+    return to_pillow(image[0, ..., :3].permute(2, 0, 1))
 
 
 def _method_name(method: str) -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable, Sequence
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
 
 def say(text: str = "") -> None:
-    """Write one line to standard output."""
-    sys.stdout.write(text + "\n")
+    """Write one line to standard output; control characters, which could steer a terminal, are shown."""
+    sys.stdout.write(_CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text) + "\n")
     sys.stdout.flush()
 
 

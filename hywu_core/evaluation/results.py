@@ -72,17 +72,23 @@ def read_manifest(root: Path) -> dict[str, Any]:
     path = root / MANIFEST
     if not path.is_file():
         return {}
-    data = read_json(path, dict, "remove it to start anew")
-    check_fields(data, {"benchmark": str, "data": str, "items": str, "selection": dict}, str(path))
-    selection = data.get("selection") or {}
-    check_fields(
-        selection, {"tasks": list, "languages": list, "limit": int}, f"{path}: 'selection'"
-    )
-    if unknown := selection.keys() - {"tasks", "languages", "limit"}:
-        raise HYWUError(
-            f"{path}: 'selection' has {min(unknown)}, which chooses nothing; it is damaged."
-        )
-    return data
+    manifest = read_json(path, dict, "remove it to start anew")
+    texts = dict.fromkeys(("benchmark", "data", "items", "sources"), str)
+    check_fields(manifest, {**texts, "selection": dict}, str(path))
+    if "\0" in (manifest.get("data") or ""):
+        raise HYWUError(f"{path}: its data is no path; remove it to start anew.")
+    selection = manifest.get("selection") or {}
+    if not all(_selects(*pair) for pair in selection.items()):
+        raise HYWUError(f"{path}: its selection is {selection!r}; remove it to start anew.")
+    return manifest
+
+
+def _selects(name: str, value: Any) -> bool:
+    """Whether it is an argument of ItemList.select."""
+    if name == "limit":
+        return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    named = isinstance(value, list) and all(isinstance(v, str) for v in value)
+    return name in ("tasks", "languages") and named
 
 
 def write_manifest(
@@ -92,9 +98,11 @@ def write_manifest(
     data: str | Path,
     seed: int | None,
     selection: dict[str, Any],
+    sources: str | None = None,
 ) -> None:
     """Say in the folder what makes its results; `editor` as Editor.describe gives it.
 
+    sources: hash of the source images, where it is known; the folders of former versions have none.
     Raises HYWUError when the folder holds results that something else made.
     """
     fixed = {
@@ -105,6 +113,12 @@ def write_manifest(
         "seed": seed,
     }
     before = read_manifest(results.root)
+    if sources and before.get("sources", sources) != sources:
+        raise HYWUError(
+            f"{results.root}: holds results of other source images than {data} holds now; choose another "
+            "name for the method, or remove the folder."
+        )
+    sources = sources or before.get("sources")
     for name, value in fixed.items():
         if before and before.get(name) != _stored(value):
             raise HYWUError(
@@ -119,6 +133,7 @@ def write_manifest(
             "data": str(Path(data).resolve()),
             "selection": selection,
             "bad_items": [str(bad) for bad in items.bad],
+            **({"sources": sources} if sources else {}),
         },
     )
 
@@ -153,7 +168,11 @@ def open_results(
             f"{root}: was made for other items than {data} holds now; give the --data it was made "
             "for, or generate anew under another --method."
         )
-    return Results(root, found), items.select(**(manifest.get("selection") or {}))
+    try:
+        chosen = items.select(**(manifest.get("selection") or {}))
+    except HYWUError as error:
+        raise HYWUError(f"{root / MANIFEST}: its selection doesn't fit: {error}") from error
+    return Results(root, found), chosen
 
 
 # -- what is missing -------------------------------------------------------------------------------

@@ -110,7 +110,8 @@ def generate(
         return reason
 
     with folder_lock(results.root):
-        write_manifest(results, items, editor.describe(), data, seed, selection)
+        sources = ImageHashes(results).of_sources(items)
+        write_manifest(results, items, editor.describe(), data, seed, selection, sources)
         missing = results.missing(chosen)
         count = GenerationCount(kept=len(chosen.items) - len(missing))
         failures = Failures(results)
@@ -297,6 +298,10 @@ class ImageHashes:
         """Hash of the source shown, the result and the target; a file that is gone counts as empty."""
         files = self.results.judged_source(item), self.results.image(item), item.target
         return fingerprint.digest(map(self._file, files), 24)
+
+    def of_sources(self, items: ItemList) -> str:
+        """Hash of what editors are given: every item's source."""
+        return fingerprint.digest((self._file(item.source) for item in items.items), 24)
 
     def _file(self, path: Path | None) -> bytes:
         if path not in self._known:

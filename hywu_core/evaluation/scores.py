@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import HYWUError
-from ..files import atomic_path, slug, write_json
+from ..files import atomic_path, folder_lock, slug, write_json
 from .benchmarks import load_questionnaire
 from .benchmarks.base import Questionnaire
 from .items import Item, ItemList
 from .results import JUDGEMENTS, Results, open_results
 from .run import ImageHashes
 from .store import ANSWERED, FAILED, REFUSED, Judgement, JudgementStore, StoreName, choose_store
+from .tables import plain_cell
 
 SCORED, UNPARSABLE, MISSING, UNJUDGED = "scored", "unparsable", "missing", "unjudged"
 
@@ -220,9 +221,10 @@ def write_scores(scores: MethodScores, price_in: float = 0.0, price_out: float =
     price_in, price_out: money per million tokens, for the cost in the summary.
     """
     folder = scores_folder(scores)
-    _write_items(folder / "items.csv", scores)
-    write_json(folder / "summary.json", summarize(scores, price_in, price_out))
-    scores.questionnaire.write_files(folder, scores)
+    with folder_lock(folder):
+        _write_items(folder / "items.csv", scores)
+        write_json(folder / "summary.json", summarize(scores, price_in, price_out))
+        scores.questionnaire.write_files(folder, scores)
     return folder
 
 
@@ -260,6 +262,5 @@ def _write_items(path: Path, scores: MethodScores) -> None:
         for score in scores.scores:
             item = score.item
             values = [score.values.get(name, "") for name in names]
-            writer.writerow(
-                [item.id, item.task, item.language, item.instruction, score.outcome, *values]
-            )
+            told = item.id, item.task, item.language, item.instruction, score.outcome
+            writer.writerow([*map(plain_cell, told), *values])

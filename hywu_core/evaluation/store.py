@@ -97,12 +97,20 @@ class JudgementStore:
                 self._check_header(row)
                 continue
             check_fields(row, JUDGEMENT, name, null=False)
-            try:
-                judgement = Judgement(**row)
-                self._latest[judgement.key] = judgement
-            except TypeError as error:
-                raise HYWUError(f"{name} is damaged ({error}); remove that line.") from error
+            self._add(row, name)
         return whole
+
+    def _add(self, row: dict[str, Any], name: str) -> None:
+        try:
+            judgement = Judgement(**row)
+        except TypeError as error:
+            raise HYWUError(f"{name} is damaged ({error}); remove that line.") from error
+        counts = judgement.tokens_in, judgement.tokens_out, judgement.attempts
+        if judgement.status not in (ANSWERED, REFUSED, FAILED) or min(counts) < 0:
+            raise HYWUError(
+                f"{name} is damaged (status {judgement.status!r:.60}, counts {counts}); remove that line."
+            )
+        self._latest[judgement.key] = judgement
 
     def _check_header(self, row: dict[str, Any]) -> None:
         if read_name(self.path, row) != self.name:

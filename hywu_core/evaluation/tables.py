@@ -40,6 +40,11 @@ class Bar:
     estimate: Estimate
 
 
+def plain_cell(value: object) -> object:
+    """The value for a CSV file: a spreadsheet would run a text that begins like a formula."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in tuple("=+-@\t\r") else value
+
+
 def comparison_table(methods: Sequence[MethodScores]) -> Table:
     """All methods beside each other, and each one's paired difference to the first.
 

@@ -93,6 +93,9 @@ def test_a_half_done_generation_goes_on(before, benchmark, capsys):
     count = len(read_items(benchmark, before / "data" / benchmark).items)
     assert f"1 made, {count - 1} kept, 0 failed" in capsys.readouterr().out
     now = files(folder)
+    manifests = [json.loads(found["hywu_run.json"]) for found in (now, kept)]
+    assert {**manifests[0], "sources": None} == {**manifests[1], "sources": None}
+    now["hywu_run.json"] = kept["hywu_run.json"]  # it has learned what sources it is of
     assert {name: now[name] for name in kept} == kept
     assert [name for name in now.keys() - kept if "_SRCIMG" not in name]
     assert len(now) - len(kept) == 1

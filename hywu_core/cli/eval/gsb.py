@@ -24,6 +24,7 @@ from ...evaluation.gsb.report import report
 from ...evaluation.gsb.session import Entry, create_session
 from ...evaluation.gsb.store import Store
 from ...evaluation.results import open_results
+from ...evaluation.tables import plain_cell
 from ...files import atomic_path, write_json
 from ..console import say, table
 
@@ -167,14 +168,6 @@ def _export(args: argparse.Namespace) -> int:
         else:
             writer = csv.DictWriter(file, fields)
             writer.writeheader()
-            writer.writerows(_plain(row) for row in rows)
+            writer.writerows({k: plain_cell(v) for k, v in row.items()} for row in rows)
     say(f"{args.out}: {len(rows)} votes.")
     return 0
-
-
-def _plain(row: dict[str, object]) -> dict[str, object]:
-    """A spreadsheet would run a voter's name that starts like a formula."""
-    return {
-        key: "'" + value if isinstance(value, str) and value[:1] in "=+-@" and value else value
-        for key, value in row.items()
-    }

@@ -248,28 +248,37 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 
 def read_csv(path: Path, task: str) -> list[Row]:
     """Rows of one of the authors' per-task files, whoever wrote it. Raises HYWUError."""
+    csv.field_size_limit(1 << 24)
     with path.open(encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)
-        if missing := set(COLUMNS) - set(reader.fieldnames or ()):
-            raise HYWUError(f"{path}: lacks the columns {', '.join(sorted(missing))}.")
         try:
-            return [
-                Row(
-                    task,
-                    row["source_image"],
-                    row["edited_image"],
-                    row["instruction"],
-                    float(row["sementics_score"]),
-                    float(row["quality_score"]),
-                    row["intersection_exist"].strip().lower() in ("true", "1"),
-                    row["instruction_language"],
-                )
-                for row in reader
-            ]
-        except (TypeError, ValueError, AttributeError) as error:
+            if missing := set(COLUMNS) - set(reader.fieldnames or ()):
+                raise HYWUError(f"{path}: lacks the columns {', '.join(sorted(missing))}.")
+            return [_row(row, task) for row in reader]
+        except UnicodeDecodeError as error:
+            raise HYWUError(f"{path}: not UTF-8 text ({error}).") from error
+        except (TypeError, ValueError, AttributeError, csv.Error) as error:
+            if isinstance(error, HYWUError):
+                raise
             raise HYWUError(
                 f"{path}: line {reader.line_num} has no two scores ({error})."
             ) from error
+
+
+def _row(row: Mapping[str, str], task: str) -> Row:
+    semantics, quality = (float(row[name]) for name in ("sementics_score", "quality_score"))
+    if not (0 <= semantics < math.inf and 0 <= quality < math.inf):
+        raise ValueError(f"they are {semantics:g} and {quality:g}")
+    return Row(
+        task,
+        row["source_image"],
+        row["edited_image"],
+        row["instruction"],
+        semantics,
+        quality,
+        row["intersection_exist"].strip().lower() in ("true", "1"),
+        row["instruction_language"],
+    )
 
 
 _ENDING = "_vie_score.csv"

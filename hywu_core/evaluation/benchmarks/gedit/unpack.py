@@ -11,11 +11,12 @@ from typing import Any
 from tqdm import tqdm
 
 from ....errors import HYWUError, need
-from ....files import atomic_path, check_name, read_json, write_json, write_text
+from ....files import atomic_path, check_name, folder_lock, read_json, write_json, write_text
 from ....images import image_format
 
 FIELDS = ("task_type", "key", "instruction", "instruction_language", "Intersection_exist")
 IMAGES = ("input_image", "input_image_raw")
+INDEX = "gedit.jsonl"
 
 
 def packed_files(folder: Path) -> list[Path]:
@@ -32,24 +33,30 @@ def unpack(files: Sequence[Path], out: Path) -> Path:
 
     Images keep their encoded bytes. Raises HYWUError naming the file when a field is missing.
     """
-    index = out / "gedit.jsonl"
-    stamp = [[str(file), file.stat().st_size] for file in files]
     done = out / "unpacked.json"
-    if done.is_file() and index.is_file() and read_json(done) == stamp:
+    states = [(str(file), file.stat()) for file in files]
+    stamp = [[name, state.st_size, state.st_mtime_ns] for name, state in states]
+    if done.is_file() and (out / INDEX).is_file() and read_json(done) == stamp:
         return out
-    lines = []
-    for number, row in enumerate(tqdm(_rows(files), desc="unpacking", unit="item")):
-        try:
-            name = check_name(row["key"], "key") + f"_{check_name(row['task_type'], 'task_type')}"
-        except HYWUError:
-            name = f"row_{number:05d}"
-        entry: dict[str, Any] = {field: row[field] for field in FIELDS}
-        for field in IMAGES:
-            entry[field] = _write_image(row[field], out / field, f"{number:05d}_{name}")
-        lines.append(json.dumps(entry, ensure_ascii=False))
-    write_text(index, "\n".join(lines) + "\n")
-    write_json(done, stamp, indent=None, ascii=True, end="")
+    with folder_lock(out):
+        lines = []
+        for number, row in enumerate(tqdm(_rows(files), desc="unpacking", unit="item")):
+            entry: dict[str, Any] = {field: row[field] for field in FIELDS}
+            for field in IMAGES:
+                entry[field] = _write_image(row[field], out / field, _name(number, row))
+            lines.append(json.dumps(entry, ensure_ascii=False, default=str))
+        write_text(out / INDEX, "\n".join(lines) + "\n")
+        write_json(done, stamp, indent=None, ascii=True, end="")
     return out
+
+
+def _name(number: int, row: dict[str, Any]) -> str:
+    """What an image's file is called: by key and task, where they can be part of a file's name."""
+    try:
+        named = check_name(row["key"], "key") + f"_{check_name(row['task_type'], 'task_type')}"
+    except HYWUError:
+        named = ""
+    return f"{number:05d}_{named if 0 < len(named.encode()) <= 200 else f'row_{number:05d}'}"
 
 
 def _rows(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
@@ -72,7 +79,9 @@ def _batches(file: Path) -> Iterator[Any]:
     try:
         if file.suffix == ".parquet":
             # A few rows at a time: each holds two photographs
-            yield from pq.ParquetFile(file).iter_batches(batch_size=8)
+            reader = pq.ParquetFile(file)
+            _check_size(file, reader.metadata)
+            yield from reader.iter_batches(batch_size=8)
             return
         with pa.memory_map(str(file)) as source:
             try:
@@ -81,8 +90,18 @@ def _batches(file: Path) -> Iterator[Any]:
                 source.seek(0)
                 reader = pa.ipc.open_file(source)
                 yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
         raise HYWUError(f"{file}: not a whole parquet or arrow file ({error}).") from error
+
+
+def _check_size(file: Path, metadata: Any) -> None:
+    """Raises HYWUError for a file that would take many times its size: encoded images don't shrink."""
+    groups = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
+    if sum(groups) > max(1 << 26, 20 * file.stat().st_size):
+        raise HYWUError(
+            f"{file}: its {file.stat().st_size:,} bytes would be {sum(groups):,} unpacked; that is no file "
+            "of photographs: download it again."
+        )
 
 
 def _write_image(value: Any, folder: Path, name: str) -> str | None:
@@ -92,7 +111,7 @@ def _write_image(value: Any, folder: Path, name: str) -> str | None:
     # "broken": the row is kept; reading the item will name this file
     ending = (image_format(io.BytesIO(data)) or "broken").lower()
     path = folder / f"{name}.{ending}"
-    if not path.is_file() or path.stat().st_size != len(data):
-        with atomic_path(path, overwrite=True) as part:
+    if not path.is_file() or path.read_bytes() != data:
+        with atomic_path(path, overwrite=True, durable=False) as part:
             part.write_bytes(data)
     return f"{folder.name}/{path.name}"
