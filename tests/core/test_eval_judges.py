@@ -288,7 +288,7 @@ def test_store_drops_a_line_cut_short_and_names_a_damaged_one(tmp_path, stub):
         assert Counter(j.status for j in store) == {ANSWERED: 2}
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(lines[0] + b'{"item": 1}\n' + lines[2])
-    with pytest.raises(HYWUError, match=r"line 2 is damaged"):
+    with pytest.raises(HYWUError, match=r"line 2: 'item' is a whole number"):
         JudgementStore(results.root / JUDGEMENTS, name)
 
 
