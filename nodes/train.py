@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..hywu_core.generator.config import SIZES
 from . import ui
 from .host import layouts
 from .host.previews import preview
@@ -37,7 +38,7 @@ class HYWUModelLayout:
         required = {
             "model": ui.socket("MODEL", "Any diffusion model."),
             "rank": ui.whole(16, 1, 512, rank),
-            "generator_size": ui.choice(list(layouts.SIZES), _SIZES, "S"),
+            "generator_size": ui.choice(list(SIZES), _SIZES, "S"),
             "condition_tokens": ui.whole(1024, 1, 1048576, tokens),
             "batch_size": ui.whole(1, 1, 4096, "LoRAs generated at once."),
         }
@@ -149,7 +150,7 @@ def _what():
             '{"source": "a.png", "target": "b.png", "instruction": "…", "task": "…"}; "references": a list of '
             "up to 2 further images that only the generator sees. 'samples': the pairs that come along.",
         ),
-        "generator_size": ui.choice(list(layouts.SIZES), _SIZES, "XS"),
+        "generator_size": ui.choice(list(SIZES), _SIZES, "XS"),
         "rank": ui.whole(4, 1, 512, "Rank of the LoRAs that the generator writes.", step=1),
     }
 
