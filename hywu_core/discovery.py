@@ -8,7 +8,6 @@ are no layers: they become grouped modules.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -16,10 +15,10 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from .errors import HYWUError
+from .errors import HYWUError, get_logger
 from .layout import Module, Stack
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 #: Expert matrices that some models keep in one: name -> (fused name, first or second half) by w1 (gate), w2
 #: (down), w3 (up). Names tell the order: HunyuanImage-3's stacks up on gate, transformers' gate on up.

@@ -1,8 +1,9 @@
-"""The one class of error that is a message to the user, and the request for an optional package."""
+"""The one class of error that is a message to the user, lines for logs, and asking for an optional package."""
 
 from __future__ import annotations
 
 import importlib
+import logging
 from types import ModuleType
 
 
@@ -12,6 +13,20 @@ def printable(text: str) -> str:
     No log, file or client can take those: what a user gave is passed through here before it is shown.
     """
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def get_logger(name: str) -> logging.Logger:
+    """The logger of a module, whose lines any log can take: ComfyUI's ends the queue on one that it can't."""
+    logger = logging.getLogger(name)
+    if not any(isinstance(found, _Printable) for found in logger.filters):
+        logger.addFilter(_Printable())
+    return logger
+
+
+class _Printable(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = printable(record.getMessage()), ()
+        return True
 
 
 class HYWUError(ValueError):

@@ -7,7 +7,6 @@ rank-wide intermediate. Merged, ``s·B·A`` is added to the base weight (Hu et a
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -31,6 +30,8 @@ from .lora import GeneratedLoRA
 
 #: One number for all targets, or shell patterns over target paths; the last match counts.
 Strength = float | Mapping[str, float]
+#: A larger strength overflows in half precision: merged, that is a bad image without a word.
+STRONGEST = 10_000.0
 
 
 @contextlib.contextmanager
@@ -121,11 +122,14 @@ def unmerge(merged: Merged) -> None:
 
 
 def target_strengths(lora: GeneratedLoRA, strength: Strength) -> dict[str, float]:
-    """Strength of every target. Raises HYWUError on a non-finite number or an idle pattern."""
+    """Strength of every target. Raises HYWUError on a number beyond `STRONGEST` or an idle pattern."""
     patterns = strength if isinstance(strength, Mapping) else {"*": strength}
     for pattern, value in patterns.items():
-        if not math.isfinite(value):
-            raise HYWUError(f"The strength for '{pattern}' is {value}; it must be a finite number.")
+        if not abs(value) <= STRONGEST:
+            raise HYWUError(
+                f"The strength for '{pattern}' is {value}; it must be a finite number from "
+                f"{-STRONGEST:g} to {STRONGEST:g}."
+            )
         if not any(fnmatchcase(path, pattern) for path in lora):
             raise HYWUError(
                 f"The strength pattern '{pattern}' matches none of the LoRA's {len(lora)} targets, "

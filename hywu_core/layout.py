@@ -7,20 +7,19 @@ two (double and single blocks); a UNet has one per block type and width.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from .errors import HYWUError
+from .errors import HYWUError, get_logger
 from .fingerprint import of_json
 
 if TYPE_CHECKING:
     from torch import nn
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 #: More are no base model's: the largest have some thousands.
 MOST_TARGETS = 200_000

@@ -15,19 +15,18 @@ Example:
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 
 from ..encoders import base as several
 from ..encoders.transformers import TYPE, TransformersEncoder
-from ..errors import HYWUError
+from ..errors import HYWUError, get_logger
 from ..files import with_suffix
 from ..generator.checkpoints import open_checkpoint
 from ..images import read_image
 from .console import say
 from .generate import usable_device
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,6 @@ loses nothing and the same call goes on.
 
 from __future__ import annotations
 
-import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +17,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from .. import fingerprint
-from ..errors import HYWUError
+from ..errors import HYWUError, get_logger
 from ..files import folder_lock
 from ..images import load_image
 from .benchmarks.base import Question, Questionnaire
@@ -28,7 +27,7 @@ from .judges.base import Failure, Judge, JudgeRequest, Refusal, check_answerable
 from .results import JUDGEMENTS, Failures, Results, write_manifest
 from .store import ANSWERED, FAILED, REFUSED, Judgement, JudgementStore, StoreName
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 Job = TypeVar("Job")
 Outcome = TypeVar("Outcome")

@@ -7,7 +7,6 @@ hashes. Nothing is copied into this project; the files are read from the install
 from __future__ import annotations
 
 import importlib.util
-import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import HYWUError, need
+from ..errors import HYWUError, get_logger, need
 from ..files import read_json, write_json
 from ..fingerprint import of_file
 from ..images import MAX_SIDE, load_image, read_image
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 #: import name -> (pip name, pinned version)
 PACKAGES = {

@@ -9,7 +9,6 @@ edits that were measured there are judged here.
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..bases.bundled.checkpoint import bundled, editor_identity, load_editor
-from ..errors import HYWUError
+from ..errors import HYWUError, get_logger
 from ..evaluation.benchmarks.wu_eval import dimension_bars
 from ..evaluation.editors.base import Editor
 from ..evaluation.editors.bundled import EngineEditor
@@ -38,7 +37,7 @@ from .conflict.plan import ConflictPlan
 from .images import photographs
 from .tasks import VERSION
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 PHRASINGS = ("seen", "held_out")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..discovery import is_expert_list
-from ..errors import HYWUError
+from ..errors import HYWUError, get_logger
 from ..files import HEADER
 from ..layout import LoRALayout, Module
 from ..lora import GeneratedLoRA
@@ -21,7 +20,7 @@ from .names import Names
 from .native import layout_of
 from .scales import Scales
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _KEY = re.compile(
     r"(?P<name>.+?)(?:\.lora_linear_layer|[._]lora)?"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ..charts import draw_loss
-from ..errors import HYWUError, need
+from ..errors import HYWUError, get_logger, need
 from ..files import atomic_path
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 FIELDS = ("step", "loss", "lr", "grad_norm", "seconds")
 

@@ -6,7 +6,6 @@ Whatever they lie in, a pair is a source, a target, an instruction, a task and u
 from __future__ import annotations
 
 import io
-import logging
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,11 +16,11 @@ from typing import Any
 from torch import Tensor
 
 from .. import fingerprint
-from ..errors import HYWUError, need
+from ..errors import HYWUError, get_logger, need
 from ..files import parse_json, read_json_lines
 from ..images import MAX_SIDE, image_size, load_image, read_image
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 #: Images of a row besides source and target.
 MAX_REFERENCES = 2

@@ -7,7 +7,6 @@ random generators, and a run of two processes sees what a run of one sees.
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import signal
 import threading
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..errors import HYWUError
+from ..errors import HYWUError, get_logger
 from ..files import read_header
 from .base import BaseModel, Batch, BatchSource, Draws, frozen_digest
 from .devices import make_accelerator, steady_attention
@@ -31,7 +30,7 @@ from .state import load_state, save_state
 from .strategies import Strategy
 from .validation import Validation
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 STATE = "state.safetensors"
 #: Steps between looks at the loss where looking means waiting for a device.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,13 +21,13 @@ from torch import Tensor, nn
 
 from ...hywu_core.adapters import conv_delta, linear_delta
 from ...hywu_core.discovery import is_pointwise_conv, submodule, target_shape
-from ...hywu_core.errors import HYWUError
+from ...hywu_core.errors import HYWUError, get_logger
 from ...hywu_core.injection import target_strengths
 from ...hywu_core.lora import GeneratedLoRA
 from .experts import GroupedHook, attach_experts, expert_paths, grouped, row_by_row, told
 from .resident import resident
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 ROOT = "diffusion_model."
 #: Larger ones overflow in half precision, merged as a bad image without a word.

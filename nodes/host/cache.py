@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -13,10 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from ...hywu_core import fingerprint
+from ...hywu_core.errors import get_logger
 from ...hywu_core.files import open_tensors, parse_header, save_tensors
 from ...hywu_core.lora import GeneratedLoRA
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 #: Environment variable with the limit in MiB.
 VARIABLE = "HYWU_LORA_CACHE_MB"

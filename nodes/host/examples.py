@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import shutil
 from pathlib import Path
 
 import folder_paths
 
-log = logging.getLogger(__name__)
+from ...hywu_core.errors import get_logger
+
+log = get_logger(__name__)
 
 SHIPPED = Path(__file__).parents[2] / "workflows" / "inputs"
 

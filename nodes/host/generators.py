@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from concurrent.futures import Future
@@ -19,7 +18,7 @@ from torch import nn
 from ...hywu_core import fingerprint
 from ...hywu_core.condition import Condition
 from ...hywu_core.encoders.base import Reads
-from ...hywu_core.errors import HYWUError, out_of_memory
+from ...hywu_core.errors import HYWUError, get_logger, out_of_memory
 from ...hywu_core.files import open_tensors
 from ...hywu_core.generator.checkpoints import load_generator, open_checkpoint
 from ...hywu_core.generator.config import GeneratorConfig
@@ -32,7 +31,7 @@ from .cache import CACHE
 from .paths import generator_path
 from .resident import keep, to_host
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 #: The precision whose weights are e4m3 with a scale a row; products are in the device's own.

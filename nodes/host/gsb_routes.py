@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from pathlib import Path
 
-from ...hywu_core.errors import HYWUError
+from ...hywu_core.errors import HYWUError, get_logger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 
 def register() -> None:

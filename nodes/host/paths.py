@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 from pathlib import Path
 
 import folder_paths
 
 from ...hywu_core.bases.bundled.checkpoint import bundled, bundled_loras, weights_folder
-from ...hywu_core.errors import HYWUError
+from ...hywu_core.errors import HYWUError, get_logger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 #: The first entry of the list of generators: the one that comes with the extension.
 BUNDLED = "bundled"

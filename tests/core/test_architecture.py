@@ -74,6 +74,7 @@ ONE_PLACE = {
     "reading JSON (json.load)": ("hywu_core/files.py", "hywu_core/headless/local.py"),
     "parsing arguments (argparse)": ("hywu_core/cli/",),
     "printing (print, stdout)": ("hywu_core/cli/",),
+    "making loggers (getLogger)": ("hywu_core/errors.py",),
     "ComfyUI (comfy)": ("nodes/host/",),
 }
 
@@ -181,6 +182,7 @@ def done(path: str, tree: ast.Module) -> set[str]:
         "Image.open": "opening images (Image.open)",
         "json.load": "reading JSON (json.load)",
         "json.loads": "reading JSON (json.load)",
+        "logging.getLogger": "making loggers (getLogger)",
         "print": "printing (print, stdout)",
         "sys.stdout.write": "printing (print, stdout)",
     }

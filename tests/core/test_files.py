@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from hywu_core import HYWUError, atomic
+from hywu_core.errors import get_logger
 from hywu_core.files import (
     atomic_folder,
     atomic_path,
@@ -285,3 +288,19 @@ def test_errors_can_be_written_anywhere():
 def test_names_that_no_file_can_have(name):
     with pytest.raises(HYWUError, match="can't be a file name"):
         check_name(name, "key")
+
+
+def test_lines_of_logs_can_be_written_anywhere():
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="strict")
+    handler = logging.StreamHandler(stream)
+    logger = get_logger("hywu_core.test")
+    assert get_logger("hywu_core.test") is logger
+    assert len(logger.filters) == 1
+    logger.addHandler(handler)
+    try:
+        logger.warning("module %s of %d", "half \ud83d", 3)
+        logger.warning("100 % \udc80")
+    finally:
+        logger.removeHandler(handler)
+    stream.flush()
+    assert stream.buffer.getvalue() == b"module half \\ud83d of 3\n100 % \\udc80\n"

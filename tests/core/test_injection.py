@@ -402,7 +402,7 @@ def test_skipping_what_is_missing_skips_neither_all_nor_other_shapes(base):
         pass
 
 
-@pytest.mark.parametrize("strength", [math.nan, math.inf, {"*": math.nan}])
+@pytest.mark.parametrize("strength", [math.nan, math.inf, {"*": math.nan}, 1e39])
 def test_strength_must_be_finite(base, strength):
     lora = random_lora(LoRALayout.of(base, rank=2))
     with pytest.raises(HYWUError, match="finite number"), inject(base, lora, strength):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import hmac
-import logging
 import re
 import socket
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -19,12 +18,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
-from ...errors import HYWUError, need
+from ...errors import HYWUError, get_logger, need
 from ...files import parse_json
 from . import session
 from .store import Conflict, Store
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 PAGE = Path(__file__).parent / "page"
 STATIC = {

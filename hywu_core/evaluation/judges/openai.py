@@ -11,7 +11,6 @@ import contextlib
 import email.utils
 import http.client
 import json
-import logging
 import os
 import random
 import re
@@ -25,14 +24,14 @@ from typing import Any
 
 from PIL import Image
 
-from ...errors import HYWUError
+from ...errors import HYWUError, get_logger
 from ...files import parse_json
 from ...images import encode_image
 from ..options import Kind, Option
 from .base import MAX_TOKENS, Failure, JudgeRequest, Refusal, Reply
 from .faults import Concern, Fault, fault_of, read_fault
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 

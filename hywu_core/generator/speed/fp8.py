@@ -9,7 +9,6 @@ in float32, which is slow and tells the accuracy. docs/speed.md states it.
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -18,12 +17,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ...errors import HYWUError
+from ...errors import HYWUError, get_logger
 
 if TYPE_CHECKING:
     from ..model import ParameterGenerator
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0

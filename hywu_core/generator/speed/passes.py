@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ...errors import HYWUError
+from ...errors import HYWUError, get_logger
 from ..rope import Axes, rotate, rotate_
 from .fp8 import Fp8Weight, Quantized, has_e4m3
 from .memory import MemoryPlan, default_chunk_bytes
@@ -28,7 +27,7 @@ from .memory import MemoryPlan, default_chunk_bytes
 if TYPE_CHECKING:
     from ..model import ParameterGenerator
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 EPS = 1e-6
 

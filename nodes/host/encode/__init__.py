@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -14,7 +13,7 @@ from ....hywu_core.bases.bundled.vocabulary import unknown_instruction
 from ....hywu_core.condition import Condition
 from ....hywu_core.encoders import base
 from ....hywu_core.encoders.base import Reads
-from ....hywu_core.errors import HYWUError
+from ....hywu_core.errors import HYWUError, get_logger
 from ..bundled_editor import rgb
 from ..instructions import for_images, lines_of
 from . import conditionings
@@ -22,7 +21,7 @@ from .bundled import BundledEncoder
 from .graph import GraphEncoder
 from .hunyuan_image3 import HunyuanEncoder
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 #: Type in a checkpoint's encoder -> what makes such conditions here, of (Reads, the node's sockets).
 ENCODERS = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,14 +17,14 @@ from ....hywu_core.bases.hunyuan_image3.passes import prefill
 from ....hywu_core.bases.hunyuan_image3.prompts import Request
 from ....hywu_core.bases.hunyuan_image3.sources import Source
 from ....hywu_core.bases.hunyuan_image3.thinking import Sampler, think
-from ....hywu_core.errors import HYWUError
+from ....hywu_core.errors import HYWUError, get_logger
 from ....hywu_core.images import to_pillow
 from ..bundled_editor import rgb
 from ..instructions import nonempty
 from .load import Reader, model_of
 from .model import KEY, Row
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 #: A line between the chains of thought of a batch.
 BETWEEN = re.compile(r"^\s*-{3,}\s*$", re.MULTILINE)

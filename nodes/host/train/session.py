@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
-import logging
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ....hywu_core.condition import Condition
-from ....hywu_core.errors import HYWUError, out_of_memory
+from ....hywu_core.errors import HYWUError, get_logger, out_of_memory
 from ....hywu_core.fingerprint import of_file
 from ....hywu_core.generator.config import GeneratorConfig
 from ....hywu_core.images import load_image
@@ -43,7 +42,7 @@ from .memory import (
 )  # fmt: skip
 from .plot import grid, loss_plot, side_by_side, to_tensor
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 #: Peak learning rate where the user leaves it at 0.
 LEARNING_RATE = 5e-4
