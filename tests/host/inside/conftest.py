@@ -12,6 +12,7 @@ import json
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,7 +62,14 @@ def _load_extension() -> dict[str, type]:
 
 
 BASE = _become_comfyui()
+import utils.extra_config  # noqa: E402, F401, I001 - what ComfyUI has imported before it loads extensions
+import comfy.samplers  # noqa: E402, F401
+
+import nodes as _stock  # noqa: E402, F401
+
+_started = time.process_time()  # other programs' share of the machine is not the import's
 NODES = _load_extension()
+IMPORT_SECONDS = time.process_time() - _started
 
 
 class Call:
@@ -111,3 +119,9 @@ def fresh_lists() -> None:
     import folder_paths
 
     folder_paths.filename_list_cache.clear()
+
+
+@pytest.fixture(scope="session")
+def import_seconds() -> float:
+    """Processor time that importing the extension took, ComfyUI and torch being there."""
+    return IMPORT_SECONDS
