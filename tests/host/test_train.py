@@ -78,7 +78,7 @@ def test_with_clip_vision_the_generator_sees_the_picture(wan):
         ("bundled", "choose another one"),
         ("foreign", "is not of this training"),
         ("other", "was started from another generator"),
-        ("steps", "steps 4 -> 9"),
+        ("steps", "steps 4 -> 3"),
         ("memory", "takes at least"),
         ("step", "4 examples at once"),
         ("split", "can't be split evenly"),
@@ -121,7 +121,7 @@ def test_condition_encode_gives_what_it_saw(references):
         ("text only", "which a generator that reads the instruction only doesn't see"),
         ("uneven", "has 2 references and"),
         ("outside", "'../../secret.png' lies outside"),
-        ("bundled", "The bundled editor reads one picture and the rows have references"),
+        ("bundled", "The bundled editor reads one image per item, here are 3"),
     ],
 )
 def test_references_that_cannot_be_used_are_refused(references, case, words):

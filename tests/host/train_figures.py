@@ -40,7 +40,7 @@ import training_models as tools  # noqa: E402
 from hywu_nodes.hywu_core.condition import Condition  # noqa: E402
 from hywu_nodes.hywu_core.experiments.conflict.plan import GeneratorSize  # noqa: E402
 from hywu_nodes.hywu_core.generator.checkpoints import load_generator  # noqa: E402
-from hywu_nodes.hywu_core.generator.config import GeneratorConfig  # noqa: E402
+from hywu_nodes.hywu_core.generator.config import SIZES, GeneratorConfig  # noqa: E402
 from hywu_nodes.hywu_core.generator.model import ParameterGenerator  # noqa: E402
 from hywu_nodes.hywu_core.layout import LoRALayout  # noqa: E402
 from hywu_nodes.hywu_core.training.base import Batch, frozen_digest  # noqa: E402
@@ -48,7 +48,6 @@ from hywu_nodes.hywu_core.training.logs import read_log  # noqa: E402
 from hywu_nodes.hywu_core.training.schedule import TrainConfig  # noqa: E402
 from hywu_nodes.hywu_core.training.strategies import StaticLoRA  # noqa: E402
 from hywu_nodes.hywu_core.training.trainer import Trainer  # noqa: E402
-from hywu_nodes.nodes.host import layouts  # noqa: E402
 from hywu_nodes.nodes.host.cache import TensorCache  # noqa: E402
 from hywu_nodes.nodes.host.train import files  # noqa: E402
 from hywu_nodes.nodes.host.train.base import HostBase  # noqa: E402
@@ -195,7 +194,7 @@ def refusals(model: Any, vae: Any, clip: Any) -> dict[str, str]:
         "bundled": {"name": "bundled"},
         "foreign": {"name": "foreign"},
         "other": {"rank": 4},
-        "steps": {"steps": 9},
+        "steps": {"steps": 3},
         "split": {"name": "split", "accumulation": 3},
     }
     found = {
@@ -432,8 +431,8 @@ def counts(tiny: Any) -> dict[str, dict[str, int]]:
     found: dict[str, dict[str, int]] = {name: {} for name in networks}
     for name, network in networks.items():
         layout = LoRALayout.of(network, 4)
-        for size in layouts.SIZES:
-            config = layouts.generator_config(layout, size, {"text": 4096})
+        for size in SIZES:
+            config = GeneratorConfig.of_size(layout, size, {"text": 4096})
             with torch.device("meta"):
                 generator = ParameterGenerator(config)
             found[name][size] = sum(p.numel() for p in generator.parameters())

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ....hywu_core.condition import Condition
 from ....hywu_core.errors import HYWUError, get_logger, out_of_memory
+from ....hywu_core.files import read_header
 from ....hywu_core.fingerprint import of_file
 from ....hywu_core.generator.config import GeneratorConfig
 from ....hywu_core.images import load_image
@@ -221,10 +222,12 @@ class _Training:
         return self.request.batch_size
 
     def _trainer(self, strategy: HeldNetwork, accumulation: int) -> Trainer:
-        request = self.request
+        request, state = self.request, self.folder / STATE
+        begun = read_header(state).get("config", {}) if state.exists() else {}
         config = TrainConfig(
             request.steps, request.batch_size, request.learning_rate or LEARNING_RATE,
-            accumulation=accumulation, warmup=min(40, request.steps // 5),
+            # a run that goes on beyond its end keeps the warm-up that it was begun with
+            accumulation=accumulation, warmup=begun.get("warmup", min(40, request.steps // 5)),
             precision=self._precision(), seed=request.seed,
         )  # fmt: skip
         self.bar = comfy.utils.ProgressBar(request.steps)
