@@ -34,7 +34,8 @@ class EditorBase:
 
     sampling_steps: Euler steps of `edit`. error: "mse" of an item, or its logarithm ("log"), by which
     each item counts by its own measure: a mean of squares hardly sees a task whose edits are small, such as
-    a blur, beside one that changes every pixel. smallest: added before the logarithm. Images must be no larger than one window.
+    a blur, beside one that changes every pixel. smallest: added before the logarithm. Images must be no
+    larger than one window.
     """
 
     def __init__(
