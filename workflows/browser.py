@@ -38,5 +38,9 @@ def open_frontend(context: Any, url: str, settings: dict[str, Any]) -> Any:
     page.goto(url, timeout=120_000)  # a busy machine with two cores took more than 30 s
     page.wait_for_function("window.app?.extensionManager?.workflow?.activeWorkflow", timeout=90_000)
     page.wait_for_function("!document.querySelector('.p-blockui-mask')")  # the splash is gone
+    # on a busy machine the nodes' definitions come later than the first workflow
+    page.wait_for_function(
+        "Object.keys(window.LiteGraph?.registered_node_types ?? {}).length > 100", timeout=90_000
+    )
     page.wait_for_timeout(500)
     return page
