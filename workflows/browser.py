@@ -25,6 +25,15 @@ SETTINGS = {
 }
 
 
+#: On a busy machine nodes are registered after the first workflow is there, one by one: true when no more come.
+ALL_NODES = """() => {
+    const count = Object.keys(window.LiteGraph?.registered_node_types ?? {}).length;
+    const all = count > 100 && count === window.countedNodes;
+    window.countedNodes = count;
+    return all;
+}"""
+
+
 def find_chromium() -> str | None:
     """The path of a Chromium: CHROMIUM's, or one that is installed."""
     named = [os.environ.get("CHROMIUM"), "chromium", "chromium-browser", "google-chrome"]
@@ -38,9 +47,6 @@ def open_frontend(context: Any, url: str, settings: dict[str, Any]) -> Any:
     page.goto(url, timeout=120_000)  # a busy machine with two cores took more than 30 s
     page.wait_for_function("window.app?.extensionManager?.workflow?.activeWorkflow", timeout=90_000)
     page.wait_for_function("!document.querySelector('.p-blockui-mask')")  # the splash is gone
-    # on a busy machine the nodes' definitions come later than the first workflow
-    page.wait_for_function(
-        "Object.keys(window.LiteGraph?.registered_node_types ?? {}).length > 100", timeout=90_000
-    )
+    page.wait_for_function(ALL_NODES, polling=1000, timeout=90_000)
     page.wait_for_timeout(500)
     return page
