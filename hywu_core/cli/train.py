@@ -107,4 +107,9 @@ def _next_steps(args: argparse.Namespace, weights: Path) -> None:
         say("next:")
         say(f"  hywu edit image.png 'an instruction' --generator {chosen}{editor} --out edited.png")
         say(f"  hywu inspect {chosen}")
+        if not args.editor:
+            say(
+                "  hywu eval generate --benchmark folder --data samples --out results --method mine "
+                f"--editor bundled --generator {chosen}"
+            )
         say(f"  copy {chosen} into ComfyUI's models/hywu to use it in a graph")

@@ -15,6 +15,7 @@ from hywu_core.bases.bundled.engine import BundledEditor
 from hywu_core.cli import main
 from hywu_core.evaluation.benchmarks import BENCHMARKS
 from hywu_core.evaluation.results import read_failures
+from hywu_core.files import read_header, read_tensors, save_tensors
 
 
 @pytest.fixture
@@ -81,6 +82,27 @@ def test_other_weights_under_one_name_are_refused(weights, tmp_path, capsys):
     (weights / "generator.safetensors").unlink()
     assert generate(out, "gone") == 1
     assert "generator.safetensors" in capsys.readouterr().err
+
+
+def test_another_generators_file_edits_and_is_told_apart(weights, tmp_path, capsys):
+    out, file = tmp_path / "results", str(weights / "generator.safetensors")
+    assert generate(out, "usual") == 0
+    assert generate(out, "named", "--generator", file) == 0
+    np.testing.assert_array_equal(
+        pictures(out, "named")["rocket"], pictures(out, "usual")["rocket"]
+    )
+    header, tensors = read_header(file), read_tensors(file)[0]
+    changed = {k: v + 0.05 if v.is_floating_point() else v for k, v in tensors.items()}
+    save_tensors(tmp_path / "mine.safetensors", changed, header)
+    mine = ("--generator", str(tmp_path / "mine.safetensors"))
+    assert generate(out, "mine", *mine) == 0
+    assert np.abs(
+        pictures(out, "mine")["rocket"].astype(int) - pictures(out, "usual")["rocket"]
+    ).max()
+    assert generate(out, "usual", *mine) == 1
+    assert "choose another name" in capsys.readouterr().err
+    assert generate(out, "both", *mine, "--lora", "shared") == 1
+    assert "leave it out, or 'shared'" in capsys.readouterr().err
 
 
 def test_one_lora_a_task_and_a_task_without_one_is_listed(weights, tmp_path):

@@ -38,8 +38,9 @@ class EngineEditor:
     lora: the name of a bundled LoRA (shared, single_blur, ...), a file or a PEFT folder, with
     ``{task}`` in its name one for each task; "none" is the editor alone; None generates. fine_tuned:
     a file of `hywu train` or `hywu conflict` with all of the editor's weights, to use in their place
-    (SFT; then there is no LoRA). steps: of the sampling; strength: of the LoRA; device: a torch
-    device; skip_missing: modules of the LoRA that the editor lacks are left out. One edit at a time. Raises HYWUError when weights are missing or don't fit each other.
+    (SFT; then there is no LoRA). generator: another one's file. steps: of the sampling; strength: of the LoRA; device: a torch
+    device; skip_missing: modules of the LoRA that the editor lacks are left out. One
+    edit at a time. Raises HYWUError when weights are missing or don't fit each other.
     """
 
     parallel = 1
@@ -47,16 +48,22 @@ class EngineEditor:
     def __init__(
         self, lora: str | None = None, steps: int = 4, strength: float = 1.0, device: str = "cpu",
         fine_tuned: str | Path | None = None, skip_missing: bool = False,
+        generator: str | Path | None = None,
     ) -> None:  # fmt: skip
         if fine_tuned is not None and lora not in (None, "none"):
             raise HYWUError(f"Fine-tuned weights have no LoRA; leave out '{lora}' or {fine_tuned}.")
+        if generator is not None and (lora or fine_tuned) is not None:
+            raise HYWUError(
+                f"The generator {generator} writes a LoRA for each item; leave it out, or "
+                f"'{lora or fine_tuned}'."
+            )
         self._skip_missing = skip_missing
         self.steps, self.strength, device = steps, strength, str(chosen_device(device))
         self._lock = threading.Lock()  # the LoRA of one item is on the model while it is edited
         self._engine, self._loras, self._lora = None, {}, lora or "generated"
         path = bundled("editor")
         if lora is None and fine_tuned is None:
-            self._engine = BundledEditor.load(path, bundled("generator"), device)
+            self._engine = BundledEditor.load(path, generator or bundled("generator"), device)
             self._editor = self._engine.editor
         else:
             self._editor = load_editor(path, device)
@@ -186,6 +193,11 @@ KIND = Kind(
             "leave out the LoRA's modules that the editor lacks (the log names them)",
             False,
             bool,
+        ),
+        Option(
+            "generator",
+            "a generator of `hywu train` in place of the bundled one",
+            metavar="FILE",
         ),
         Option("steps", "sampling steps (%(default)s)", 4, int),
         Option("strength", "of the LoRA (%(default)s)", 1.0, float),
