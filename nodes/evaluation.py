@@ -224,14 +224,14 @@ class HYWUJudge:
         run_judge(results, one, asked, judging, again=(FAILED,), progress=False)
         kept = store_name(judging, asked)
         score = score_results(results, one, asked, kept).scores[0]
-        facts = {
+        told = {
             "item": item.item.id,
             "outcome": score.outcome,
             "scores": dict(score.values),
             "answers": dict(score.answers),
             "judge": str(kept),
         }
-        answer = json.dumps(facts, ensure_ascii=False)
+        answer = json.dumps(told, ensure_ascii=False)
         judged = JudgedResults(results.root, kept)
         return ui.shown(answer, (judged, float(score.values.get("overall", -1.0)), answer))
 

@@ -1,4 +1,4 @@
-"""The report's bar chart as a picture, for places that show no SVG; drawn with Pillow alone."""
+"""The report's bar chart as an image, for places that show no SVG; drawn with Pillow alone."""
 
 from __future__ import annotations
 

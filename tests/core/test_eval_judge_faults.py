@@ -149,11 +149,12 @@ def test_limits_of_answers_go_by_the_name_that_the_endpoint_knows(tmp_path, stub
     assert "max_tokens" not in server.bodies[-1]
 
 
-def test_a_temperature_that_cannot_be_set_is_left_out_unless_the_user_chose_it(
-    tmp_path, stub, caplog
+@pytest.mark.parametrize("taken", [(1,), (None,), (1, None)])
+def test_a_temperature_that_cannot_be_set_is_the_models_own_unless_the_user_chose_it(
+    tmp_path, stub, caplog, taken
 ):
     def behave(prompt, n):
-        if server.bodies[-1].get("temperature", 1) == 1:
+        if server.bodies[-1].get("temperature") in taken:
             return GOOD
         return answer(
             400, "Unsupported value: 'temperature' does not support 0 with this model.",
@@ -162,10 +163,18 @@ def test_a_temperature_that_cannot_be_set_is_left_out_unless_the_user_chose_it(
 
     server = stub(behave)
     assert run(tmp_path, judge_at(server.url, parallel=4)).answered == 6
-    assert "temperature" not in server.bodies[-1]
+    assert server.bodies[-1].get("temperature") in taken
     assert "temperature" in caplog.text
     with pytest.raises(HYWUError, match="HTTP 400 Unsupported value: 'temperature'"):
         run(tmp_path / "chosen", judge_at(server.url, temperature=0.5))
+
+
+def test_a_parameter_that_no_change_helps_against_stops_the_run(tmp_path, stub):
+    for name in ("temperature", "max_tokens", "max_completion_tokens"):
+        server = stub(lambda prompt, n, name=name: answer(400, f"Unsupported parameter: '{name}'"))
+        with pytest.raises(HYWUError, match=name):
+            run(tmp_path / name, judge_at(server.url, parallel=1))
+        assert len(server.bodies) <= 3
 
 
 def test_another_temperature_is_another_judge():

@@ -239,7 +239,7 @@ def test_answers_of_two_models_are_not_mixed(tmp_path, stub):
     scores = score_results(results, items, questionnaire, name, model="a")
     assert scores.outcomes()["scored"] == 1
     assert scores.outcomes()["unjudged"] == 1
-    assert "answered by a." in " ".join(build_report([scores]).facts)
+    assert "answered by a." in " ".join(build_report([scores]).opening)
 
 
 def test_a_changed_picture_or_prompt_is_judged_anew(tmp_path, stub):

@@ -138,11 +138,11 @@ def load_fine_tuned(editor: nn.Module, path: str | Path) -> None:
         raise HYWUError(f"{path}: not a fine-tuned editor; `hywu conflict` writes weights/sft.")
     wanted = {name: tuple(value.shape) for name, value in editor.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in tensors.items()}
-    odd = sorted(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n))
-    if odd:
+    unexpected = sorted(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n))
+    if unexpected:
         raise HYWUError(
-            f"{path}: was not made from this editor: {odd[0]} is {found.get(odd[0], 'missing')}, "
-            f"the editor's is {wanted.get(odd[0], 'missing')}; use two that were made together."
+            f"{path}: was not made from this editor: {unexpected[0]} is {found.get(unexpected[0], 'missing')}, "
+            f"the editor's is {wanted.get(unexpected[0], 'missing')}; use two that were made together."
         )
     editor.load_state_dict(tensors)
 

@@ -1,6 +1,6 @@
 """A voting session: how it is made from two results, and what each voter is shown.
 
-Pictures are written anew as PNG without metadata under random names, so that neither a file's name
+Images are written anew as PNG without metadata under random names, so that neither a file's name
 nor a workflow embedded in it tells a voter which method made it. Order and sides are shuffled by
 the session's seed and the voter's name: the same voter sees the same order in every tab.
 """
@@ -42,7 +42,7 @@ def create_session(
 ) -> Path:
     """Write a session folder; it appears whole or not at all.
 
-    Raises HYWUError when the folder exists, nothing can be compared, or a picture is unreadable.
+    Raises HYWUError when the folder exists, nothing can be compared, or an image is unreadable.
     """
     # Imported here, as below: serving votes needs no torch.
     from ...files import atomic_folder

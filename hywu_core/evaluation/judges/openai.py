@@ -218,34 +218,34 @@ class OpenAIJudge:
             return
         if fault.concern is Concern.SETTINGS:
             raise HYWUError(
-                f"{self.url}: {told}: check the URL, the model '{self.model}', the account and the key in "
+                f"{self.url}: {told.rstrip('.')}: check the URL, the model '{self.model}', the account and the key in "
                 f"{self.key_env}; what was answered is kept, and the same command goes on."
             )
         raise Failure(told, of_item=fault.concern is Concern.ITEM)
 
-    def _adapt(self, fault: Fault, settings: dict[str, Any]) -> bool:
-        """Whether the settings are other ones now than those that the fault is about."""
-        with self._settings_lock:
-            if "max_tokens" in settings and fault.names("max_tokens"):
-                change = "max_tokens is sent as max_completion_tokens"
-                new = {"max_completion_tokens": self.max_tokens}
-                gone = "max_tokens"
-            elif (
-                "temperature" in settings
-                and self.temperature is None
-                and fault.names("temperature")
+    def _adapt(self, fault: Fault, sent: dict[str, Any]) -> bool:
+        """Whether the settings are other ones now than those that were sent and complained about."""
+        new = dict(sent)
+        if "max_tokens" in sent and fault.names("max_tokens"):
+            new["max_completion_tokens"] = new.pop("max_tokens")
+            change = "max_tokens is sent as max_completion_tokens"
+        elif "temperature" in sent and self.temperature is None and fault.names("temperature"):
+            # the only value that some models take, where it may be sent at all
+            if (
+                new.pop("temperature") == 0
+                and "parameter" not in f"{fault.words} {fault.sentence}".lower()
             ):
-                change, new, gone = (
-                    "no temperature is sent, the model's own counts",
-                    {},
-                    "temperature",
-                )
-            else:
-                return False
-            if gone in self._settings:  # else another thread was told the same
-                self._settings = {k: v for k, v in self._settings.items() if k != gone} | new
+                new["temperature"] = 1
+            change = (
+                "the model's own temperature counts, which may answer the same question differently"
+            )
+        else:
+            return False
+        with self._settings_lock:
+            if self._settings == sent:  # else another thread was told the same
+                self._settings = new
                 log.warning("%s: %s: %s", self.model, self._hidden(str(fault)), change)
-            return True
+        return True
 
     def _reply(self, answer: dict[str, Any], attempts: int) -> Reply:
         try:

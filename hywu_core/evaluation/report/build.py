@@ -1,4 +1,4 @@
-"""What a report says, once, for both forms: title, facts, tables, charts, exhibits, failures."""
+"""What a report says, once, for both forms: title, opening lines, tables, charts, exhibits, failures."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Report:
     """A report's content, in the order of reading."""
 
     title: str
-    facts: tuple[str, ...]
+    opening: tuple[str, ...]
     tables: tuple[Table, ...]
     charts: tuple[tuple[str, tuple[Bar, ...]], ...]
     scale: tuple[float, float]
@@ -53,7 +53,7 @@ def build_report(methods: Sequence[MethodScores], each: int = 2) -> Report:
     asked = methods[0].questionnaire
     return Report(
         title=f"{asked.heading}: {', '.join(scores.method for scores in methods)}",
-        facts=tuple(_facts(methods, name)),
+        opening=tuple(_opening(methods, name)),
         tables=(comparison_table(methods), *map(asked.table, methods)),
         charts=tuple(asked.charts(methods)),
         scale=asked.scale,
@@ -63,21 +63,21 @@ def build_report(methods: Sequence[MethodScores], each: int = 2) -> Report:
     )
 
 
-def _facts(methods: Sequence[MethodScores], name: StoreName) -> list[str]:
+def _opening(methods: Sequence[MethodScores], name: StoreName) -> list[str]:
     first = methods[0]
     models = {model for scores in methods for model in scores.models if model}
     answered = f", answered by {', '.join(sorted(models))}" if models - {name.judge} else ""
     tokens = sum(s.tokens_in for s in methods), sum(s.tokens_out for s in methods)
-    facts = [
+    lines = [
         f"Judge: {name.judge}, version {name.judge_version}{answered}.",
         f"Questionnaire: {first.questionnaire.title}.",
         f"Items: {len(first.scores)} of the benchmark '{first.items.benchmark}' in "
         f"{len(first.tasks())} tasks; {len(first.items.bad)} rows could not be used.",
     ]
     if any(tokens):
-        facts.append(f"Tokens: {tokens[0]:,} in, {tokens[1]:,} out.")
-    facts += [f"{s.method}: {s.outcome_line()}." for s in methods]
-    return facts
+        lines.append(f"Tokens: {tokens[0]:,} in, {tokens[1]:,} out.")
+    lines += [f"{s.method}: {s.outcome_line()}." for s in methods]
+    return lines
 
 
 def _unscored(scores: MethodScores) -> list[str]:

@@ -31,7 +31,7 @@ def write_html(report: Report, path: Path) -> None:
 
 def _body(report: Report) -> list[str]:
     parts = [f"<h1>{escape(report.title)}</h1>"]
-    parts += [f'<div class="facts">{escape(fact)}</div>' for fact in report.facts]
+    parts += [f'<div class="facts">{escape(line)}</div>' for line in report.opening]
     parts += ["<h2>Comparison</h2>", _table(report.tables[0])]
     for title, bars in report.charts:
         parts += [f"<h2>{escape(title)}</h2>", bar_chart(bars, report.scale, title)]

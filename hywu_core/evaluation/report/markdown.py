@@ -13,7 +13,7 @@ from .build import Report
 
 def write_markdown(report: Report, path: Path) -> None:
     """Write the file atomically, over an earlier one."""
-    lines = [f"# {safe(report.title)}", "", *(f"- {safe(fact)}" for fact in report.facts), ""]
+    lines = [f"# {safe(report.title)}", "", *(f"- {safe(line)}" for line in report.opening), ""]
     for table in report.tables:
         lines += markdown_table(table)
     if report.exhibits:
