@@ -12,6 +12,7 @@ Examples:
       --instruction "put a red hat on the cat" --think --out hat.png --device cuda
   hywu hunyuan condition HunyuanImage-3.0-Instruct --image cat.png --instruction "a hat" --out cat.safetensors
   hywu hunyuan tiny tiny-hunyuan
+  hywu hunyuan tiny --comfyui ~/ComfyUI
   hywu hunyuan edit tiny-hunyuan/base --generator tiny-hunyuan/generator --image cat.png \\
       --instruction "put a red hat on the cat" --size 256x256 --precision float32 --out noise.png
 """
@@ -20,12 +21,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import HYWUError
+from ..files import atomic_folder
 from ..images import WRITABLE, load_image, write_image
 from .console import say, table
 from .generate import usable_device
@@ -51,7 +55,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     inspect.add_argument("folder")
     inspect.add_argument("--json", action="store_true", help="write JSON for programs")
     tiny = steps.add_parser("tiny", help="write a tiny checkpoint with random weights")
-    tiny.add_argument("out", type=Path, help="folder to write: base/ and generator/ in it")
+    tiny.add_argument(
+        "out", type=Path, nargs="?", help="folder to write: base/ and generator/ in it"
+    )
+    tiny.add_argument(
+        "--comfyui", type=Path, metavar="FOLDER",
+        help="write into a ComfyUI's models instead: hunyuan_image_3/tiny and hywu/tiny-hunyuan",
+    )  # fmt: skip
     tiny.add_argument("--distilled", action="store_true", help="a base of the distilled kind")
     tiny.add_argument("--seed", type=int, default=0, help="of the weights (default 0)")
     tiny.add_argument("--overwrite", action="store_true", help="replace what is there")
@@ -241,7 +251,23 @@ def _kind(folder: Any) -> str:
 def _tiny(args: argparse.Namespace) -> int:
     from ..bases.hunyuan_image3.tiny import write_tiny
 
-    path = write_tiny(args.out, args.overwrite, args.seed, args.distilled)
-    say(f"{path / 'base'}: HunyuanImage-3 with random weights")
-    say(f"{path / 'generator'}: a generator for it")
+    if (args.out is None) == (args.comfyui is None):
+        raise HYWUError("Name a folder to write, or a ComfyUI's folder with --comfyui.")
+    if args.comfyui is None:
+        path = write_tiny(args.out, args.overwrite, args.seed, args.distilled)
+        base, generator = path / "base", path / "generator"
+    else:
+        models = args.comfyui / "models"
+        if not models.is_dir():
+            raise HYWUError(f"{args.comfyui}: has no folder models; name the folder of a ComfyUI.")
+        base, generator = models / "hunyuan_image_3" / "tiny", models / "hywu" / "tiny-hunyuan"
+        for folder in (base, generator):
+            _free(folder, args.overwrite)
+        with tempfile.TemporaryDirectory() as folder:
+            path = write_tiny(Path(folder) / "tiny", seed=args.seed, distilled=args.distilled)
+            for made, target in ((path / "base", base), (path / "generator", generator)):
+                with atomic_folder(target, args.overwrite) as new:
+                    shutil.copytree(made, new, dirs_exist_ok=True)
+    say(f"{base}: HunyuanImage-3 with random weights")
+    say(f"{generator}: a generator for it")
     return 0

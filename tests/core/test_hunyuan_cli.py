@@ -96,3 +96,17 @@ def test_refused_before_weights_are_read(options, said, tmp_path, monkeypatch, c
     monkeypatch.setattr(checkpoint.Folder, "fill", None)
     assert main(["hunyuan", "edit", str(BASE), *ask(), *options]) == 1
     assert said in capsys.readouterr().err
+
+
+def test_tiny_into_a_comfyui(tmp_path, capsys):
+    command = ["hunyuan", "tiny", "--comfyui", str(tmp_path)]
+    assert main(command) == 1
+    assert "has no folder models" in capsys.readouterr().err
+    (tmp_path / "models").mkdir()
+    assert main(command) == 0
+    assert main(["hunyuan", "inspect", str(tmp_path / "models/hunyuan_image_3/tiny")]) == 0
+    assert main(["inspect", str(tmp_path / "models/hywu/tiny-hunyuan")]) == 0
+    assert main(command) == 1
+    assert "add --overwrite" in capsys.readouterr().err
+    assert main([*command, "--overwrite"]) == 0
+    assert main(["hunyuan", "tiny"]) == 1

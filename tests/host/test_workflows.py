@@ -27,11 +27,13 @@ from workflows.pictures import THUMBNAIL, with_stand_in
 FOLDER = dev.ROOT / "workflows"
 NAMES = build.names()
 LIBRARY = sorted(path.name for path in build.SUBGRAPHS.glob("*.json"))
-#: tests/host/test_evaluation_nodes.py runs the benchmarks, test_train_server.py the training.
+#: tests/host/test_evaluation_nodes.py runs the benchmarks, test_train_server.py the training, test_hunyuan.py
+#: HunyuanImage-3.
 EDITS = [
     name
     for name in NAMES
-    if name not in ("wu_eval", "train_your_own") and not name.startswith("benchmark_")
+    if name not in ("wu_eval", "train_your_own", "hunyuan_image3")
+    and not name.startswith("benchmark_")
 ]
 INPUTS = FOLDER / "inputs"
 
@@ -207,7 +209,12 @@ def test_no_two_nodes_or_links_of_a_file_have_one_id(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_widget_is_set_to_a_value_that_it_takes(name, info):
-    own = {("CheckpointLoaderSimple", "ckpt_name")}  # a file of the user's
+    # files of the user's
+    own = {
+        ("CheckpointLoaderSimple", "ckpt_name"),
+        ("HYWULoadHunyuanImage3", "folder"),
+        *([("HYWULoadGenerator", "checkpoint")] if name == "hunyuan_image3" else []),
+    }
     for node in api(name).values():
         kind = node["class_type"]
         for key, spec, optional in inputs_of(info[kind]):
