@@ -85,6 +85,14 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
         "--router", choices=ROUTERS, default="float32",
         help="how routers multiply: float32, or bfloat16 as official runs (default float32)",
     )  # fmt: skip
+    parser.add_argument(
+        "--budget", type=float, metavar="GB",
+        help="most gigabytes of weights on the device; experts that don't fit are copied in chunks",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rest", choices=("file", "ram"), default="file",
+        help="where those experts are meanwhile: in the folder's files, or in memory (default file)",
+    )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
 
 
@@ -158,7 +166,11 @@ def _load(args: argparse.Namespace, generator: str | None) -> tuple[Any, Any]:
     prompts.check(request)
     layout = None if generator is None else open_checkpoint(generator).config.layout
     dtype = None if args.precision == "stored" else getattr(torch, args.precision)
-    pipeline = Pipeline.load(prompts, device, dtype, router_precision=args.router, layout=layout)
+    budget = None if args.budget is None else int(args.budget * 1e9)
+    pipeline = Pipeline.load(
+        prompts, device, dtype, router_precision=args.router, layout=layout, budget=budget,
+        rest=args.rest,
+    )  # fmt: skip
     return pipeline, request
 
 

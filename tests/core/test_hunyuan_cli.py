@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from hunyuan_golden import BASE, GENERATOR, GOLDEN, SYSTEM, golden
 from PIL import Image
 
@@ -38,6 +39,19 @@ def test_edit_with_a_generator(tmp_path, capsys):
     assert np.abs(levels[::3, ::3] - golden("edit")["lora.image"].numpy()).mean() < 8
     assert main(command) == 1
     assert "exists; add --overwrite" in capsys.readouterr().err
+
+
+def test_a_budget_of_weights(tmp_path, capsys):
+    """The same condition, bit by bit; too small a budget is refused with the least that works."""
+    made = []
+    for name, more in (("whole", []), ("small", ["--budget", "0.009", "--rest", "ram"])):
+        out = tmp_path / name
+        assert main(["hunyuan", "condition", str(BASE), *ask("--out", str(out), *more)]) == 0
+        made.append(Condition.load(f"{out}.safetensors").parts["hidden_states"])
+    assert torch.equal(*made)
+    command = ["hunyuan", "condition", str(BASE), *ask("--out", str(tmp_path / "x"))]
+    assert main([*command, "--budget", "0.001"]) == 1
+    assert "The budget is 1,000,000 bytes" in capsys.readouterr().err
 
 
 def test_edit_without_a_generator_is_the_base_model(tmp_path):

@@ -22,6 +22,8 @@ from .config import GenerationSettings, HunyuanConfig, read_config
 from .vision import UNUSED
 
 INDEX = "model.safetensors.index.json"
+#: Parts of the names of parameters that are float32 in every model.
+FLOAT32 = (".gate.wg.",)
 #: Most names that an error lists.
 LISTED = 8
 
@@ -118,7 +120,7 @@ class Folder:
         prefix: str,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
-        keep: Sequence[str] = (".gate.wg.",),
+        keep: Sequence[str] = FLOAT32,
     ) -> nn.Module:
         """Give a module (on "meta") its weights, tensor by tensor from the mapped files.
 
@@ -239,6 +241,13 @@ def _heads(shard: Path) -> dict[str, tuple[int, ...]]:
             f"{shard}: has {size:,} bytes where its head says {end:,}; download it again."
         )
     return shapes
+
+
+def stored_dtype(folder: Folder) -> torch.dtype:
+    """Of the token embedding, which stands for the model's."""
+    name = "model.wte.weight"
+    with open_tensors(folder.files[name]) as opened:
+        return opened.get_slice(name)[:1].dtype
 
 
 def parameters_of(folder: Folder) -> int:

@@ -26,12 +26,13 @@ from ...injection import inject
 from ...layout import LoRALayout
 from ...lora import GeneratedLoRA
 from . import vision
-from .checkpoint import Folder
+from .checkpoint import FLOAT32, Folder, stored_dtype
 from .editing import Denoiser, OnStep, Sampling, sample
 from .embed import Aligner
 from .images import Size, align
 from .layers import RouterPrecision
 from .model import HunyuanImage3, Progress
+from .offload import Offloaded, Rest, offload
 from .passes import prefill
 from .prompts import Prompts, Request
 from .sequence import TokenSequence
@@ -70,6 +71,18 @@ def build(folder: Folder, network: type[HunyuanImage3] = HunyuanImage3) -> Parts
     return parts
 
 
+def fixed_bytes(parts: Parts, dtype: torch.dtype, vae_dtype: torch.dtype) -> int:
+    """Bytes on the device of all weights but the layers' experts."""
+    total = 0
+    for name in PREFIXES:
+        itemsize = (vae_dtype if name == "vae" else dtype).itemsize
+        for key, value in getattr(parts, name).named_parameters():
+            if ".experts." not in key:
+                router = any(mark in key for mark in FLOAT32)
+                total += value.numel() * (4 if router else itemsize)
+    return total
+
+
 def fill(
     folder: Folder,
     parts: Parts,
@@ -89,6 +102,8 @@ class Pipeline:
     def __init__(self, prompts: Prompts, parts: Parts) -> None:
         self.prompts, self.config, self.settings = prompts, prompts.config, prompts.settings
         self.model, self.vae = parts.model, parts.vae
+        #: Where the experts are, if the model was loaded with a budget.
+        self.offloaded: Offloaded | None = None
         self.encode_source = SourceEncoder(prompts, parts.vae, parts.tower, parts.aligner)
 
     @classmethod
@@ -102,13 +117,16 @@ class Pipeline:
         vae_dtype: torch.dtype = torch.float32,
         system: str | Path | None = None,
         layout: LoRALayout | None = None,
+        budget: int | None = None,
+        rest: Rest = "file",
     ) -> Pipeline:
         """Load an official folder (its weights in safetensors; no code of it runs).
 
         path: the folder, or what was read of it already. dtype: None keeps the stored one.
         router_precision: "bfloat16" is how official runs multiply. system: the system prompt's text, or
         a .txt or .py file; None reads the folder's. layout: of a generator or LoRA that is to be used;
-        checked before the weights are read.
+        checked before the weights are read. budget: most bytes of weights on the device; experts that
+        don't fit rest in host memory ("ram") or in the files ("file") and are copied in chunks.
         Raises HYWUError, before anything is allocated, naming what is missing or doesn't fit.
         """
         prompts = path if isinstance(path, Prompts) else Prompts.open(path, system)
@@ -116,9 +134,18 @@ class Pipeline:
         parts = build(folder)
         if layout is not None:
             check_layout(parts.model, layout, folder.path)
+        offloaded = None
+        if budget is not None:
+            kept = dtype or stored_dtype(folder)
+            fixed = fixed_bytes(parts, kept, vae_dtype)
+            offloaded = offload(
+                folder, parts.model, fixed, budget, torch.device(device), kept, rest
+            )
         fill(folder, parts, device, dtype, vae_dtype)
         parts.model.set_router_precision(router_precision)
-        return cls(prompts, parts)
+        pipeline = cls(prompts, parts)
+        pipeline.offloaded = offloaded
+        return pipeline
 
     @property
     def device(self) -> torch.device:
