@@ -1,18 +1,21 @@
 """Training on a GPU: the third ten minutes on a device. How fast, then as much as there is time for.
 
     python -m bench.on_device --json FILE --out FOLDER [--seconds 570] [--batch-sizes 24 256 1024]
+    python -m bench.on_device --pack IMAGES.safetensors
     python -m bench.on_device --device cpu --tiny --json FILE --out FOLDER     for the tests
 
 First the bundled editor's pretraining and a generator's training are tried for some steps at each batch
 size, each a process of its own, through the same commands as anywhere; then the pretraining goes on at the
 batch size with the most crops per second until the time is over, and its weights go to --out in half
 precision, in files of at most 16 MiB, with the figures beside them. Its states stay in --runs, so that a
-later call goes on. The images are the packages' that `hywu train` uses.
+later call goes on. The images are the packages' that `hywu train` uses; where these aren't, --images names
+one file with all of them, which --pack writes on a machine that has them.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -26,6 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hywu_core.cli.console import say, table
+from hywu_core.experiments.images import PACKED, pack_images
 from hywu_core.training.logs import read_log
 
 from . import clocks, isolated
@@ -42,7 +46,8 @@ def command(name: str, out: Path, steps: int, batch_size: int, device: str) -> l
     """One of the training commands, for so many steps."""
     shared = ["--out", str(out), "--batch-size", str(batch_size), "--device", device]
     if name == "pretrain":
-        stages = ["--first-steps", "0", "--last-steps", "0", "--save-every", str(max(200, steps))]
+        stages = ["--first-steps", "0", "--fine-steps", "0", "--last-steps", "0"]
+        stages += ["--save-every", str(max(200, steps))]
         return ["pretrain", "--steps", str(steps), *stages, *shared]
     quiet = ["--sample-every", str(10 * steps), "--save-every", str(10 * steps)]
     return ["train", "--steps", str(steps), *quiet, *shared]
@@ -111,6 +116,8 @@ def exported(file: Path, folder: Path, largest: int = LARGEST_FILE) -> list[str]
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Trials, then one long training; returns what is written to the JSON."""
     end = time.perf_counter() + args.seconds
+    if args.images is not None:
+        os.environ[PACKED] = str(args.images.absolute())
     steps = 4 if args.tiny else TRIAL_STEPS
     figures: dict[str, Any] = {"device": args.device, "trainings": {}}
     watched: dict[str, Any] = {}
@@ -180,6 +187,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     course_options(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder of the trained weights")
     parser.add_argument("--runs", type=Path, help="folder of states (default: runs below --out)")
+    parser.add_argument("--images", type=Path, help="packed images, instead of the packages'")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[24, 256, 1024])
     parser.add_argument(
         "--trainings", nargs="+", choices=("pretrain", "train"), default=["pretrain", "train"]
@@ -189,4 +197,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run(parse())
+    if sys.argv[1:2] == ["--pack"]:
+        say(str(pack_images(Path(sys.argv[2]))))
+    else:
+        run(parse())

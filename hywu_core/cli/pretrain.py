@@ -58,7 +58,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    pool, samples = ImagePool(split_files("train")), ImagePool(split_files("held_out"))
+    pool = ImagePool(split_files("train")).on(args.device)
+    samples = ImagePool(split_files("held_out"))
     asked = (args.first_steps, args.steps, args.fine_steps, args.last_steps)
     plan = tuple(zip(STAGES, asked, strict=True))
     torch.manual_seed(args.seed)

@@ -7,6 +7,8 @@ hashes. Nothing is copied into this project; the files are read from the install
 from __future__ import annotations
 
 import importlib.util
+import io
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import HYWUError, get_logger, need
-from ..files import read_json, write_json
+from ..files import read_json, read_tensors, save_tensors, write_json
 from ..fingerprint import of_file
-from ..images import MAX_SIDE, load_image, read_image
+from ..images import MAX_SIDE, encode_image, load_image, read_image, to_pillow
+from .atlas import Atlas
 
 logger = get_logger(__name__)
 
@@ -32,6 +35,11 @@ PACKAGES = {
     ),
 }
 SPLIT = Path(__file__).with_name("split.json")
+SIDES = ("train", "held_out")
+
+#: Environment variable that names a file of `pack_images`.
+PACKED = "HYWU_PACKED_IMAGES"
+PACKED_FORMAT = "hywu-images-1"
 SUFFIXES = {".webp", ".png", ".jpg", ".jpeg", ".bmp"}
 MIN_SIDE = 96
 HELD_OUT_FILES = 48
@@ -73,10 +81,52 @@ def make_split(path: Path = SPLIT) -> Path:
     return write_json(path, data, indent=1, ascii=True)
 
 
-def split_files(side: str) -> list[Path]:
-    """Files of "train" or "held_out" of the committed split, each checked by its hash."""
-    if side not in ("train", "held_out"):
+class PackedImage(io.BytesIO):
+    """An image's file in memory; name: as of its file."""
+
+    def __init__(self, data: bytes, name: str) -> None:
+        super().__init__(data)
+        self.name = name
+
+
+def pack_images(path: Path) -> Path:
+    """Write the split's images to one file, at most `MAX_SIDE` pixels a side, as WebP of high quality.
+
+    For a machine that lacks the packages: `split_files` reads it where the variable `PACKED` names it.
+    """
+    tensors = {}
+    for side in SIDES:
+        for file in split_files(side):
+            data = bytearray(encode_image(to_pillow(read_image(file).float() / 255), "WEBP"))
+            key = f"{side}/{len(tensors):04}/{file.name}"
+            tensors[key] = torch.frombuffer(data, dtype=torch.uint8)
+    header = {"format": PACKED_FORMAT, "packages": dict(PACKAGES.values())}
+    return save_tensors(path, tensors, header)
+
+
+def _packed(path: Path, side: str) -> list[PackedImage]:
+    tensors, header = read_tensors(path)
+    if header.get("format") != PACKED_FORMAT:
+        raise HYWUError(
+            f"{path}: is no file of packed images; {PACKED} must name one, or be unset."
+        )
+    logger.warning("the images of %s, as WebP, stand in for those of the packages", path)
+    return [
+        PackedImage(tensors[key].numpy().tobytes(), key.rpartition("/")[2])
+        for key in sorted(tensors)
+        if key.startswith(f"{side}/")
+    ]
+
+
+def split_files(side: str) -> list[Path] | list[PackedImage]:
+    """Files of "train" or "held_out" of the committed split, each checked by its hash.
+
+    Where the variable `PACKED` names a file of `pack_images`, the images in it.
+    """
+    if side not in SIDES:
         raise HYWUError(f"The split has the sides train and held_out, not '{side}'.")
+    if packed := os.environ.get(PACKED):
+        return _packed(Path(packed), side)
     files, wanted = template_files(), read_json(SPLIT)[side]
     changed = [n for n, digest in wanted.items() if n not in files or of_file(files[n]) != digest]
     if changed:
@@ -135,6 +185,12 @@ class ImagePool:
         pool = cls.__new__(cls)
         pool.images = list(images)
         return pool
+
+    def on(self, device: torch.device | str | None) -> ImagePool | Atlas:
+        """The same images on an accelerator, where crops are made; on a CPU the pool itself."""
+        if device is None or torch.device(device).type == "cpu":
+            return self
+        return Atlas(self.images, device)
 
     def crops(self, count: int, size: int, generator: torch.Generator) -> Tensor:
         """float32 ``[count, 3, size, size]`` in 0..1: random places, 1 to 4 times reduced, mirrored."""

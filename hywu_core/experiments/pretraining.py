@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from ..training.editor_base import EditorBase
 from ..training.schedule import TrainConfig
 from ..training.strategies import FullFineTuning
 from ..training.trainer import Trainer
-from .images import PACKAGES, ImagePool
+from .images import PACKAGES, PACKED, ImagePool
 from .pretraining_tasks import PRETRAINING, SPATIAL
 from .tasks import make_batch
 from .unknown_requests import unknown_request
@@ -86,8 +87,9 @@ class PretrainingBatches:
         batch = make_batch(clean, [self.names[i] for i in picks], generator, carriers=True)
         unknown = torch.rand(self.batch_size, generator=generator) < UNKNOWN_SHARE
         # what came before an edit or after it, as it is
+        before = torch.rand(self.batch_size, 1, 1, 1, generator=generator) < 0.5
         shown = torch.where(
-            torch.rand(self.batch_size, 1, 1, 1, generator=generator) < 0.5,
+            before.to(batch.source.device, non_blocking=True),
             batch.source,
             batch.target,
         )
@@ -95,7 +97,7 @@ class PretrainingBatches:
             unknown_request(generator) if alone else text
             for text, alone in zip(batch.instruction, unknown.tolist(), strict=True)
         ]
-        leave = unknown[:, None, None, None]
+        leave = unknown[:, None, None, None].to(batch.source.device, non_blocking=True)
         return replace(
             batch,
             source=torch.where(leave, shown, batch.source),
@@ -155,7 +157,7 @@ def provenance(config: TrainConfig, stage: Stage, step: int, commit: str) -> dic
         "stage": asdict(stage),
         "training": config.to_json(),
         "tasks": [*PRETRAINING, UNKNOWN],
-        "data": dict(PACKAGES.values()),
+        "data": {**dict(PACKAGES.values()), **({"as": "WebP"} if os.environ.get(PACKED) else {})},
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
     }
 

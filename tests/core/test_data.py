@@ -7,11 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from hywu_core.errors import HYWUError
 from hywu_core.experiments import images as data
+from hywu_core.experiments.atlas import Atlas
 from hywu_core.experiments.images import SPLIT, ImagePool, read_image
+from hywu_core.files import save_tensors
 from hywu_core.training.pairs import number_of_references, read_pairs
 
 
@@ -126,6 +129,48 @@ def test_a_split_is_made_of_contents_and_checked_by_them(packages):
     assert data.split_files("held_out") == held_out
     with pytest.raises(HYWUError, match="not 'test'"):
         data.split_files("test")
+
+
+def test_packed_images_stand_in_for_the_packages(packages, tmp_path, monkeypatch, caplog):
+    data.make_split(data.SPLIT)
+    files = {side: data.split_files(side) for side in data.SIDES}
+    packed = data.pack_images(tmp_path / "images.safetensors")
+    monkeypatch.setenv(data.PACKED, str(packed))
+    monkeypatch.setattr(data, "PACKAGES", {"not_there": ("not-there", "1")})
+    for side, originals in files.items():
+        found = data.split_files(side)
+        assert [f.name for f in found] == [f.name for f in originals]
+        for one, other in zip(map(read_image, found), map(read_image, originals), strict=True):
+            assert (one.float() - other.float()).abs().max() <= 3  # colours of a few bits less
+    assert "stand in for those of the packages" in caplog.text
+    with pytest.raises(HYWUError, match="no file of packed images"):
+        monkeypatch.setenv(data.PACKED, str(save_tensors(tmp_path / "x", {}, {"format": "other"})))
+        data.split_files("train")
+
+
+def test_an_atlas_cuts_what_the_pool_cuts():
+    ramp = torch.linspace(0, 255, 200)[None, None].expand(3, 150, 200)
+    smooth = (ramp * torch.tensor([1.0, 0.5, 0.2])[:, None, None]).round().byte()
+    images = [torch.randint(256, (3, 120, 97)).byte(), smooth]
+    atlas = Atlas(images, "cpu")
+    index, side = torch.tensor([0, 0, 1]), torch.tensor([32.0, 32.0, 96.0])
+    top, left = torch.tensor([5.0, 88.0, 20.0]), torch.tensor([7.0, 65.0, 90.0])
+    mirror = torch.tensor([False, True, False])
+    whole, mirrored, reduced = atlas.cut(index, side, top, left, mirror, 32)
+    torch.testing.assert_close(whole, images[0][:, 5:37, 7:39].float() / 255)
+    torch.testing.assert_close(mirrored, images[0][:, 88:120, 65:97].flip(2).float() / 255)
+    expected = smooth[None, :, 20:116, 90:186].float() / 255
+    expected = F.interpolate(expected, (32, 32), mode="bilinear", antialias=True)
+    assert (reduced - expected[0]).abs().max() < 0.02
+    crops = [atlas.crops(6, 32, torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
+    assert crops[0].shape == (6, 3, 32, 32)
+    assert crops[0].min() >= 0
+    assert crops[0].max() <= 1
+    assert torch.equal(crops[0], crops[1])
+    assert not torch.equal(crops[0], crops[2])
+    pool = ImagePool.of(images)
+    assert pool.on(None) is pool
+    assert pool.on("cpu") is pool
 
 
 def test_a_missing_package_is_asked_for_by_name(packages, monkeypatch):

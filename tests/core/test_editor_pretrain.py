@@ -15,6 +15,7 @@ from hywu_core.cli import main
 from hywu_core.cli import pretrain as pretrain_command
 from hywu_core.errors import HYWUError
 from hywu_core.experiments import pretraining as module
+from hywu_core.experiments.atlas import Atlas
 from hywu_core.experiments.images import ImagePool
 from hywu_core.training.logs import read_log
 from hywu_core.training.schedule import TrainConfig
@@ -111,6 +112,16 @@ def test_other_settings_are_refused(pool, tmp_path):
     other = TrainConfig(2, 4, 2e-3, optimizer="muon")
     with pytest.raises(HYWUError, match=r"lr 0\.001 -> 0\.002"):
         module.pretrain(make_editor(), pool, other, tmp_path / "run", STAGE)
+
+
+def test_crops_of_an_atlas_are_trained_on_as_those_of_a_pool(pool):
+    batches = [module.PretrainingBatches(p, 4, 32, 3) for p in (pool, Atlas(pool.images, "cpu"))]
+    for step in range(3):
+        ordinary, made = (b(step) for b in batches)
+        assert made.source.shape == ordinary.source.shape
+        assert made.source.isfinite().all()
+        assert made.instruction == batches[1](step).instruction
+        assert torch.equal(made.target, batches[1](step).target)
 
 
 def test_the_command_goes_through_its_stages_and_on(pool, tmp_path, monkeypatch, capsys):
