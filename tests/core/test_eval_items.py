@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from hywu_core.errors import HYWUError
-from hywu_core.evaluation.benchmarks import BENCHMARKS, read_items
+from hywu_core.evaluation.benchmarks import BENCHMARKS, QUESTIONNAIRES, read_items
 from hywu_core.evaluation.benchmarks.gedit.unpack import packed_files
+from hywu_core.evaluation.editors import EDITORS
+from hywu_core.evaluation.judges import JUDGES
 from hywu_core.evaluation.results import Results
 
 
@@ -177,3 +182,39 @@ def test_selection():
         items.select(tasks=["fly"])
     with pytest.raises(HYWUError, match="leaves no item"):
         items.select(languages=["cn"])
+
+
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        ("hywu_core.evaluation.benchmarks", ("pyarrow", "skimage", "matplotlib", "aiohttp")),
+        ("hywu_core.evaluation.judges", ("skimage", "transformers", "aiohttp")),
+        ("hywu_core.evaluation.gsb.server", ("torch", "numpy", "PIL", "aiohttp")),
+        ("hywu_core.evaluation.gsb.session", ("torch", "numpy", "PIL")),
+    ],
+)
+def test_importing_takes_no_more_than_it_needs(module, heavy):
+    program = f"import sys, {module}; print(*(m for m in {heavy!r} if m in sys.modules))"
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
+
+
+def test_no_room_compares_a_name_that_a_registry_holds():
+    """Who runs things asks the object: names stand in their own file and in the registry's order alone."""
+    everything = {*BENCHMARKS, *QUESTIONNAIRES, *EDITORS, *JUDGES}
+    root = Path(__file__).parents[2]
+    found = []
+    asking = ("hywu_core/evaluation", "hywu_core/cli/eval")
+    for folder in (*asking, "hywu_core/experiments", "nodes"):
+        # elsewhere a word like "bundled" is also something else's name
+        names = everything if folder in asking else {*QUESTIONNAIRES}
+        for path in sorted((root / folder).rglob("*.py")):
+            if {"benchmarks", "editors", "judges"} & set(path.relative_to(root).parts):
+                continue
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Compare):
+                    words = {c.value for c in ast.walk(node) if isinstance(c, ast.Constant)}
+                    if words & names:
+                        found.append(f"{path.name}:{node.lineno}")
+    assert not found
