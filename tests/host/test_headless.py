@@ -5,14 +5,28 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import shutil
+import subprocess
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from PIL import Image
+from proxy import Proxy
 
 from hywu_core.cli import main
-from hywu_core.headless.client import Client, Interrupted, TimedOut, run_sync
+from hywu_core.headless.client import (
+    Cleared,
+    Client,
+    Interrupted,
+    Removed,
+    Restarted,
+    ServerError,
+    TimedOut,
+    run_sync,
+)
+from hywu_core.headless.follow import Follower
 from hywu_core.headless.local import LocalServer, free_port, get_json
 
 INVERT = {
@@ -151,3 +165,108 @@ def test_server_that_dies_is_reported(comfyui, tmp_path, capsys):
         assert command(dying, path, tmp_path / "out") == 3
         killer.join()
     assert dying.url in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("socket", ["drop", "mute"])
+def test_a_proxy_that_drops_or_mutes_the_websocket_costs_no_result(server, tmp_path, socket):
+    path = tmp_path / "slow.json"
+    graph = slow_graph(60)
+    graph["kept"] = {"class_type": "SaveImage", "inputs": {
+        "images": ["60", 0], "filename_prefix": "kept"}}  # fmt: skip
+    path.write_text(json.dumps(graph))
+    with Proxy(server.url, prefix="/comfy", socket=socket) as proxy:
+        assert command(proxy, path, tmp_path / "out") == 0
+        assert proxy.sockets > (1 if socket == "drop" else 0)
+    assert [file.name.startswith("kept") for file in (tmp_path / "out").iterdir()].count(True) == 1
+
+
+def test_a_server_behind_a_token(server, workflow, photo, tmp_path, capsys, monkeypatch):
+    with Proxy(server.url, token="s3cret token") as proxy:
+        assert command(proxy, workflow, tmp_path / "out", "--image", photo) == 1
+        assert "HTTP 401: it wants a login" in capsys.readouterr().err
+        monkeypatch.setenv("COMFY_TOKEN", "s3cret token")
+        assert command(proxy, workflow, tmp_path / "out", "--image", photo) == 0
+    assert len(list((tmp_path / "out").iterdir())) == 1
+
+
+async def _behind(server, act) -> None:
+    """Run a prompt that waits behind a long one; act: (client, its id) -> awaited while it waits."""
+    async with Client(server.url) as first, Client(server.url) as second:
+        running = asyncio.create_task(first.run(slow_graph()))
+        await asyncio.sleep(1.0)
+        waiting = asyncio.create_task(second.run(slow_graph()))
+        await asyncio.sleep(1.0)
+        try:
+            await act(first)
+            await asyncio.wait_for(waiting, 60)
+        finally:
+            running.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await running
+
+
+def test_a_prompt_that_is_removed_from_the_queue(server):
+    async def remove(client: Client) -> None:
+        pending = (await client.json("GET", "/queue"))["queue_pending"]
+        await client.call("POST", "/queue", json={"delete": [row[1] for row in pending]})
+
+    with pytest.raises(Removed, match="removed from the queue"):
+        asyncio.run(_behind(server, remove))
+
+
+def test_a_record_that_is_cleared_before_it_is_fetched(server, monkeypatch):
+    """Somebody clears the history again and again while the prompt runs."""
+
+    async def cleared() -> None:
+        async with Client(server.url) as client, Client(server.url) as other:
+            task = asyncio.create_task(client.run(slow_graph(80)))
+            while not task.done():
+                await other.call("POST", "/history", json={"clear": True})
+            await task
+
+    # the socket says when to look, and a look at once would find the record
+    monkeypatch.setattr(Follower, "_hint", lambda *_: None)
+    with pytest.raises(Cleared, match="record of it was cleared"):
+        asyncio.run(cleared())
+
+
+def test_a_server_that_starts_anew(comfyui, tmp_path):
+    port, ended = free_port(), []
+
+    async def follow() -> None:
+        async with Client(f"http://127.0.0.1:{port}", patience=240) as client:
+            await client.run(slow_graph())
+
+    def run() -> None:
+        try:
+            asyncio.run(follow())
+        except ServerError as error:
+            ended.append(error)
+
+    options = {"port": port}
+    with LocalServer(comfyui.python, comfyui.tree, tmp_path / "base", **options) as one:
+        thread = threading.Thread(target=run)
+        thread.start()
+        time.sleep(3.0)
+        one.process.kill()
+        one.process.wait(10)
+        with LocalServer(comfyui.python, comfyui.tree, tmp_path / "base", **options):
+            thread.join(60)
+    assert [type(error) for error in ended] == [Restarted]
+
+
+def test_the_commands_of_the_docs_edit_the_photograph(server, photo, tmp_path):
+    """docs/headless.md's curl, with a name that another photograph on the server has."""
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    root = Path(__file__).parents[2]
+    text = (root / "docs" / "headless.md").read_text(encoding="utf-8")
+    script = text.partition("## curl")[2].partition("```bash\n")[2].partition("```")[0]
+    script = script.replace("http://127.0.0.1:8188", server.url)
+    script = script.replace("workflows/api/edit_bundled.json", str(tmp_path / "graph.json"))
+    (tmp_path / "graph.json").write_text(json.dumps(INVERT))
+    assert command(server, tmp_path / "graph.json", tmp_path / "out", "--image", photo) == 0
+    Image.new("RGB", (16, 8), (200, 100, 50)).save(photo)
+    done = subprocess.run(["bash", "-ec", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "out.png").getpixel((3, 3)) == (55, 155, 205)

@@ -1,0 +1,84 @@
+"""A reverse proxy before a ComfyUI server: below a path, behind a login, with a websocket that drops or goes mute."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import aiohttp
+from aiohttp import web
+
+from hywu_core.headless.local import free_port
+
+
+class Proxy:
+    """`with Proxy(url, …) as proxy:` in a thread of its own; `proxy.url` is its address.
+
+    prefix: path below which the server lies. token: the bearer token that is wanted. socket: "drop" cuts each
+    websocket after `seconds`, "mute" passes nothing on from then, "" leaves it alone.
+    """
+
+    def __init__(
+        self, upstream: str, prefix: str = "", token: str = "", socket: str = "", seconds: float = 0.5
+    ) -> None:  # fmt: skip
+        self.upstream, self.prefix, self.token = upstream, prefix, token
+        self.socket, self.seconds, self.sockets = socket, seconds, 0
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
+
+    def __enter__(self) -> Proxy:
+        self._thread.start()
+        assert self._ready.wait(30)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(30)
+
+    async def _serve(self) -> None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        app = web.Application(client_max_size=1 << 30)
+        app.router.add_route("*", "/{path:.*}", self._handle)
+        runner = web.AppRunner(app, shutdown_timeout=1)
+        await runner.setup()
+        port = free_port()
+        await web.TCPSite(runner, "127.0.0.1", port).start()
+        self.url = f"http://127.0.0.1:{port}{self.prefix}"
+        async with aiohttp.ClientSession() as self._session:
+            self._ready.set()
+            await self._stop.wait()
+        await runner.cleanup()
+
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
+        if self.token and request.headers.get("Authorization") != f"Bearer {self.token}":
+            return web.Response(status=401, text="<html>401 Authorization Required</html>")
+        if not request.raw_path.startswith(self.prefix):
+            return web.Response(status=404, text="no such site")
+        address = self.upstream + request.raw_path.removeprefix(self.prefix)
+        if request.headers.get("Upgrade", "").lower() == "websocket":
+            return await self._pass_socket(request, address)
+        headers = {k: v for k, v in request.headers.items() if k == "Content-Type"}
+        body = await request.read()
+        async with self._session.request(
+            request.method, address, data=body or None, headers=headers
+        ) as answer:
+            return web.Response(status=answer.status, body=await answer.read())
+
+    async def _pass_socket(self, request: web.Request, address: str) -> web.StreamResponse:
+        self.sockets += 1
+        ours = web.WebSocketResponse(max_msg_size=0)
+        await ours.prepare(request)
+        ends = self._loop.time() + self.seconds
+        async with self._session.ws_connect(address, max_msg_size=0) as theirs:
+            while True:
+                try:
+                    left = ends - self._loop.time() if self.socket == "drop" else None
+                    message = await theirs.receive(None if left is None else max(0.01, left))
+                except asyncio.TimeoutError:
+                    request.transport.abort()
+                    return ours
+                if message.type is aiohttp.WSMsgType.TEXT:
+                    if self.socket != "mute" or self._loop.time() < ends:
+                        await ours.send_str(message.data)
+                elif message.type is not aiohttp.WSMsgType.BINARY:
+                    return ours
