@@ -5,10 +5,13 @@ from __future__ import annotations
 import base64
 from urllib.parse import parse_qsl, quote, quote_plus, unquote, urlsplit
 
-from ..errors import HYWUError
+from ..errors import HYWUError, get_logger
+
+log = get_logger(__name__)
 
 #: What stands in messages for a secret.
 HIDDEN = "***"
+LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 SHORTEST = 4
 
 
@@ -54,6 +57,8 @@ class Address:
         known = {secret for secret in known if len(secret) >= SHORTEST}
         forms = (form for text in known for form in (text, quote(text, ""), quote_plus(text)))
         self._secrets = sorted(set(forms), key=len, reverse=True)
+        if self.logs_in and scheme == "http" and parts.hostname not in LOOPBACK:
+            log.warning("the login for %s travels unencrypted; use https where you can", self.url)
 
     @property
     def socket(self) -> str:

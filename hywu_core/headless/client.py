@@ -38,6 +38,10 @@ __all__ = [
     "ServerError", "ServerGone", "TimedOut", "describe_refusal", "outputs", "run_sync",
 ]  # fmt: skip
 
+#: The server, or what stands before it, did nothing yet and may soon; or may just have stumbled.
+BUSY = frozenset({425, 429, 503})
+PASSING = BUSY | {408, 500, 502, 504}
+
 #: (node id or None, steps done, steps in all), called as the server reports.
 Progress = Callable[["str | None", int, int], None]
 
@@ -58,6 +62,8 @@ class Client:
         timeout: float | None = None,
         patience: float = 30.0,
     ) -> None:
+        if timeout is not None and not 0 < timeout < float("inf"):
+            raise HYWUError(f"The timeout is {timeout}; it must be a number of seconds above 0.")
         self.address = Address(url, token)
         self.url = self.address.url
         self.timeout, self.patience = timeout, patience
@@ -107,6 +113,18 @@ class Client:
             )
         return status, body
 
+    async def _asked_again(
+        self, method: str, path: str, passing: frozenset[int], **options: Any
+    ) -> tuple[int, bytes]:
+        """`call`, again after a pause where the status is one that passes, for as long as `patience`."""
+        started, pause = time.monotonic(), 0.5
+        while True:
+            status, body = await self.call(method, path, **options)
+            if status not in passing or time.monotonic() - started > self.patience:
+                return status, body
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, 5.0)
+
     async def json(self, method: str, path: str, **options: Any) -> Any:
         """One request's JSON. Raises ServerError on another status than 200, and on what is no JSON."""
         status, body = await self.call(method, path, **options)
@@ -153,7 +171,7 @@ class Client:
         """
         prompt = prompt or str(uuid.uuid4())
         body = {"prompt": graph, "client_id": self.id, "prompt_id": prompt}
-        status, raw = await self.call("POST", "/prompt", json=body)
+        status, raw = await self._asked_again("POST", "/prompt", BUSY, json=body)
         try:
             answer = parse_json(raw, "the answer", finite=False)
         except HYWUError:
@@ -197,7 +215,7 @@ class Client:
         """The bytes of one output: `{"filename", "subfolder", "type"}` as history gives it."""
         names = ("filename", "subfolder", "type")
         params = {name: str(item.get(name) or "") for name in names}
-        status, body = await self.call("GET", "/view", params=params)
+        status, body = await self._asked_again("GET", "/view", PASSING, params=params)
         if status != 200:
             raise ServerError(f"The output {item.get('filename')} can't be fetched: HTTP {status}.")
         return body

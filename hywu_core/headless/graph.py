@@ -22,9 +22,7 @@ BOOLEANS = {
 
 def read_graph(path: str | Path) -> Graph:
     """Read an API-format workflow. Raises HYWUError for the UI format and for anything else."""
-    if not is_file(path):
-        raise HYWUError(f"{path}: there is no such workflow file.")
-    graph = read_json(path)
+    graph = read_json(path)  # `<(jq …)` too, which is no file
     if isinstance(graph, dict) and isinstance(graph.get("nodes"), list):
         raise HYWUError(
             f"{path} is a workflow in the UI format, but the server's API takes the API format: "

@@ -165,6 +165,20 @@ def test_a_proxy_that_stumbles_is_asked_again(server, run, tmp_path):
     assert list(outputs_of(tmp_path).values()) == [b"made", b"made"]
 
 
+def test_a_busy_server_is_asked_again(server, run, tmp_path):
+    server.busy, server.busy_view, server.files = 2, 1, {"x.png": b"one"}
+    server.outputs = {"2": {"images": [{"filename": "x.png"}]}}
+    assert run() == 0
+    assert outputs_of(tmp_path) == {"x.png": b"one"}
+
+
+@pytest.mark.parametrize("seconds", ["nan", "0", "-1", "inf"])
+def test_a_timeout_that_is_none(server, run, capsys, seconds):
+    assert run(f"--timeout={seconds}") == 1
+    assert "must be a number of seconds above 0" in capsys.readouterr().err
+    assert server.asked == []
+
+
 def test_a_prompt_whose_acceptance_got_lost_is_followed(server, run, tmp_path):
     server.loses_answer, server.outputs = True, {"2": {"text": ["made"]}}
     assert run() == 0

@@ -184,3 +184,14 @@ def test_addresses_that_are_none(text):
     with pytest.raises(HYWUError, match="can't be used") as caught:
         Address(text)
     assert "secret" not in str(caught.value)
+
+
+def test_a_login_that_travels_unencrypted_is_said(caplog):
+    Address("http://127.0.0.1:8188", token="secret")
+    Address("https://host:8188", token="secret")
+    Address("http://host:8188")
+    assert caplog.messages == []
+    Address("http://me:secret@host:8188/x?token=secret")
+    assert caplog.messages == [
+        "the login for http://host:8188/x travels unencrypted; use https where you can"
+    ]

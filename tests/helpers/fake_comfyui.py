@@ -37,6 +37,7 @@ class FakeComfyUI:
         self.info: dict = {}
         self.late, self.broken, self.broken_status = 0, 0, 502
         self.upload_status = 200
+        self.busy = self.busy_view = 0
         self.login = ""
         self.other_records = False
         self.loses_answer = False
@@ -104,6 +105,9 @@ class FakeComfyUI:
         return socket
 
     async def _queue(self, request):
+        if self.busy > 0:
+            self.busy -= 1
+            return web.Response(status=429)
         body = await request.json()
         self.asked.append(("prompt", body["prompt"]))
         if self.refusal is not None:
@@ -140,6 +144,9 @@ class FakeComfyUI:
         return web.json_response({kind: self.info[kind]} if kind in self.info else {})
 
     async def _view(self, request):
+        if self.busy_view > 0:
+            self.busy_view -= 1
+            return web.Response(status=502)
         name = request.query["filename"]
         if name not in self.files:
             return web.Response(status=404)
