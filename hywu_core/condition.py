@@ -29,7 +29,7 @@ class Condition:
     masks: name -> bool tensor ``[B, L]``, True where a token counts; a part without an entry counts
         whole. Masked tokens change nothing: neither their values nor their number.
     fingerprint: hash of what the condition was made from (pixels, text, encoder), or "".
-    origin: JSON-safe facts for provenance: instruction, encoder, base.
+    origin: JSON-safe, for the provenance: instruction, encoder, base.
     Raises HYWUError on an empty, misshapen or integer part, and on unequal batch sizes.
     """
 

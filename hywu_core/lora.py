@@ -71,7 +71,7 @@ class GeneratedLoRA:
         grids: Sequence[Tensor],
         provenance: Mapping[str, Any] | None = None,
     ) -> GeneratedLoRA:
-        """Views of token grids ``[B, layers, tokens, rank, token_dim]``, one a stack."""
+        """Views of token grids ``[B, layers, tokens, rank, token_dim]``, one per stack."""
         factors: dict[FactorKey, Tensor] = {}
         for s, (stack, grid) in enumerate(zip(layout.stacks, grids, strict=True)):
             pieces = token_grid(stack, layout.rank, grid.shape[-1]).detokenize(grid)
@@ -187,7 +187,7 @@ class GeneratedLoRA:
         dtype: torch.dtype | None = None,
         non_blocking: bool = False,
     ) -> GeneratedLoRA:
-        """The same LoRA elsewhere or in another dtype; one copy a buffer, not one a matrix."""
+        """The same LoRA elsewhere or in another dtype; one copy per buffer, not one per matrix."""
         return self._map(
             lambda value: value.to(device=device, dtype=dtype, non_blocking=non_blocking)
         )
@@ -231,9 +231,9 @@ class GeneratedLoRA:
             raise HYWUError("The first LoRA of a mixture has scale 0: exchange the two.")
         if self.layout.stacks != other.layout.stacks:
             ours, theirs = set(self), set(other)
-            odd = sorted(ours ^ theirs)[:4] or ["their shapes differ"]
+            unlike = sorted(ours ^ theirs)[:4] or ["their shapes differ"]
             raise HYWUError(
-                f"The two LoRAs target different modules (for example {', '.join(odd)}); only LoRAs "
+                f"The two LoRAs target different modules (for example {', '.join(unlike)}); only LoRAs "
                 "for the same base model and layout can be mixed."
             )
         if self.batch_size != other.batch_size and 1 not in (self.batch_size, other.batch_size):

@@ -3,7 +3,7 @@
 It is for generators that were trained in ComfyUI on a CLIP_VISION and a CLIP; `hywu generate` makes the LoRA
 of it. The folders hold models in the form of transformers: config.json, safetensors, and for the text its
 tokenizer. CLIP, SigLIP and DINOv2 see; CLIP, T5 and UMT5 read. Nothing is downloaded. A generator that was
-trained with several pictures an item gets them by a second and a third --image.
+trained with several images per item gets them by a second and a third --image.
 
 Example:
   hywu condition --checkpoint hat.safetensors --image cat.png --instruction "a red hat" \\
@@ -38,11 +38,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         required=True,
         nargs="+",
         action="append",
-        help="pictures, each an item of the batch; given again: the items' second pictures, one for each "
+        help="images, each an item of the batch; given again: the items' second images, one for each "
         "or one for all, and so on",
     )
     parser.add_argument(
-        "--instruction", required=True, nargs="+", help="one for all pictures, or one for each"
+        "--instruction", required=True, nargs="+", help="one for all images, or one for each"
     )
     parser.add_argument("--vision-model", help="folder, where the generator reads the part vision")
     parser.add_argument("--text-model", help="folder, where the generator reads the part text")

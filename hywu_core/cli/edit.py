@@ -1,4 +1,4 @@
-"""Edit a picture with the bundled editor: a LoRA is written for this picture and instruction.
+"""Edit an image with the bundled editor: a LoRA is written for this image and instruction.
 
 example:
   hywu edit photo.jpg "make it look old" --out old.png
@@ -17,7 +17,7 @@ from .console import say, table
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("image", type=Path, help="picture of any size; transparency becomes white")
+    parser.add_argument("image", type=Path, help="image of any size; transparency becomes white")
     parser.add_argument("instruction", help="what to change, in a few words")
     parser.add_argument("--out", type=Path, required=True, help="PNG, JPEG or WebP to write")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling noise (default 0)")

@@ -29,16 +29,16 @@ from ..layout import LoRALayout
 from .console import say, table
 from .convert import is_generator
 
-#: Lines of facts and of a table that a screen of 24 lines has room for.
-FACTS, ROWS = 13, 8
+#: Lines of metadata and rows of a table that a screen of 24 lines has room for.
+LINES, ROWS = 13, 8
 #: Files by which a folder of ours is known -> what it is called.
 FOLDERS = {"hywu_run.json": "evaluation results", "plan.json": "conflict experiment"}
 
 
 class Found(NamedTuple):
-    """facts: what is said line by line; rows, header: the table; json: what programs get."""
+    """metadata: what is said line by line; rows, header: the table; json: what programs get."""
 
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
     rows: Sequence[Sequence[object]]
     header: Sequence[str]
     json: dict[str, Any]
@@ -61,13 +61,13 @@ def run(args: argparse.Namespace) -> int:
         say(json.dumps(found.json, indent=2))
         return 0
     width = shutil.get_terminal_size((100, 24)).columns
-    _tell_facts({k: v for k, v in found.facts.items() if k != "norms"}, args.full, width)
+    _tell_metadata({k: v for k, v in found.metadata.items() if k != "norms"}, args.full, width)
     if found.rows:
         say()
         _tell_rows(found.rows, found.header, args.full)
     if args.norms:
         say()
-        norms = found.facts["norms"].items()
+        norms = found.metadata["norms"].items()
         rows = [(path, " ".join(f"{v:.4g}" for v in values)) for path, values in norms]
         _tell_rows(rows, ("target", "norm of each item"), True)
     return 0
@@ -93,17 +93,17 @@ def _what(path: Path) -> tuple[Callable[[Path], Found], bool]:
 # -- for people -------------------------------------------------------------------------------------
 
 
-def _tell_facts(facts: Mapping[str, Any], full: bool, width: int) -> None:
-    lines = [f"{key}: {_text(value, full)}" for key, value in facts.items()]
-    if not full and len(lines) > FACTS:
+def _tell_metadata(metadata: Mapping[str, Any], full: bool, width: int) -> None:
+    lines = [f"{key}: {_text(value, full)}" for key, value in metadata.items()]
+    if not full and len(lines) > LINES:
         # plain values share lines; what has parts keeps its own
         plain = [
             k
-            for k, v in facts.items()
+            for k, v in metadata.items()
             if k != "kind" and not isinstance(v, (dict, list)) and len(str(v)) < 24
         ]
-        joined = ", ".join(f"{k} {facts[k]}" for k in plain)
-        rest = [f"{k}: {_text(facts[k], full)}" for k in facts if k not in plain]
+        joined = ", ".join(f"{k} {metadata[k]}" for k in plain)
+        rest = [f"{k}: {_text(metadata[k], full)}" for k in metadata if k not in plain]
         lines = [rest[0], *textwrap.wrap(joined, width), *rest[1:]]
     for line in lines:
         short = line if full or len(line) <= width else f"{line[: width - 10].rstrip()} … --full"
@@ -148,8 +148,8 @@ def _generator(path: str | Path) -> Found:
     layout = source.config.layout
     for key in ("layout", "layout_digest"):
         config.pop(key, None)
-    facts = {"kind": "generator", "parameters": parameters, "bytes": size}
-    return _of_layout(layout, {**facts, "rank": layout.rank, "alpha": layout.alpha, **config})
+    metadata = {"kind": "generator", "parameters": parameters, "bytes": size}
+    return _of_layout(layout, {**metadata, "rank": layout.rank, "alpha": layout.alpha, **config})
 
 
 def _lora(path: str, norms: bool) -> Found:
@@ -170,9 +170,9 @@ def _lora(path: str, norms: bool) -> Found:
         measured = (
             {"norms": {p: value.tolist() for p, value in lora.norms().items()}} if norms else {}
         )
-    facts = {"kind": kind, "batch_size": batch, "rank": layout.rank, "alpha": layout.alpha}
-    facts["values"] = layout.num_values * batch
-    return _of_layout(layout, {**facts, "provenance": provenance, **measured})
+    metadata = {"kind": kind, "batch_size": batch, "rank": layout.rank, "alpha": layout.alpha}
+    metadata["values"] = layout.num_values * batch
+    return _of_layout(layout, {**metadata, "provenance": provenance, **measured})
 
 
 def _check_count(path: str, layout: LoRALayout, header: Mapping[str, Any]) -> None:
@@ -190,10 +190,10 @@ def _check_count(path: str, layout: LoRALayout, header: Mapping[str, Any]) -> No
         )
 
 
-def _of_layout(layout: LoRALayout, facts: dict[str, Any]) -> Found:
+def _of_layout(layout: LoRALayout, metadata: dict[str, Any]) -> Found:
     rows = [(*row[:4], f"{row[4]:,}") for row in layout.describe()]
     header = ("layers", "count", "module", "out x in", "values")
-    return Found(facts, rows, header, {**facts, "layout": layout.to_json()})
+    return Found(metadata, rows, header, {**metadata, "layout": layout.to_json()})
 
 
 def _tensors(path: Path) -> Found:
@@ -207,13 +207,13 @@ def _tensors(path: Path) -> Found:
             counted = groups.setdefault(name, [0, 0])
             counted[0] += 1
             counted[1] += math.prod(shape)
-    facts = {"kind": header.pop("format"), "bytes": path.stat().st_size}
-    facts |= {"values": sum(values for _, values in groups.values()), **header}
+    metadata = {"kind": header.pop("format"), "bytes": path.stat().st_size}
+    metadata |= {"values": sum(values for _, values in groups.values()), **header}
     rows = [(name, count, f"{values:,}") for name, (count, values) in groups.items()]
     tensors = {
         name: {"tensors": count, "values": values} for name, (count, values) in groups.items()
     }
-    return Found(facts, rows, ("tensors", "count", "values"), {**facts, "tensors": tensors})
+    return Found(metadata, rows, ("tensors", "count", "values"), {**metadata, "tensors": tensors})
 
 
 def _group(key: str) -> str:
@@ -233,9 +233,9 @@ def _folder(path: Path) -> Found:
             counted = rows.setdefault(file.suffix or file.name, [0, 0])
             counted[0] += 1
             counted[1] += file.stat().st_size
-    facts = {"kind": FOLDERS[name], **{k: v for k, v in said.items() if k != "format"}}
+    metadata = {"kind": FOLDERS[name], **{k: v for k, v in said.items() if k != "format"}}
     listed = [(kind, count, f"{size:,}") for kind, (count, size) in sorted(rows.items())]
-    return Found(facts, listed, ("files", "count", "bytes"), {**facts, "files": rows})
+    return Found(metadata, listed, ("files", "count", "bytes"), {**metadata, "files": rows})
 
 
 def _judgements(path: Path) -> Found:
@@ -246,5 +246,5 @@ def _judgements(path: Path) -> Found:
         raise HYWUError(f"{path}: not a file of ours; `hywu eval` writes judgements so.")
     kind = {"kind": rows[0].pop("format"), "lines": len(values) - 1}
     counts = Counter(str(row.get("status", "?")) for row in rows[1:])
-    facts = {**kind, **rows[0]}
-    return Found(facts, sorted(counts.items()), ("outcome", "count"), {**facts, **counts})
+    metadata = {**kind, **rows[0]}
+    return Found(metadata, sorted(counts.items()), ("outcome", "count"), {**metadata, **counts})

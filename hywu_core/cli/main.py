@@ -23,11 +23,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "condition": (
         ".condition",
-        "pictures and instructions in, condition out, by encoders from local folders",
+        "images and instructions in, condition out, by encoders from local folders",
     ),
     "generate": (".generate", "condition in, generated LoRA out"),
     "convert": (".convert", "official folder <-> one file; LoRA formats into each other"),
-    "edit": (".edit", "edit a picture with the bundled editor"),
+    "edit": (".edit", "edit an image with the bundled editor"),
     "train": (".train", "train a generator, or a baseline, through a frozen base"),
     "conflict": (
         ".conflict",

@@ -17,7 +17,7 @@ FORMAT = "hywu-lora-1"
 
 
 def header_of(lora: GeneratedLoRA, format: str) -> dict[str, Any]:
-    """JSON-safe facts that every format of ours carries."""
+    """JSON-safe metadata that every format of ours carries."""
     return {
         "format": format,
         "batch_size": lora.batch_size,
