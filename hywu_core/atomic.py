@@ -286,9 +286,10 @@ def folder_lock(folder: str | Path) -> Iterator[None]:
     except OSError as error:
         raise HYWUError(f"{folder}: can't be written ({reason(error)}).") from error
     try:
-        # Safe only under the lock: nobody else can be writing them
+        # of former versions too, which ended in another way
         for part in list(folder.rglob(".*.part")):
-            _remove(part)
+            if _abandoned(part):
+                _remove(part)
         yield
     finally:
         lock.release()

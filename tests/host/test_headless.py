@@ -26,7 +26,6 @@ from hywu_core.headless.client import (
     TimedOut,
     run_sync,
 )
-from hywu_core.headless.follow import Follower
 from hywu_core.headless.local import LocalServer, free_port, get_json
 
 INVERT = {
@@ -215,19 +214,16 @@ def test_a_prompt_that_is_removed_from_the_queue(server):
 
 
 def test_a_record_that_is_cleared_before_it_is_fetched(server, monkeypatch):
-    """Somebody clears the history again and again while the prompt runs."""
+    """Somebody clears the history whenever the client is about to look."""
+    whole = Client.history
 
-    async def cleared() -> None:
-        async with Client(server.url) as client, Client(server.url) as other:
-            task = asyncio.create_task(client.run(slow_graph(80)))
-            while not task.done():
-                await other.call("POST", "/history", json={"clear": True})
-            await task
+    async def cleared(client: Client, prompt: str) -> dict:
+        await client.call("POST", "/history", json={"clear": True})
+        return await whole(client, prompt)
 
-    # the socket says when to look, and a look at once would find the record
-    monkeypatch.setattr(Follower, "_hint", lambda *_: None)
+    monkeypatch.setattr(Client, "history", cleared)
     with pytest.raises(Cleared, match="record of it was cleared"):
-        asyncio.run(cleared())
+        run_sync(server.url, slow_graph(80))
 
 
 def test_a_server_that_starts_anew(comfyui, tmp_path):
