@@ -23,6 +23,10 @@ from .files import atomic_path
 WRITABLE = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 MAX_SIDE = 512
 
+#: Formats, and TIFF's compressions, of which a byte holds so many pixels at most.
+PACKINGS = {"PNG", "BMP", "raw", "packbits", "tiff_lzw", "tiff_deflate", "tiff_adobe_deflate"}
+DENSEST = 9000
+
 #: What a gray PNG of few bits says is transparent counts in those bits; the pixels come in 8.
 _GRAY_STEPS = {"1": 255, "L;1": 255, "L;2": 85, "L;4": 17}
 
@@ -116,6 +120,7 @@ def _name(file: str | Path | BinaryIO) -> str:
 
 def _rgb(opened: Image.Image) -> Image.Image:
     """8-bit RGB of an opened file."""
+    _check_size(opened)
     packed = str(opened.tile[0][3]) if opened.tile else ""
     image = ImageOps.exif_transpose(opened)
     alpha = _alpha_of_colour(image, packed)
@@ -132,6 +137,21 @@ def _rgb(opened: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def _check_size(opened: Image.Image) -> None:
+    """Raises HYWUError where a file declares more pixels than its bytes can hold, before memory is taken."""
+    packing = opened.info.get("compression", "raw") if opened.format == "TIFF" else opened.format
+    if packing not in PACKINGS or opened.fp is None:
+        return  # others hold any number of equal pixels in a few bytes
+    place = opened.fp.tell()
+    size = opened.fp.seek(0, io.SEEK_END)
+    opened.fp.seek(place)
+    if opened.width * opened.height > DENSEST * size + (1 << 20):
+        raise HYWUError(
+            f"it says it has {opened.width} x {opened.height} pixels, which its {size:,} bytes can't hold; it "
+            "is damaged."
+        )
 
 
 def _alpha_of_colour(image: Image.Image, packed: str) -> np.ndarray | None:
@@ -165,7 +185,7 @@ def _gray(image: Image.Image, png: bool) -> np.ndarray:
     whole = values.dtype.itemsize == 2 or png
     if low < 0 or high > 65535 or (not whole and 0 < high < 256):
         raise HYWUError(_range(values, "32-bit", "0 to 65535, with some above 255,"))
-    return np.rint(values / 257).astype(np.uint8)
+    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
 def _range(values: np.ndarray, kind: str, read: str) -> str:

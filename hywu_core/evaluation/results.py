@@ -84,7 +84,9 @@ def read_manifest(root: Path) -> dict[str, Any]:
 
 
 def _selects(name: str, value: Any) -> bool:
-    """Whether it is an argument of ItemList.select."""
+    """Whether it is an argument of ItemList.select; null chooses all."""
+    if value is None:
+        return name in ("tasks", "languages", "limit")
     if name == "limit":
         return isinstance(value, int) and not isinstance(value, bool) and value > 0
     named = isinstance(value, list) and all(isinstance(v, str) for v in value)

@@ -209,3 +209,27 @@ def test_tensors_and_images():
     for shape in ((1, 3, 2, 2), (4, 2, 2), (3, 0, 2), (2, 2)):
         with pytest.raises(HYWUError, match=r"must be \[3, height, width\]"):
             to_pillow(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF"])
+def test_more_pixels_than_the_bytes_can_hold(tmp_path, kind):
+    """A damaged head must not take the memory of 80 million pixels."""
+    path = tmp_path / "x"
+    image = Image.new("L", (48, 40))
+    image.save(path, kind)
+    data = path.read_bytes()
+    if kind == "PNG":
+        head = data[12:16] + struct.pack(">II", 9000, 9000) + data[24:29]
+        data = data[:12] + head + struct.pack(">I", zlib.crc32(head)) + data[33:]
+    elif kind == "BMP":
+        data = data[:18] + struct.pack("<ii", 9000, 9000) + data[26:]
+    else:
+        at = data.index(struct.pack("<HHI", 256, 4, 1)) + 8
+        data = data[:at] + struct.pack("<I", 9000) + data[at + 4 :]
+        at = data.index(struct.pack("<HHI", 257, 4, 1)) + 8
+        data = data[:at] + struct.pack("<I", 9000) + data[at + 4 :]
+    path.write_bytes(data)
+    with pytest.raises(HYWUError, match="9000 x 9000 pixels, which its .* bytes can't hold"):
+        load_image(path)
+    Image.new("L", (9000, 9000)).save(path, "PNG")
+    assert load_image(path).size == (9000, 9000)

@@ -30,7 +30,7 @@ from hywu_core.evaluation.editors.bundled import _digest as files_digest
 from hywu_core.evaluation.editors.comfy import ComfyEditor
 from hywu_core.evaluation.items import Item, ItemList
 from hywu_core.evaluation.judges.local import _folder_hash
-from hywu_core.evaluation.results import Results, write_manifest
+from hywu_core.evaluation.results import Results, read_manifest, write_manifest
 from hywu_core.evaluation.run import ImageHashes
 from hywu_core.evaluation.store import Judgement, JudgementStore, StoreName
 from hywu_core.experiments.conflict.plan import ConflictPlan
@@ -242,6 +242,7 @@ def test_manifest(tmp_path):
     results = Results(tmp_path / "mine", BENCHMARKS["folder"])
     results.root.mkdir()
     write_manifest(results, items(tmp_path), {"kind": "é"}, tmp_path, 3, {"tasks": None})
+    assert read_manifest(results.root)["selection"] == {"tasks": None}
     text = (results.root / "hywu_run.json").read_text("utf-8")
     assert sha(text.replace(json.dumps(str(tmp_path.resolve())), '"DATA"')) == "58eb3ecd510fe3bb"
 

@@ -125,7 +125,7 @@ def load_editor(
     """
     path = bundled("editor") if path is None else path
     tensors, header = read_tensors(path)
-    if (name := header.get("format")) not in ARCHITECTURES:
+    if (name := str(header.get("format"))) not in ARCHITECTURES:
         raise HYWUError(f"{path}: not an editor's file; `hywu pretrain` writes them.")
     kind, config_kind = ARCHITECTURES[name]
     try:
