@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hywu_core.bases.bundled.checkpoint import load_editor, save_editor
-from hywu_core.bases.bundled.model import split_words, word_pieces
 from hywu_core.bases.bundled.sampling import edit, tiled_velocity
+from hywu_core.bases.bundled.text import split_words, word_pieces
 from hywu_core.bases.bundled.transformer import TransformerConfig as EditorConfig
 from hywu_core.bases.bundled.transformer import TransformerEditor as Editor
 from hywu_core.bases.bundled.transformer import overlap_add, patchify, unpatchify

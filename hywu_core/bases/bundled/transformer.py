@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import HYWUError
-from .model import MLP, TextEncoder, attend, norm, time_embedding, word_ids
+from .model import time_embedding
+from .text import MLP, TextEncoder, attend, norm, word_ids
 
 
 @dataclass(frozen=True)

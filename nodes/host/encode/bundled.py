@@ -12,7 +12,7 @@ import comfy.utils
 from torch import Tensor
 
 from ....hywu_core.bases.bundled.checkpoint import check_made_for
-from ....hywu_core.bases.bundled.model import split_words
+from ....hywu_core.bases.bundled.text import split_words
 from ....hywu_core.condition import Condition
 from ....hywu_core.encoders.base import Reads
 from ....hywu_core.encoders.bundled import ONE_IMAGE, EditorEncoder
