@@ -57,7 +57,8 @@ class Notice {
     const width = this.node.size?.[0] ?? 300;
     const warned = this.sentences.reduce((sum, text) => sum + lineCount(`⚠ ${text}`, width), 0);
     const told = this.report ? Math.min(LINES, lineCount(this.report, width)) : 0;
-    return 16 + LINE * (warned + told) + (warned && told ? 4 : 0);
+    // the canvas keeps a margin of 10 pixels above and below
+    return 36 + LINE * (warned + told) + (warned && told ? 4 : 0);
   }
 
   draw() {
