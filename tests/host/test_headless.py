@@ -197,7 +197,7 @@ async def _behind(server, act) -> None:
         await asyncio.sleep(1.0)
         try:
             await act(first)
-            await asyncio.wait_for(waiting, 60)
+            await asyncio.wait_for(waiting, 120)
         finally:
             running.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -206,7 +206,8 @@ async def _behind(server, act) -> None:
 
 def test_a_prompt_that_is_removed_from_the_queue(server):
     async def remove(client: Client) -> None:
-        pending = (await client.json("GET", "/queue"))["queue_pending"]
+        while not (pending := (await client.json("GET", "/queue"))["queue_pending"]):
+            await asyncio.sleep(0.2)
         await client.call("POST", "/queue", json={"delete": [row[1] for row in pending]})
 
     with pytest.raises(Removed, match="removed from the queue"):
@@ -265,4 +266,6 @@ def test_the_commands_of_the_docs_edit_the_photograph(server, photo, tmp_path):
     Image.new("RGB", (16, 8), (200, 100, 50)).save(photo)
     done = subprocess.run(["bash", "-ec", script], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert Image.open(tmp_path / "out.png").getpixel((3, 3)) == (55, 155, 205)
+    found = Image.open(tmp_path / "out.png").getpixel((3, 3))
+    # ComfyUI cuts digits off where others round
+    assert max(abs(a - b) for a, b in zip(found, (55, 155, 205), strict=True)) <= 1
