@@ -39,8 +39,8 @@ STEPS, SEED, NOISE = 3, 42, 7
 def folders(server):
     """The tiny folder, its generator and two images where the server looks for them."""
     models = server.base / "models"
-    shutil.copytree(BASE, models / "hunyuan_image_3" / "tiny", dirs_exist_ok=True)
-    folder = models / "hywu" / "tiny-hunyuan"
+    shutil.copytree(BASE, models / "hunyuan_image_3" / "golden", dirs_exist_ok=True)
+    folder = models / "hywu" / "golden-hunyuan"
     shutil.copytree(GENERATOR, folder, dirs_exist_ok=True)
     edit_json(folder / "config.json", rope_precision="float32")
     for name, image in (("one", source()), ("two", other_image())):
@@ -52,10 +52,10 @@ def folders(server):
 def graph(**more) -> dict[str, dict]:
     return {
         "base": g.node(
-            "HYWULoadHunyuanImage3", folder="tiny", precision="float32", router="float32",
+            "HYWULoadHunyuanImage3", folder="golden", precision="float32", router="float32",
             system_prompt=SYSTEM,
         ),
-        "generator": g.node("HYWULoadGenerator", checkpoint="tiny-hunyuan", precision="float32"),
+        "generator": g.node("HYWULoadGenerator", checkpoint="golden-hunyuan", precision="float32"),
         "one": g.node("LoadImage", image="hunyuan_one.png"),
         "two": g.node("LoadImage", image="hunyuan_two.png"),
         "think": g.node(
