@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,8 @@ class HostGenerator:
         self.patcher = comfy.model_patcher.ModelPatcher(
             network, mm.get_torch_device(), mm.unet_offload_device()
         )
-        self.patcher.add_callback(CallbacksMP.ON_DETACH, self._forget_graphs)
+        # of the network alone: a reference back to this object would keep its weights for longer
+        self.patcher.add_callback(CallbacksMP.ON_DETACH, partial(_forget_graphs, network))
 
     @property
     def reads(self) -> Reads:
@@ -86,10 +88,6 @@ class HostGenerator:
         """
         precision = f"{self.dtype}{f', {FP8_WEIGHTS}' if self.fp8 else ''}"
         return (self._weights.result(), precision)
-
-    def _forget_graphs(self, *_: Any) -> None:
-        """When ComfyUI takes the weights off the device: graphs hold memory there, too."""
-        self.patcher.model.graphs = None
 
     def get_ram_usage(self) -> int:
         return self.patcher.model_size()
@@ -157,6 +155,11 @@ class HostGenerator:
             mm.throw_exception_if_processing_interrupted()
 
         return graphs.generate(network, condition, on_block)
+
+
+def _forget_graphs(network: nn.Module, *_: Any) -> None:
+    """When ComfyUI takes the weights off the device: graphs hold memory there, too."""
+    network.graphs = None
 
 
 def weights_digest(network: nn.Module) -> Future[str]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,28 +29,6 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     os.environ[VARIABLE] = str(make_random(tmp_path_factory.mktemp("weights")))
     yield weights_folder()
     del os.environ[VARIABLE]
-
-
-@pytest.fixture(scope="session")
-def run_inside(comfyui: dev.Host) -> Callable[..., dict]:
-    """(script beside the tests, *arguments) -> the figures it shows, run inside ComfyUI's tree (see
-    inside_comfyui.py). threads: of torch; OMP_NUM_THREADS or 2 by default.
-    """
-
-    def run(script: str, *arguments: object, timeout: int = 300, threads: int | None = None):
-        here = Path(__file__).parent
-        environment = {"OMP_NUM_THREADS": "2", **os.environ}
-        if threads is not None:
-            environment["OMP_NUM_THREADS"] = str(threads)
-        done = subprocess.run(
-            [comfyui.python, here / script, comfyui.tree, here.parents[1], *map(str, arguments)],
-            capture_output=True, text=True, timeout=timeout, env=environment,
-        )  # fmt: skip
-        lines = [line for line in done.stdout.splitlines() if line.startswith("FIGURES")]
-        assert lines, done.stderr[-4000:]
-        return json.loads(lines[0].removeprefix("FIGURES"))
-
-    return run
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import threading
 import time
 import urllib.request
@@ -11,6 +12,7 @@ from pathlib import Path
 import edit_graph as g
 import numpy as np
 import pytest
+from pairs import make_pairs
 from PIL import Image
 
 import dev
@@ -31,11 +33,13 @@ WIDGETS = {
 
 
 @pytest.fixture(scope="module")
-def tiny_sd3(server, weights, run_inside) -> None:
-    for folder in ("diffusion_models", "vae"):
-        (server.base / "models" / folder).mkdir(parents=True, exist_ok=True)
+def tiny_sd3(server, comfyui, weights) -> None:
+    """A MODEL that reads the bundled CLIP's tokens, its VAE, and pairs to train on."""
     width = load_editor(bundled("editor")).config.condition_parts["words"]
-    run_inside("train_figures.py", server.base, "files", width)
+    script = dev.ROOT / "tests" / "helpers" / "tiny_sd3.py"
+    models = server.base / "models"
+    subprocess.run([comfyui.python, script, comfyui.tree, models, str(width)], check=True)
+    make_pairs(server.base / "input" / "colour")
 
 
 def training(name: str, steps: int) -> dict[str, dict]:
