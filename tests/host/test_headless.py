@@ -206,7 +206,11 @@ async def _behind(server, act) -> None:
 
 def test_a_prompt_that_is_removed_from_the_queue(server):
     async def remove(client: Client) -> None:
+        deadline = time.monotonic() + 60
         while not (pending := (await client.json("GET", "/queue"))["queue_pending"]):
+            assert time.monotonic() < deadline, (
+                "the second prompt was never queued behind the first"
+            )
             await asyncio.sleep(0.2)
         await client.call("POST", "/queue", json={"delete": [row[1] for row in pending]})
 
