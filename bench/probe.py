@@ -13,7 +13,6 @@ import argparse
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hywu_core.generator.rope import Axes, axis_table, rotate
 from hywu_core.generator.speed.fp8 import scaled_mm_works
-from hywu_core.generator.speed.passes import fused_kernels
 from hywu_core.grouped import grouped_linear
 
 from .device import kernel_names, rates, relative_error, seconds_of, use
 from .measure import write_json
+from .probe_kernels import kernels
+from .probe_shapes import BF16, Probe
 
 GOLDEN = Path(__file__).parent.parent / "tests" / "core" / "golden"
 
@@ -49,157 +48,11 @@ BACKENDS = {
 #: What an error says that no later call on the device survives.
 STICKY = ("cuda error", "illegal", "misaligned", "device-side assert", "unspecified launch")
 
-BF16 = torch.bfloat16
-
-
-@dataclass(frozen=True)
-class Probe:
-    """The device, and the official generator's shapes or tiny ones."""
-
-    device: torch.device
-    tiny: bool = False
-
-    @property
-    def width(self) -> int:
-        return 128 if self.tiny else 4096
-
-    @property
-    def heads(self) -> int:
-        return 4 if self.tiny else 32
-
-    @property
-    def head_dim(self) -> int:
-        return self.width // self.heads
-
-    @property
-    def layers(self) -> int:
-        return 8 if self.tiny else 32
-
-    @property
-    def length(self) -> int:
-        """Positions of one layer."""
-        return 40 if self.tiny else 5516
-
-    @property
-    def condition(self) -> int:
-        return 24 if self.tiny else 4000
-
-    @property
-    def sequences(self) -> int:
-        """Sequences of the attention across layers in one chunk."""
-        return 8 if self.tiny else 528
-
-    @property
-    def rows(self) -> tuple[int, ...]:
-        """Rows of one chunk: two layers, even chunks, three layers, whole waves of tiles."""
-        return (33, 64) if self.tiny else (11032, 16047, 16548, 16896)
-
-    def random(self, *shape: int, dtype: torch.dtype = BF16) -> Tensor:
-        return torch.randn(*shape, device=self.device, dtype=torch.float32).to(dtype)
-
-    def milliseconds(self, function: Callable[[], Any], calls: int = 5) -> float:
-        """The median call, after two that warm up."""
-        if self.tiny:
-            return 1e3 * seconds_of(function, self.device)
-        for _ in range(2):
-            function()
-        times = sorted(seconds_of(function, self.device) for _ in range(calls))
-        return 1e3 * times[calls // 2]
-
-    def gigabytes(self, function: Callable[[], Any], count: float) -> float:
-        """GB/s of a call that reads and writes `count` bytes."""
-        return count / self.milliseconds(function) / 1e6
-
 
 def measured_rates(probe: Probe) -> dict[str, Any]:
     """Burst and sustained: the card's power limit shows after a second or so."""
     edge, span = (128, 0.02) if probe.tiny else (8192, 3.5)
     return rates(probe.device, edge, BF16, span)
-
-
-def kernels(probe: Probe) -> dict[str, Any]:
-    """The engine's Triton kernels against torch at the engine's strides, and GB/s of each."""
-    found = fused_kernels(probe.device)
-    if found is None:
-        return {"skipped": "no Triton kernels on this device"}
-    p, result = probe, {}
-    states = p.random(1, p.layers, p.length, p.width)
-    view = states.transpose(1, 2)[:, : p.sequences]
-    weight, pending = p.random(p.width), p.random(p.width, dtype=torch.float32)
-    expected = F.rms_norm(view.float() + pending, (p.width,), weight.float(), 1e-6)
-    count = view.numel() * view.element_size()
-
-    def norm() -> Tensor:
-        return found.rms_norm(view, weight, 1e-6, pending=pending)
-
-    result["rms_norm"] = {
-        "error": relative_error(norm(), expected),
-        "gbs": p.gigabytes(norm, 2 * count),
-    }
-    qkv = p.random(p.sequences, p.layers, 3 * p.heads, p.head_dim)
-    axes = Axes.of(axis_table(p.layers, p.head_dim, "bfloat16", p.device))
-    turning = 2 * p.heads
-    turned = rotate(qkv[:, :, :turning], axes.whole()[:, :, None])
-    for name, wide in (("rotate", False), ("rotate_wide", True)):
-        got = qkv.clone()
-        found.rotate_(got[:, :, :turning], *axes, wide=wide)
-        result[name] = {
-            "error": relative_error(got[:, :, :turning], turned),
-            "values_untouched": torch.equal(got[:, :, turning:], qkv[:, :, turning:]),
-            "gbs": p.gigabytes(
-                lambda g=got, w=wide: found.rotate_(g[:, :, :turning], *axes, wide=w),
-                2 * turned.numel() * 2,
-            ),
-        }
-    flat = qkv.flatten(2)
-    q, k = turned[:, :, : p.heads].transpose(1, 2), turned[:, :, p.heads :].transpose(1, 2)
-    attended = F.scaled_dot_product_attention(
-        q.float(), k.float(), qkv[:, :, turning:].transpose(1, 2).float()
-    )
-    attended = attended.transpose(1, 2).flatten(2)
-
-    def across() -> Tensor:
-        return found.across(flat, *axes, p.heads)
-
-    result["across"] = {
-        "error": relative_error(across(), attended),
-        "ms": p.milliseconds(across),
-        "gbs": p.gigabytes(across, flat.numel() * 2 * 4 / 3),
-    }
-    if p.device.type != "cuda" or torch.cuda.get_device_capability(p.device) >= (8, 9):
-        result |= _quantizing(p, found, view, weight, pending, flat, axes, attended, expected)
-    return result
-
-
-def _quantizing(
-    p: Probe, found: Any, view: Tensor, weight: Tensor, pending: Tensor, flat: Tensor, axes: Axes,
-    attended: Tensor, normed: Tensor,
-) -> dict[str, Any]:  # fmt: skip
-    """The kernels that write e4m3: error of values times scales, GB/s."""
-    wide = p.random(p.rows[-1], 4 * p.width)
-    calls = {
-        "quantize_rows": (lambda: found.quantize_rows(wide), wide.float(), wide.numel() * 3),
-        "silu_quantized": (
-            lambda: found.quantize_rows(wide, silu=True), F.silu(wide.float()), wide.numel() * 3
-        ),
-        "rms_norm_quantized": (
-            lambda: found.rms_norm_quantized(view, weight, 1e-6, pending=pending),
-            normed.flatten(0, 2), view.numel() * 3,
-        ),
-        "across_quantized": (
-            lambda: found.across_quantized(flat, *axes, p.heads), attended.flatten(0, 1),
-            flat.numel() * (2 + 1),
-        ),
-    }  # fmt: skip
-    result = {}
-    for name, (call, expected, count) in calls.items():
-        values, scales = call()
-        result[name] = {
-            "error": relative_error(values.float() * scales, expected.reshape(values.shape)),
-            "ms": p.milliseconds(call),
-            "gbs": p.gigabytes(call, count),
-        }
-    return result
 
 
 Attention = tuple[str, Tensor, Tensor, Tensor, Tensor | None]

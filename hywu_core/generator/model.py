@@ -26,7 +26,7 @@ from .rope import StackTables
 from .speed.memory import MemoryPlan, memory_plan
 from .speed.offload import Residency
 from .speed.passes import Switches, passes_for
-from .speed.prefix import Kept, prefix_key, worth_keeping
+from .speed.prefix import Kept, constant_prefix, prefix_key
 
 if TYPE_CHECKING:
     from .speed.graphs import Graphs
@@ -95,7 +95,7 @@ class ParameterGenerator(nn.Module):
         with contextlib.closing(self.residency.blocks(self.model, plan)) as blocks:
             for i, block in enumerate(blocks):
                 if i == 0:
-                    hidden = self.prefix(block, context, plan)
+                    hidden = constant_prefix(self, block, context, plan)
                 if self.checkpointing and not in_place:
                     hidden = checkpoint(block, hidden, context, i == 0, use_reentrant=False)
                 else:
@@ -146,29 +146,8 @@ class ParameterGenerator(nn.Module):
 
     # -- the constant prefix ---------------------------------------------------------------------
 
-    def prefix(self, block: Block, context: Context, plan: MemoryPlan | None) -> list[Tensor]:
-        """Hidden states ``[B, N, S, d]`` up to the first attention to the condition; the caller's own."""
-        batch, passes = context.condition.shape[0], context.passes
-        if not context.in_place or torch.compiler.is_compiling():
-            hidden = [h.expand(batch, *h.shape[1:]) for h in self._prefix_of_one(block, context)]
-            return [h.clone() for h in hidden] if context.in_place and batch > 1 else hidden
-        key = prefix_key(self, context.condition)
-        found = self.prefixes.get(key) if plan is None or plan.keep_prefix else None
-        if found is not None:
-            hidden, pending = found
-            passes.resume(pending)
-            return [h.expand(batch, *h.shape[1:]).clone() for h in hidden]
-        self.prefixes.clear()
-        hidden = self._prefix_of_one(block, context)
-        kept = self._keeps(sum(h.nbytes for h in hidden), context, plan)
-        if kept:
-            tensors = [*hidden, *([] if passes.pending is None else [passes.pending])]
-            self.prefixes.put(key, (hidden, passes.pending), tensors)
-        hidden = [h.expand(batch, *h.shape[1:]) for h in hidden]
-        return [h.clone() for h in hidden] if kept or batch > 1 else hidden
-
-    def _prefix_of_one(self, block: Block, context: Context) -> list[Tensor]:
-        """The prefix of one batch item."""
+    def prefix(self, block: Block, context: Context) -> list[Tensor]:
+        """Hidden states ``[1, N, S, d]`` per stack up to the first attention to the condition."""
         hidden = [self._tokens(s, context) for s in range(len(context.tables))]
         return block.prefix(hidden, context)
 
@@ -183,12 +162,6 @@ class ParameterGenerator(nn.Module):
         for part in x.unbind(1):  # one by one: x and its norm never exist both
             part.copy_(self.model.norm_tokens(part))
         return x
-
-    def _keeps(self, size: int, context: Context, plan: MemoryPlan | None) -> bool:
-        if plan is not None:
-            return plan.keep_prefix
-        device, limit = context.condition.device, self.prefix_cache_bytes
-        return worth_keeping(size, limit, device, self.switches.keep_prefix)
 
     # -- the output ------------------------------------------------------------------------------
 

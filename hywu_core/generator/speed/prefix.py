@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from ..layers import Block, Context
     from ..model import ParameterGenerator
+    from .memory import MemoryPlan
 
 #: The constant prefix is kept when it is no larger than this, and on CUDA ...
 PREFIX_CACHE_BYTES = 256 << 20
@@ -90,15 +92,43 @@ def prefix_key(generator: ParameterGenerator, tokens: Tensor) -> tuple:
     return (tokens.device, tokens.dtype, settings, versions, pointers)
 
 
-def worth_keeping(size: int, limit: int | None, device: torch.device, if_free: bool) -> bool:
-    """Whether a prefix of `size` bytes is kept.
+def constant_prefix(
+    generator: ParameterGenerator, block: Block, context: Context, plan: MemoryPlan | None
+) -> list[Tensor]:
+    """Hidden states ``[B, N, S, d]`` up to the first attention to the condition; the caller's own.
 
-    limit: the most it may take; None for `PREFIX_CACHE_BYTES` and, with `if_free`, a part of the
-    device's free memory.
+    They are the same for every condition, so those of one item are kept where there is room.
     """
+    batch, passes = context.condition.shape[0], context.passes
+    if not context.in_place or torch.compiler.is_compiling():
+        hidden = [h.expand(batch, *h.shape[1:]) for h in generator.prefix(block, context)]
+        return [h.clone() for h in hidden] if context.in_place and batch > 1 else hidden
+    key = prefix_key(generator, context.condition)
+    found = generator.prefixes.get(key) if plan is None or plan.keep_prefix else None
+    if found is not None:
+        hidden, pending = found
+        passes.resume(pending)
+        return [h.expand(batch, *h.shape[1:]).clone() for h in hidden]
+    generator.prefixes.clear()
+    hidden = generator.prefix(block, context)
+    kept = _worth_keeping(generator, sum(h.nbytes for h in hidden), context, plan)
+    if kept:
+        tensors = [*hidden, *([] if passes.pending is None else [passes.pending])]
+        generator.prefixes.put(key, (hidden, passes.pending), tensors)
+    hidden = [h.expand(batch, *h.shape[1:]) for h in hidden]
+    return [h.clone() for h in hidden] if kept or batch > 1 else hidden
+
+
+def _worth_keeping(
+    generator: ParameterGenerator, size: int, context: Context, plan: MemoryPlan | None
+) -> bool:
+    """Whether a prefix of `size` bytes is kept: as the plan says, as the generator allows, or as fits."""
+    if plan is not None:
+        return plan.keep_prefix
+    limit, device = generator.prefix_cache_bytes, context.condition.device
     if size <= (PREFIX_CACHE_BYTES if limit is None else limit):
         return True
-    if limit is not None or not if_free or device.type != "cuda":
+    if limit is not None or not generator.switches.keep_prefix or device.type != "cuda":
         return False
     free, _ = torch.cuda.mem_get_info(device)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
