@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..training.schedule import OPTIMIZERS, PRECISIONS, RATES
+from ..training.schedule import ERRORS, OPTIMIZERS, PRECISIONS, RATES
 from .console import say
 
 BEST = "best.safetensors"
@@ -39,6 +39,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=24, help="examples a step (default 24)")
     parser.add_argument("--accumulation", type=int, default=1, help="parts of a batch (default 1)")
     parser.add_argument("--lr", type=float, help=f"peak learning rate (default: {_rates()})")
+    parser.add_argument(
+        "--error", choices=ERRORS,
+        help="of an item: log counts each by its own measure (default; a former run keeps mse)",
+    )  # fmt: skip
     parser.add_argument(
         "--precision", choices=("auto", *PRECISIONS), default="auto",
         help="auto: bf16 where the device has it in hardware, else no (float32)",

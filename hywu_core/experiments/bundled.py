@@ -21,7 +21,7 @@ from ..training.base import Batch, BatchSource
 from ..training.data import Ahead, PairBatches
 from ..training.editor_base import ONE_IMAGE, EditorBase
 from ..training.pairs import held_out, number_of_references, pairs_identity, phrasings, read_pairs
-from ..training.schedule import RATES, TrainConfig, chosen_precision
+from ..training.schedule import RATES, TrainConfig, chosen_precision, refuse_differences
 from ..training.strategies import FullFineTuning, HyperNetwork, StaticLoRA, Strategy
 from ..training.trainer import STATE, Trainer
 from ..training.validation import Validation
@@ -37,7 +37,9 @@ WEIGHTS, BEST = "weights.safetensors", "best.safetensors"
 class Request:
     """What is trained, on what, how long; each field is an option of `hywu train`.
 
-    data: None for the built-in tasks. lr: 0 or None takes the one of `RATES`. init: a generator's file or
+    data: None for the built-in tasks. lr: 0 or None takes the one that the run was
+    begun with, else of `RATES`. error: of an item (see
+    `EditorBase`); None takes the logarithm, or what a run was begun with. init: a generator's file or
     "bundled", whose weights are begun with. validation: share of the pairs that is not trained on.
     Raises HYWUError on options that don't go together.
     """
@@ -52,6 +54,7 @@ class Request:
     batch_size: int = 24
     accumulation: int = 1
     lr: float | None = None
+    error: str | None = None
     precision: str = "auto"
     optimizer: str = "muon"
     checkpointing: bool = False
@@ -95,7 +98,8 @@ class Training:
 
     def __init__(self, request: Request, say: Callable[[str], None]) -> None:
         self.request, self.say = request, say
-        self.base = EditorBase(load_editor(request.editor or bundled("editor")))
+        editor = load_editor(request.editor or bundled("editor"))
+        self.base = EditorBase(editor, error=_error(request))
         self.data = _data(request, self.base.module.config.train_size, say)
         self.config = self._config()
         torch.manual_seed(request.seed + 1)
@@ -116,9 +120,9 @@ class Training:
             )
         return TrainConfig(
             request.steps, request.batch_size,
-            request.lr or RATES[request.optimizer][request.strategy],
+            request.lr or recorded.get("lr") or RATES[request.optimizer][request.strategy],
             accumulation=request.accumulation,
-            # a run that goes on beyond its end keeps the warm-up that it was begun with
+            # as a run was begun, whatever is usual today; also when it goes on beyond its end
             warmup=recorded.get("warmup", min(40, request.steps // 5)),
             precision=chosen_precision(request.precision, recorded.get("precision"), request.device),
             seed=request.seed, optimizer=request.optimizer,
@@ -238,9 +242,21 @@ def _strategy(request: Request, base: EditorBase) -> Strategy:
     return HyperNetwork(base, config, request.checkpointing)
 
 
+def _error(request: Request) -> str:
+    """As asked for, or that of the recipe which made the bundled weights; a run that was begun keeps its own."""
+    state = request.out / STATE
+    if not state.exists():
+        return request.error or "log"
+    begun = (
+        read_header(state).get("identity", {}).get("error", "mse")
+    )  # what runs had that don't say it
+    refuse_differences({"error": begun}, {"error": request.error or begun}, state)
+    return begun
+
+
 def _made_of(request: Request, base: EditorBase, strategy: Strategy) -> dict[str, Any]:
     """What a run can't go on without, beside its data and settings."""
-    made: dict[str, Any] = {"editor": base.encoder["editor"]}
+    made: dict[str, Any] = {"editor": base.encoder["editor"], "error": base.error}
     if isinstance(strategy, HyperNetwork):
         config = strategy.trained.config
         made |= {"rank": config.layout.rank, "d_model": config.d_model, "blocks": config.num_blocks}

@@ -14,6 +14,7 @@ from ..condition import Condition
 from ..encoders.bundled import EditorEncoder
 from ..errors import HYWUError
 from .base import Batch, Draws
+from .schedule import ERRORS
 
 #: Of the transformer; of any editor by its architecture.
 NAME = "hywu-bundled-editor"
@@ -23,8 +24,6 @@ ONE_IMAGE = (
     "The bundled editor reads one image and the rows have references; take them out of the rows, or "
     "train a generator for another model in ComfyUI (HY-WU Train Generator)."
 )
-#: Losses of an item.
-ERRORS = ("mse", "log")
 #: Added before the logarithm, in units of -1..1: at 39 dB an edit is good enough to count little.
 SMALLEST = 5e-4
 

@@ -49,7 +49,7 @@ def test_a_training_goes_on_to_the_weights_that_it_would_have_had(tmp_path):
     run = tmp_path / "run"
     shutil.copytree(FORMER / "train_shared", run)
     command = ["train", "--out", str(run), "--data", str(FORMER / "pairs.jsonl"), "--steps", "4",
-               "--batch-size", "2", "--precision", "no", "--lr", "1e-3", "--sample-every", "0",
+               "--batch-size", "2", "--precision", "no", "--sample-every", "0",
                "--strategy", "shared", "--device", "cpu",
                "--editor", str(FORMER / "editor.safetensors")]  # fmt: skip
     assert main(command) == 0
@@ -59,6 +59,7 @@ def test_a_training_goes_on_to_the_weights_that_it_would_have_had(tmp_path):
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
         torch.testing.assert_close(found[name], value, atol=1e-4, rtol=1e-2)
+    assert read_header(run / "state.safetensors")["identity"]["error"] == "mse"  # as it was begun
     before = read_tensors(FORMER / "train_shared" / "state.safetensors")[0]
     after = read_tensors(run / "state.safetensors")[0]
     assert max(float((after[k] - before[k]).abs().max()) for k in before) > 1e-4

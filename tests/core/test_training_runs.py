@@ -43,6 +43,7 @@ def small(*more: str) -> list[str]:
         (["--seed", "5"], "seed 0 -> 5"),
         (["--task", "custom", "--strategy", "single"], "strategy shared -> single"),
         (["--strategy", "sft"], "strategy shared -> sft"),
+        (["--error", "mse"], "error log -> mse"),
     ],
 )
 def test_a_run_of_other_settings_is_refused_by_name(tmp_path, capsys, changed, said):
