@@ -217,6 +217,7 @@ def test_an_fp8_base_is_trained_through_in_bfloat16_by_a_generator_that_sees(
         ({"name": "foreign"}, "is not of this training"),
         ({"rank": 4}, "was started from another generator"),
         ({"batch_size": 2}, "batch_size 4 -> 2"),
+        ({"steps": 3}, "steps 4 -> 3"),
         ({"name": "split", "accumulation": 3}, "can't be split evenly"),
     ],
 )
