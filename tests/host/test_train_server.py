@@ -150,7 +150,7 @@ def test_a_generator_reads_the_models_own_hidden_states(server, tiny_sd3):
     encode["image2"] = ["photo", 0]
     outputs = g.run(server, graph)
     assert g.said(outputs, "encode")["tokens"] == 32
-    assert "trained with 1 picture an item" in g.said(outputs, "encode")["warnings"][0]
+    assert "trained with 1 image per item" in g.said(outputs, "encode")["warnings"][0]
     assert not g.said(outputs, "generate")["cached"]
     del graph["encode"]["inputs"]["vae"]
     with pytest.raises(NodeFailed, match="connect vae"):

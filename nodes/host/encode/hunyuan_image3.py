@@ -29,7 +29,8 @@ class HunyuanEncoder:
         if sockets.get("model") is None:
             raise HYWUError(
                 "This generator reads hidden states of HunyuanImage-3; connect the MODEL of Load "
-                "HunyuanImage-3 to model."
+                "HunyuanImage-3 to model, or make the condition on a machine that has it and bring it in "
+                "with Load Condition."
             )
         self.model = sockets["model"]
         width = model_of(self.model).diffusion_model.config.hidden_size
