@@ -65,7 +65,7 @@ CACHE = LoRACache(limit_from_environment())
 
 
 class TensorCache:
-    """Tensors and JSON-safe facts by key: files in `folder`, the latest ones in memory besides."""
+    """Tensors and JSON-safe metadata by key: files in `folder`, the latest ones in memory besides."""
 
     def __init__(self, folder: Path, limit: int = IN_MEMORY) -> None:
         self.folder, self.limit, self.nbytes = folder, limit, 0

@@ -35,7 +35,7 @@ from .resident import keep, to_host
 log = get_logger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-#: The precision whose weights are e4m3 with a scale a row; products are in the device's own.
+#: The precision whose weights are e4m3 with one scale per row; products are in the device's own.
 FP8_WEIGHTS = "fp8-weights"
 #: Fact of a condition's origin -> where the checkpoint says it of its encoder.
 ORIGINS = (("encoder", "type"), ("editor", "editor"))

@@ -72,7 +72,7 @@ def patterns(text: str) -> list[str] | None:
 @lru_cache
 @torch.inference_mode()
 def speed(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a large matrix product, measured once."""
+    """Floating-point operations per second of a large matrix product, measured once."""
     side = 512 if device.type == "cpu" else 4096
     matrix = torch.ones(side, side, device=device, dtype=dtype)
     best = float("inf")
@@ -90,7 +90,7 @@ def _table(layout: LoRALayout, report: dict[str, Any]) -> str:
         one, more = stack.layers[0], len(stack.layers) - 1
         title = one + (f" and {more} more" if more else "")
         lines.append(
-            f"\n{title or '(outside the blocks)'}: {found['tokens_per_layer']} tokens a layer"
+            f"\n{title or '(outside the blocks)'}: {found['tokens_per_layer']} tokens per layer"
         )
         width = max(len(module.name) for module in stack.modules)
         lines += [f"  {m.name:{width}}  {m.out_features} x {m.in_features}" for m in stack.modules]

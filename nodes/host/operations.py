@@ -35,7 +35,7 @@ class Linear(torch.nn.Linear, comfy.ops.CastWeightBiasOp):
 
 
 def round_weights(blocks: nn.Module) -> None:
-    """Keep the weights of all Linear layers in here as e4m3 with one scale a row, in place.
+    """Keep the weights of all Linear layers in here as e4m3 with one scale per row, in place.
 
     A quarter of float32's memory, half of bfloat16's; they are cast back where they are used.
     """

@@ -1,4 +1,4 @@
-"""Pictures in a node's ui outputs, saved as ComfyUI's own Preview Image does."""
+"""Images in a node's ui outputs, saved as ComfyUI's own Preview Image does."""
 
 from __future__ import annotations
 

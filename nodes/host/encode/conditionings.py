@@ -12,11 +12,11 @@ from ....hywu_core.errors import HYWUError
 from ....hywu_core.fingerprint import of_values
 from ..identity import unfold
 
-#: A CONDITIONING, and one of its entries: tokens ``[B, T, C]`` and facts.
+#: A CONDITIONING, and one of its entries: tokens ``[B, T, C]`` and metadata.
 Entry = Sequence[Any]
 Conditioning = Sequence[Entry]
 
-#: Facts that aren't the text's: where, when and how strongly an entry acts, and pictures beside it.
+#: Metadata that aren't the text's: where, when and how strongly an entry acts, and images beside it.
 BESIDE = frozenset(
     (
         "area", "strength", "mask", "mask_strength", "set_area_to_bounds", "start_percent",
@@ -59,7 +59,7 @@ def _item(value: Any, i: int, batch: int) -> Any:
 
 
 def mask(entry: Entry) -> Tensor:
-    """Which tokens of an entry count: bool ``[1, T]`` on the CPU. Raises HYWUError on an odd mask."""
+    """Which tokens of an entry count: bool ``[1, T]`` on the CPU. Raises HYWUError on an unexpected mask."""
     tokens, facts = entry
     kept = facts.get("attention_mask")
     if kept is None:

@@ -43,7 +43,7 @@ SIDE = 8
 #: What a state is compared with: the same run with all numbers of the text 0. Checkpoints that say
 #: nothing about it read the state alone.
 CONTRAST = "zeros"
-#: Pixels that the sides of a image are multiples of.
+#: Pixels that the sides of an image are multiples of.
 MULTIPLE = 16
 #: Text -> an entry of a CONDITIONING, and image ``[1, 3, H, W]`` -> its latent.
 Said = Callable[[str], Entry]

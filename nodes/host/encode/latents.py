@@ -1,4 +1,4 @@
-"""Latents of pictures by a graph's VAE, in the form that a MODEL takes."""
+"""Latents of images by a graph's VAE, in the form that a MODEL takes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def encode_latent(model: Any, vae: Any, image: Tensor) -> Tensor:
 
 
 class CachedLatents:
-    """`encode_latent`, each picture once. weights: which VAE this is."""
+    """`encode_latent`, each image once. weights: which VAE this is."""
 
     def __init__(self, model: Any, vae: Any, cache: TensorCache) -> None:
         self.model, self.vae, self.cache = model, vae, cache

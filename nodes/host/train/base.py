@@ -51,12 +51,12 @@ class HostBase:
     ) -> None:  # fmt: skip
         self.patcher, self.model, self.vae = patcher, patcher.model, vae
         self.graph_encoder = encoder
-        #: Picture ``[1, 3, H, W]`` in 0..1 -> its latent.
+        #: Image ``[1, 3, H, W]`` in 0..1 -> its latent.
         self.latent = CachedLatents(self.model, vae, cache)
         self.source_input, self.sample_steps = source_input, sample_steps
         self.weights = base_fingerprint(patcher)
         self.vae_weights = self.latent.weights
-        #: The bundled editor predicts the clean picture; its velocity is only derived from that.
+        #: The bundled editor predicts the clean image; its velocity is only derived from that.
         self.predicts_clean = isinstance(self.module, HostEditor)
         #: Whether shorter texts are padded in a batch; only where the MODEL reads their masks.
         self.pads = False
@@ -111,7 +111,7 @@ class HostBase:
         return stack([self.graph_encoder.condition(*row) for row in rows]).to(source.device)
 
     def draw(self, batch: Batch, seed: int) -> Draws:
-        """noise ``[B, *latent]``; u ``[B]`` in [0, 1), one stratum of the schedule an item."""
+        """noise ``[B, *latent]``; u ``[B]`` in [0, 1), one stratum of the schedule per item."""
         generator = torch.Generator().manual_seed(seed)
         count, shape = len(batch), self.latent(batch.source[:1].cpu()).shape[1:]
         noise = torch.randn(count, *shape, generator=generator)
@@ -150,9 +150,9 @@ class HostBase:
             denoised = self.denoise(module, x, sigma, batch.instruction, source)
             x = x + (x - denoised) / now * (following - now)
         latent = self.model.process_latent_out(sampling.inverse_noise_scaling(sigmas[-1], x))
-        pictures = torch.cat([self._decode(row) for row in latent.split(1)])
+        images = torch.cat([self._decode(row) for row in latent.split(1)])
         self.load()  # decoding may have moved the base away
-        return pictures.to(batch.source.device)
+        return images.to(batch.source.device)
 
     # -- through the MODEL -----------------------------------------------------------------------
 
@@ -228,5 +228,5 @@ class HostBase:
         """``[1, C, ...]`` -> ``[1, 3, H, W]`` in 0..1, on the CPU."""
         if getattr(self.vae, "latent_dim", 2) == 2 and latent.ndim == 5:
             latent = latent.squeeze(2)
-        picture = self.vae.decode(latent).float().cpu()
-        return picture.reshape(-1, *picture.shape[-3:])[:1].movedim(-1, 1).clamp(0, 1)
+        image = self.vae.decode(latent).float().cpu()
+        return image.reshape(-1, *image.shape[-3:])[:1].movedim(-1, 1).clamp(0, 1)

@@ -127,9 +127,9 @@ class CachedEncoder:
         tensors |= {name: value for name, value in more.items() if isinstance(value, Tensor)}
         plain = (str, int, float, bool, type(None))
         facts = {name: value for name, value in more.items() if isinstance(value, plain)}
-        if odd := more.keys() - tensors.keys() - facts.keys():
+        if unexpected := more.keys() - tensors.keys() - facts.keys():
             raise HYWUError(
-                f"The text conditioning has {', '.join(sorted(odd))}, which can't be cached; use the "
+                f"The text conditioning has {', '.join(sorted(unexpected))}, which can't be cached; use the "
                 "CLIP as it comes from its loader."
             )
         return tensors, facts

@@ -73,7 +73,7 @@ class FixedCrops:
 
     @property
     def _side(self) -> int:
-        """Pixels of the longer side at which pictures are read."""
+        """Pixels of the longer side at which images are read."""
         return max(MAX_SIDE, 2 * self.size)
 
     def _read_whole(self, path: Path) -> Tensor:

@@ -27,7 +27,7 @@ RECORD = "run.json"
 
 
 def pairs_path(text: str) -> tuple[Path, Path]:
-    """(a folder or .jsonl file, the folder that its pictures may not leave). Raises HYWUError."""
+    """(a folder or .jsonl file, the folder that its images may not leave). Raises HYWUError."""
     if text.strip() == SAMPLES:
         return _SAMPLES, _SAMPLES.parent
     root = Path(os.path.realpath(folder_paths.get_input_directory()))
@@ -41,14 +41,14 @@ def pairs_path(text: str) -> tuple[Path, Path]:
 
 
 def training_pairs(text: str) -> tuple[list[Pair], list[str]]:
-    """(usable pairs, a line for each row that isn't). Raises HYWUError when a picture lies outside."""
+    """(usable pairs, one line per row that isn't). Raises HYWUError when an image lies outside."""
     path, root = pairs_path(text)
     for file in _lists(path):
         for number, row in read_json_lines(file):
             for name in _named(row):
                 if not Path(os.path.realpath(file.parent / name)).is_relative_to(root):
                     raise HYWUError(
-                        f"{file}, row {number}: '{name}' lies outside {root}; copy the picture beside "
+                        f"{file}, row {number}: '{name}' lies outside {root}; copy the image beside "
                         "the list."
                     )
     return read_pairs(path)
@@ -68,7 +68,7 @@ def _lists(path: Path) -> list[Path]:
 
 
 def _named(row: Any) -> list[str]:
-    """The pictures that a row names; rows that can't be read are reported by `read_pairs`."""
+    """The images that a row names; rows that can't be read are reported by `read_pairs`."""
     if not isinstance(row, dict):
         return []
     further = row.get("references")
@@ -120,10 +120,10 @@ def start_run(name: str, made_from: Mapping[str, Any]) -> str:
     if record.exists():
         found = read_json(record, dict, "move it away to start anew")
         run, earlier = found["run"], found["made_from"]
-        odd = [key for key in wanted if earlier.get(key) != wanted[key]]
-        if odd:
+        changed = [key for key in wanted if earlier.get(key) != wanted[key]]
+        if changed:
             raise HYWUError(
-                f"{folder}: was started from another {', another '.join(odd)}; set them back to go on, "
+                f"{folder}: was started from another {', another '.join(changed)}; set them back to go on, "
                 "or choose another name."
             )
     if target.exists() and _run_of(target) != run:

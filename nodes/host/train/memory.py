@@ -1,4 +1,4 @@
-"""What a training takes: reckoned before anything is made, then measured on one example."""
+"""What a training takes: estimated before anything is made, then measured on one example."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class HeldNetwork(HyperNetwork):
     def adapted(self, batch: Batch) -> Iterator[nn.Module]:
         self.release()
         lora = self.loras(batch)
-        # an index, so that inputs with several rows an item (windows, tiles) repeat it
+        # an index, so that inputs with several rows per item (windows, tiles) repeat it
         index = range(lora.batch_size)
         self._held.enter_context(inject(self.base.module, lora, index=list(index)))
         yield self.base.module
@@ -113,7 +113,7 @@ def check_step(strategy: HyperNetwork, batch: Batch, items: int, recompute: bool
         raise HYWUError(_too_much("for one example more than", free, free, base.device)) from error
     config = strategy.trained.config
     latent = base.latent(batch.source[:1].cpu())
-    # a forward's own working memory, as ComfyUI reckons it for sampling
+    # a forward's own working memory, as ComfyUI estimates it for sampling
     working = int(base.model.memory_required([items, *latent.shape[1:]])) if recompute else 0
     weights = sum(p.numel() for p in strategy.trained.parameters())
     loras = 2 * 4 * items * config.layout.num_values

@@ -1,4 +1,4 @@
-"""The loss of a training as a picture, drawn with Pillow alone, and what a running node shows."""
+"""The loss of a training as an image, drawn with Pillow alone, and what a running node shows."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def loss_plot(rows: Sequence[Mapping[str, float]], steps: int) -> Image.Image:
 
 
 def grid(columns: Sequence[Tensor]) -> Tensor:
-    """``[1, H, W, 3]`` of columns ``[B, 3, h, w]`` in 0..1: one row an item, a gap between columns."""
+    """``[1, H, W, 3]`` of columns ``[B, 3, h, w]`` in 0..1: one row per item, a gap between columns."""
     rows = [
         torch.nn.functional.pad(c.detach().float().cpu(), (2, 2, 2, 2), value=1.0) for c in columns
     ]

@@ -213,12 +213,12 @@ class _Training:
         return self.base.encode(*batch.asked)
 
     def _accumulation(self) -> int:
-        """Parts of a batch: as asked, or one an example where the MODEL takes texts one by one."""
+        """Parts of a batch: as asked, or one per example where the MODEL takes texts one by one."""
         texts = list(dict.fromkeys(pair.instruction for pair in self.crops.pairs))
         like = self.base.latent(self.crops.batch([0]).source).to(self.device)
         if self.base.batchable(texts[:64], like):
             return self.request.accumulation
-        log.info("HY-WU: this MODEL takes texts of one length a batch; examples run one by one.")
+        log.info("HY-WU: this MODEL takes texts of one length per batch; examples run one by one.")
         return self.request.batch_size
 
     def _trainer(self, strategy: HeldNetwork, accumulation: int) -> Trainer:
