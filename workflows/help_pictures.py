@@ -27,6 +27,8 @@ DOCS = Path(__file__).parents[1] / "web" / "docs" / "pictures"
 WINDOW, WIDTH, NODE = (1400, 1700), 492, 412
 #: Zoom, and the height from which on a node is drawn at its natural size.
 ZOOM, TALL = 4 / 3, 600
+#: Class -> height of a node with a map, whatever weights it is of; the others are as high as needed.
+HEIGHTS = {"HYWUGenerateLoRA": 260, "HYWUInspectLoRA": 260}
 #: Class -> id of the node in `GRAPH` that is run before its picture is taken.
 RUN = {"HYWUGenerateLoRA": "8", "HYWUInspectLoRA": "8"}
 QUALITY = 82
@@ -85,14 +87,14 @@ SHOWN = """() => document.querySelectorAll('.hywu-norm-map').length > 1
     && Object.values(window.app.nodeOutputs).some((o) => o.images?.length)
     && !window.app.runningNodeId"""
 #: Puts one node in the middle, what it feeds to the right, all others to the left.
-ALONE = """([id, width, zoom, tall]) => {
+ALONE = """([id, width, height, zoom, tall]) => {
     const app = window.app, graph = app.graph, ds = app.canvas.ds;
     const n = graph.getNodeById(id), box = app.canvas.canvas.getBoundingClientRect();
     const ends = (links) => links.map((l) => graph.links.get?.(l) ?? graph.links[l]).filter(Boolean);
     const fed = ends(n.outputs.flatMap((o) => o.links ?? [])).map((l) => l.target_id);
     n.pos = [0, 0];
     n.size = [width / zoom, 0];
-    const least = n.computeSize()[1];
+    const least = Math.max(height, n.computeSize()[1]);
     if (least > tall) zoom = 1;
     n.setSize([width / zoom, least]);
     for (const other of graph._nodes)
@@ -151,7 +153,7 @@ def open_graph(page: Any, class_type: str, ident: str) -> None:
 def picture(page: Any, ident: str, class_type: str) -> Image.Image:
     """The node and a little around it, `WIDTH` pixels wide."""
     open_graph(page, class_type, ident)
-    arguments = [int(ident), NODE, ZOOM, TALL]
+    arguments = [int(ident), NODE, HEIGHTS.get(class_type, 0), ZOOM, TALL]
     page.evaluate(ALONE, arguments)
     page.wait_for_timeout(700)  # widgets that are elements of the page follow the canvas
     x, y, width, height, title = page.evaluate(ALONE, arguments)

@@ -45,7 +45,7 @@ def test_what_runs_shows_its_map(drawn):
     for name in help_pictures.RUN:
         below = drawn[name].crop((60, 100, 450, drawn[name].height)).convert("HSV")
         _, saturation, value = np.moveaxis(np.asarray(below), 2, 0)
-        assert ((saturation > 150) & (value > 100)).sum() > 2000, name
+        assert ((saturation > 150) & (value > 100)).sum() > 700, name
 
 
 def test_an_unknown_node_is_an_error_that_names_those_there_are(chromium, own_server, tmp_path):
