@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import itertools
 import json
 import logging
@@ -312,11 +312,13 @@ def examples(folder: Path, monkeypatch):
     """nodes/host/examples.py, with `folder` as ComfyUI's input folder."""
     host = types.SimpleNamespace(get_input_directory=lambda: str(folder))
     monkeypatch.setitem(sys.modules, "folder_paths", host)
-    path = dev.ROOT / "nodes" / "host" / "examples.py"
-    spec = importlib.util.spec_from_file_location("hywu_examples", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    for name, path in {"": "", ".nodes": "nodes", ".nodes.host": "nodes/host"}.items():
+        package = types.ModuleType(f"hywu_extension{name}")  # empty: importing them needs ComfyUI
+        package.__path__ = [str(dev.ROOT / path)]
+        monkeypatch.setitem(sys.modules, package.__name__, package)
+    name = "hywu_extension.nodes.host.examples"
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    return importlib.import_module(name)
 
 
 def test_photographs_are_offered_and_a_file_of_the_users_stays(tmp_path, monkeypatch):
