@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..devices import chosen_device
 from ..errors import HYWUError, get_logger, need
 from ..files import read_json, read_tensors, save_tensors, write_json
 from ..fingerprint import of_file
@@ -187,8 +188,11 @@ class ImagePool:
         return pool
 
     def on(self, device: torch.device | str | None) -> ImagePool | Atlas:
-        """The same images on an accelerator, where crops are made; on a CPU the pool itself."""
-        if device is None or torch.device(device).type == "cpu":
+        """The same images on an accelerator, where crops are made; on a CPU the pool itself.
+
+        Raises HYWUError on a device that isn't there.
+        """
+        if device is None or (device := chosen_device(str(device))).type == "cpu":
             return self
         return Atlas(self.images, device)
 
