@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from ..devices import chosen_device
 from ..encoders import base as several
 from ..encoders.transformers import TYPE, TransformersEncoder
 from ..errors import HYWUError, get_logger
@@ -24,7 +25,6 @@ from ..files import with_suffix
 from ..generator.checkpoints import open_checkpoint
 from ..images import read_image
 from .console import say
-from .generate import usable_device
 
 logger = get_logger(__name__)
 
@@ -60,7 +60,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    device, out = usable_device(args.device), with_suffix(args.out)
+    device, out = chosen_device(args.device), with_suffix(args.out)
     if out.exists() and not args.overwrite:
         raise HYWUError(f"{out}: exists already; choose another name or give --overwrite.")
     texts, count = args.instruction, len(args.image[0])

@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from ..condition import Condition
+from ..devices import chosen_device
 from ..errors import HYWUError
 from ..files import with_suffix
 from ..formats import FORMATS, save_lora
@@ -50,21 +51,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace what is at --out")
 
 
-def add_generator_options(parser: argparse.ArgumentParser) -> None:
-    """How a generator is loaded; see `load`."""
+def add_generator_options(parser: argparse.ArgumentParser, prefix: str = "") -> None:
+    """How a generator is loaded; see `load`. prefix: of the options' names, such as "generator-"."""
     parser.add_argument(
-        "--dtype",
+        f"--{prefix}dtype",
         choices=(*DTYPES, FP8),
         help="default: as in the checkpoint; fp8: bfloat16 with 8-bit products, on CUDA of compute "
         "capability 8.9 or later (elsewhere slow)",
     )
     parser.add_argument(
-        "--rope-precision",
+        f"--{prefix}rope-precision",
         choices=("float32", "bfloat16"),
         help="position tables (default: as the checkpoint says)",
     )
     parser.add_argument(
-        "--memory-budget",
+        f"--{prefix}memory-budget",
         type=size_of,
         metavar="SIZE",
         help="what weights and intermediates may take on the device, such as 12GB; blocks that don't "
@@ -80,23 +81,45 @@ def size_of(text: str) -> int:
     return int(float(match.group(1)) * UNITS[match.group(2).lower()])
 
 
-def load(args: argparse.Namespace, path: str, device: torch.device) -> ParameterGenerator:
-    """The generator at `path` as the options of `add_generator_options` say. Raises HYWUError."""
-    fp8 = args.dtype == FP8
-    if fp8 and args.memory_budget is not None:
+def check_generator_options(args: argparse.Namespace, prefix: str = "") -> None:
+    """Raises HYWUError on options of `add_generator_options` that don't go together."""
+    dtype, budget, _ = _options(args, prefix)
+    if dtype == FP8 and budget is not None:
         raise HYWUError(
-            f"--dtype {FP8} and --memory-budget: a generator's blocks are quantized on the device, so "
-            "that they can't rest elsewhere before; give one of the two."
+            f"--{prefix}dtype {FP8} and --{prefix}memory-budget: a generator's blocks are quantized on the "
+            "device, so that they can't rest elsewhere before; give one of the two."
         )
-    dtype = torch.bfloat16 if fp8 else DTYPES.get(args.dtype)
-    generator = load_generator(
-        path, device, dtype, args.rope_precision, memory_budget=args.memory_budget
-    )
-    return to_fp8(generator) if fp8 else generator
+
+
+def load(
+    args: argparse.Namespace, path: str, device: torch.device, prefix: str = ""
+) -> ParameterGenerator:
+    """The generator at `path` as the options of `add_generator_options` say. Raises HYWUError."""
+    check_generator_options(args, prefix)
+    said, budget, rope = _options(args, prefix)
+    dtype = torch.bfloat16 if said == FP8 else DTYPES.get(said)
+    generator = load_generator(path, device, dtype, rope, memory_budget=budget)
+    return to_fp8(generator) if said == FP8 else generator
+
+
+def say_plan(generator: ParameterGenerator, condition: Condition) -> None:
+    """What a memory budget leaves on the device; nothing without one. Raises HYWUError on too small a one."""
+    plan = generator.memory_plan(condition.batch_size, condition.num_tokens)
+    if plan is not None:
+        say(
+            f"{plan.resident_blocks} of {plan.num_blocks} blocks stay on the device, "
+            f"{plan.total_bytes / 1e9:.3g} GB in all"
+        )
+
+
+def _options(args: argparse.Namespace, prefix: str) -> tuple[str | None, int | None, str | None]:
+    start = prefix.replace("-", "_")
+    names = ("dtype", "memory_budget", "rope_precision")
+    return tuple(getattr(args, f"{start}{name}") for name in names)  # type: ignore[return-value]
 
 
 def run(args: argparse.Namespace) -> int:
-    device, condition = usable_device(args.device), _condition(args)
+    device, condition = chosen_device(args.device), _condition(args)
     out = Path(args.out) if args.format == "peft" else with_suffix(args.out)
     if out.exists() and not args.overwrite:
         raise HYWUError(f"{out}: exists already; choose another name or give --overwrite.")
@@ -106,12 +129,7 @@ def run(args: argparse.Namespace) -> int:
     except HYWUError as error:
         raise HYWUError(f"{args.condition} does not fit {args.checkpoint}: {error}") from error
     generator = load(args, args.checkpoint, device)
-    plan = generator.memory_plan(condition.batch_size, condition.num_tokens)
-    if plan is not None:
-        say(
-            f"{plan.resident_blocks} of {plan.num_blocks} blocks stay on the device, "
-            f"{plan.total_bytes / 1e9:.3g} GB in all"
-        )
+    say_plan(generator, condition)
     with torch.no_grad(), tqdm(total=generator.config.num_blocks, unit="block") as bar:
         lora = generator(condition, on_block=lambda done, total: bar.update())
     path = save_lora(lora, out, args.format, args.overwrite)
@@ -132,14 +150,3 @@ def _condition(args: argparse.Namespace) -> Condition:
             "LoRA; choose one with --item, or keep them together with --format native."
         )
     return condition
-
-
-def usable_device(name: str) -> torch.device:
-    """The device of that name. Raises HYWUError where there is none on this machine."""
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0].rstrip(".")
-        raise HYWUError(f"The device '{name}' can't be used here ({reason}); cpu can.") from error
-    return device

@@ -28,15 +28,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..devices import chosen_device
 from ..errors import HYWUError
 from ..files import atomic_folder
 from ..images import WRITABLE, load_image, write_image
 from .console import say, table
-from .generate import usable_device
+from .generate import add_generator_options, check_generator_options, say_plan
+from .generate import load as load_generator
 
 #: --precision -> name of torch's dtype; "stored" keeps what the files hold
 PRECISIONS = ("stored", "float32", "bfloat16", "float16")
 ROUTERS = ("float32", "bfloat16")
+#: Before the names of options that say how the generator is loaded.
+GENERATOR = "generator-"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +48,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     edit = steps.add_parser("edit", help="edit images, or make one from text")
     _add_request(edit)
     edit.add_argument("--generator", help="a generator; without it the base model edits alone")
+    add_generator_options(edit, GENERATOR)
     edit.add_argument("--strength", type=float, default=1.0, help="of the LoRA (default 1)")
     edit.add_argument("--steps", type=int, help="sampling steps (default: the folder's)")
     edit.add_argument("--guidance", type=float, help="guidance scale (default: the folder's)")
@@ -115,6 +120,7 @@ def _edit(args: argparse.Namespace) -> int:
         _free(path, args.overwrite)
     if args.save_lora is not None and args.generator is None:
         raise HYWUError("--save-lora keeps the LoRA of a generator; name it with --generator.")
+    check_generator_options(args, GENERATOR)
     pipeline, request = _load(args, args.generator)
     request = _thought(args, pipeline, request)
     lora = None
@@ -159,7 +165,7 @@ def _load(args: argparse.Namespace, generator: str | None) -> tuple[Any, Any]:
     from ..bases.hunyuan_image3 import Pipeline, Prompts, Request
     from ..generator.checkpoints import open_checkpoint
 
-    device = usable_device(args.device)
+    device = chosen_device(args.device)
     prompts = Prompts.open(args.folder, args.system_prompt)
     images = [load_image(path) for path in args.image]
     request = Request(args.instruction, images, _text(args.cot), args.size, args.seed)
@@ -194,9 +200,8 @@ def _thought(args: argparse.Namespace, pipeline: Any, request: Any) -> Any:
 
 
 def _generated(args: argparse.Namespace, condition: Any) -> Any:
-    from ..generator.checkpoints import load_generator
-
-    generator = load_generator(args.generator, device=condition.device)
+    generator = load_generator(args, args.generator, condition.device, GENERATOR)
+    say_plan(generator, condition)
     dtype = next(generator.parameters()).dtype
     lora = generator(condition.to(dtype=dtype))
     lora.check_finite()

@@ -41,6 +41,24 @@ def test_edit_with_a_generator(tmp_path, capsys):
     assert "exists; add --overwrite" in capsys.readouterr().err
 
 
+def test_the_generators_own_budget(tmp_path, capsys):
+    """It is kept to, with the same LoRA; too small a one is refused with the least that works."""
+    made = []
+    command = ["hunyuan", "edit", str(BASE), "--generator", str(GENERATOR)]
+    for name, more in (("whole", []), ("small", ["--generator-memory-budget", "1.2MB"])):
+        lora = tmp_path / f"{name}.safetensors"
+        files = ["--out", str(tmp_path / f"{name}.png"), "--save-lora", str(lora), "--steps", "1"]
+        assert main([*command, *ask(*files, *more)]) == 0
+        made.append(load_lora(lora))
+    assert "1 of 1 blocks stay on the device" in capsys.readouterr().out
+    for target in made[0]:
+        assert torch.equal(made[0][target].A, made[1][target].A)
+        assert torch.equal(made[0][target].B, made[1][target].B)
+    out = ["--out", str(tmp_path / "x.png"), "--generator-memory-budget", "1kB"]
+    assert main([*command, *ask(*out)]) == 1
+    assert "memory_budget" in capsys.readouterr().err
+
+
 def test_a_budget_of_weights(tmp_path, capsys):
     """The same condition, bit by bit; too small a budget is refused with the least that works."""
     made = []
@@ -103,6 +121,10 @@ def test_think_and_text_to_image_on_a_tiny_folder(tmp_path, capsys):
         (["--out", "x.png", "--instruction", " "], "instruction is empty"),
         (["--out", "x.png", "--save-lora", "l.safetensors"], "name it with --generator"),
         (["--out", "x.png", "--generator", "nowhere"], "no such file or folder"),
+        (
+            ["--out", "x.png", "--generator-dtype", "fp8", "--generator-memory-budget", "1GB"],
+            "one of the two",
+        ),
     ],
 )
 def test_refused_before_weights_are_read(options, said, tmp_path, monkeypatch, capsys):
