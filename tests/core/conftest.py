@@ -10,6 +10,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hywu_core.bases.bundled.checkpoint import VARIABLE
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bundled_weights():
+    """The real ones, also where host tests in this process work with others."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv(VARIABLE, raising=False)
+        yield
+
 
 @pytest.fixture
 def write_pairs():

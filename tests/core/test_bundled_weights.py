@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from hywu_core.bases.bundled.checkpoint import BUNDLED, VARIABLE, bundled_loras, load_editor
+from hywu_core.bases.bundled.checkpoint import BUNDLED, bundled_loras, load_editor
 from hywu_core.bases.bundled.engine import BundledEditor
 from hywu_core.experiments.conflict.runs import FILE_LIMIT, FOLDER_LIMIT
 from hywu_core.experiments.images import photographs
@@ -20,12 +20,6 @@ from hywu_core.training.editor_base import EditorBase
 FOLDER = BUNDLED.parent
 FILES = sorted(FOLDER.glob("*.safetensors"))
 PHOTOS = ("astronaut", "coffee", "flower")
-
-
-@pytest.fixture(autouse=True)
-def bundled(monkeypatch):
-    """The real ones, also where host tests in this process work with others."""
-    monkeypatch.delenv(VARIABLE, raising=False)
 
 
 @pytest.fixture(scope="module")

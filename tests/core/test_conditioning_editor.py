@@ -82,7 +82,7 @@ def test_every_part_of_a_large_picture_counts(base):
 def test_wrong_input_is_refused(base):
     with pytest.raises(HYWUError, match="one instruction per image"):
         base.encode(torch.rand(2, 3, 16, 16), ["blur"])
-    with pytest.raises(HYWUError, match="reads one picture and the rows have references"):
+    with pytest.raises(HYWUError, match="reads one image and the rows have references"):
         base.encode(torch.rand(1, 3, 16, 16), ["blur"], ((torch.rand(3, 16, 16),),))
 
 

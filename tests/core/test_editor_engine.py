@@ -155,4 +155,4 @@ def test_train_on_own_pairs_goes_on_and_exports(files, tmp_path, capsys, write_p
     (tmp_path / "more.jsonl").write_text(json.dumps(row), encoding="utf-8")
     command[4] = str(tmp_path / "more.jsonl")
     assert main(command) == 1
-    assert "more.jsonl: The bundled editor reads one picture" in capsys.readouterr().err
+    assert "more.jsonl: The bundled editor reads one image" in capsys.readouterr().err
