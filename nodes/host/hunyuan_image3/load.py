@@ -53,7 +53,8 @@ class ImageVAE(comfy.sd.VAE):
         self.downscale_ratio = self.upscale_ratio = factor
         self.latent_channels, self.latent_dim = config.latent_channels, 2
         self.process_input = lambda image: image * 2.0 - 1.0
-        self.process_output = lambda image: ((image + 1.0) / 2.0).clamp(0.0, 1.0)
+        # in place, as newer releases expect: they look at the tensor that they gave
+        self.process_output = lambda image: image.add_(1.0).div_(2.0).clamp_(0.0, 1.0)
         # four frames at the widest level: input, two convolutions, the sum
         bytes_of = mm.dtype_size
         self.memory_used_encode = lambda shape, dtype: (
