@@ -14,6 +14,7 @@ from hywu_core import Condition
 from hywu_core.bases.hunyuan_image3 import checkpoint
 from hywu_core.cli.main import main
 from hywu_core.formats import load_lora
+from hywu_core.generator.checkpoints import open_checkpoint
 
 IMAGE = str(GOLDEN / "edit_source_0.png")
 
@@ -85,6 +86,8 @@ def test_condition(tmp_path, capsys):
     assert "502 tokens x 64" in capsys.readouterr().out
     made = Condition.load(f"{out}.safetensors")
     golden("edit").check("condition", made.parts["hidden_states"], 1e-4)
+    # else a graph with this generator would refuse it
+    assert made.origin["encoder"] == open_checkpoint(GENERATOR).config.encoder["type"]
 
 
 def test_inspect(capsys):

@@ -40,6 +40,9 @@ from .sources import Source, SourceEncoder
 from .thinking import OnToken, Sampler, think
 from .vae import VAE, draw
 
+#: What a generator's checkpoint calls this encoder; a condition of another one is refused.
+ENCODER = "hunyuan_image_3"
+
 
 @dataclass
 class Parts:
@@ -175,18 +178,8 @@ class Pipeline:
     def condition(self, requests: Sequence[Request], progress: Progress | None = None) -> Condition:
         """Pass 2: hidden states of the last layer at every token, ``[B, longest, hidden]``."""
         states, sequences, _ = self._ratio_prefill(requests, progress)
-        lengths = torch.tensor([len(s) for s in sequences], device=states.device)
-        masks = {}
-        if len(set(lengths.tolist())) > 1:
-            at = torch.arange(states.shape[1], device=states.device)
-            masks[OFFICIAL_PART] = at < lengths[:, None]
-        origin = {
-            "instruction": [r.instruction for r in requests],
-            "encoder": "hunyuan_image3",
-            "base": self.prompts.folder.path.name,
-        }
-        made = Condition({OFFICIAL_PART: states}, masks, origin=origin)
-        return replace(made, fingerprint=made.digest())
+        lengths = [len(s) for s in sequences]
+        return condition_of(states, lengths, requests, self.prompts.folder.path.name)
 
     def edit(
         self,
@@ -353,3 +346,23 @@ def _injected(
     index = rows if lora.batch_size > 1 else None
     with inject(model, lora, strength, index=index):
         yield
+
+
+def condition_of(
+    states: Tensor, lengths: Sequence[int], requests: Sequence[Request], base: str
+) -> Condition:
+    """The published condition: hidden states ``[B, longest, hidden]``, of each item its first `lengths`.
+
+    base: name of the base model's folder.
+    """
+    masks = {}
+    if len(set(lengths)) > 1:
+        at = torch.arange(states.shape[1], device=states.device)
+        masks[OFFICIAL_PART] = at < torch.tensor(lengths, device=states.device)[:, None]
+    origin = {
+        "instruction": [request.instruction for request in requests],
+        "encoder": ENCODER,
+        "base": base,
+    }
+    made = Condition({OFFICIAL_PART: states}, masks, origin=origin)
+    return replace(made, fingerprint=made.digest())

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from ....hywu_core.bases.hunyuan_image3.pipeline import condition_of
 from ....hywu_core.condition import OFFICIAL_PART, Condition
 from ....hywu_core.encoders.base import Reads
 from ....hywu_core.errors import HYWUError
@@ -56,17 +55,8 @@ class HunyuanEncoder:
             requests = requests_of(reader, "\n".join(instructions), pictures)
             sources = encoded(reader, requests)
         states = hidden_states(self.model, requests, sources).float().cpu()
-        lengths = torch.tensor([len(reader.prompts.ratio(request)) for request in requests])
-        masks = {}
-        if len(set(lengths.tolist())) > 1:
-            masks[OFFICIAL_PART] = torch.arange(states.shape[1]) < lengths[:, None]
-        origin = {
-            "instruction": [request.instruction for request in requests],
-            "encoder": "hunyuan_image_3",
-            "base": reader.prompts.folder.path.name,
-        }
-        condition = Condition({OFFICIAL_PART: states}, masks, origin=origin)
-        return replace(condition, fingerprint=condition.digest())
+        lengths = [len(reader.prompts.ratio(request)) for request in requests]
+        return condition_of(states, lengths, requests, reader.prompts.folder.path.name)
 
     def warnings(self, texts: Sequence[str], condition: Condition) -> list[str]:
         return []
