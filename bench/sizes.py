@@ -121,11 +121,11 @@ def flux_config() -> GeneratorConfig:
 def bundled_config() -> GeneratorConfig:
     """The bundled generator's, from its checkpoint; without one, what the experiment trains."""
     from hywu_core.bases.bundled.checkpoint import weights_folder
+    from hywu_core.bases.bundled.training import EditorBase
     from hywu_core.bases.bundled.transformer import TransformerEditor as Editor
     from hywu_core.experiments.conflict.plan import ConflictPlan
     from hywu_core.experiments.conflict.runs import Runs
     from hywu_core.generator.checkpoints import open_checkpoint
-    from hywu_core.training.editor_base import EditorBase
 
     path = weights_folder() / "generator.safetensors"
     if path.is_file():

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from hywu_core.bases.bundled.training import EditorBase
 from hywu_core.bases.bundled.transformer import TransformerEditor as Editor
 from hywu_core.cli.console import say, table
 from hywu_core.experiments.conflict.plan import ConflictPlan, Run
@@ -21,7 +22,6 @@ from hywu_core.experiments.conflict.runs import Runs
 from hywu_core.experiments.images import ImagePool, split_files
 from hywu_core.precision import usual_precision
 from hywu_core.training.base import Batch
-from hywu_core.training.editor_base import EditorBase
 from hywu_core.training.strategies import Strategy, count_parameters
 from hywu_core.training.trainer import Trainer
 

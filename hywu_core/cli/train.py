@@ -18,7 +18,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..training.schedule import ERRORS, OPTIMIZERS, PRECISIONS, RATES
+from ..bases.bundled.training import ERRORS
+from ..training.schedule import OPTIMIZERS, PRECISIONS, RATES
 from .console import say
 
 BEST = "best.safetensors"

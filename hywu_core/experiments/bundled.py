@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from ..bases.bundled.checkpoint import bundled, load_editor
+from ..bases.bundled.training import ONE_IMAGE, EditorBase
 from ..errors import HYWUError
 from ..files import folder_lock, read_header
 from ..generator.config import GeneratorConfig
 from ..layout import LoRALayout
 from ..training.base import Batch, BatchSource
 from ..training.data import Ahead, PairBatches
-from ..training.editor_base import ONE_IMAGE, EditorBase
 from ..training.pairs import held_out, number_of_references, pairs_identity, phrasings, read_pairs
 from ..training.schedule import RATES, TrainConfig, chosen_precision, refuse_differences
 from ..training.strategies import FullFineTuning, HyperNetwork, StaticLoRA, Strategy

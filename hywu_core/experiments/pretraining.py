@@ -12,8 +12,8 @@ import torch
 
 from ..bases.bundled.checkpoint import save_editor
 from ..bases.bundled.model import Editor
+from ..bases.bundled.training import EditorBase
 from ..training.base import Batch, Draws
-from ..training.editor_base import EditorBase
 from ..training.schedule import TrainConfig
 from ..training.strategies import FullFineTuning
 from ..training.trainer import Trainer

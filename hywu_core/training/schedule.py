@@ -17,8 +17,6 @@ from ..precision import usual_precision
 
 PRECISIONS = ("no", "bf16", "fp16")
 OPTIMIZERS = ("adamw", "muon")
-#: Losses of an item of the bundled editor.
-ERRORS = ("mse", "log")
 SCHEDULES = ("cosine", "constant")
 #: Optimizer -> strategy -> peak learning rate to start with: in the middle of what the conflict experiment's
 #: trials favour and holds for a whole run. A step of a generator's output head moves every value of every LoRA.

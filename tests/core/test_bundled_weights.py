@@ -9,13 +9,13 @@ import torch
 
 from hywu_core.bases.bundled.checkpoint import BUNDLED, bundled_loras, load_editor
 from hywu_core.bases.bundled.engine import BundledEditor
+from hywu_core.bases.bundled.training import EditorBase
 from hywu_core.experiments.conflict.runs import FILE_LIMIT, FOLDER_LIMIT
 from hywu_core.experiments.images import photographs
 from hywu_core.experiments.tasks import CONFLICT, make_batch
 from hywu_core.files import read_header, read_tensors
 from hywu_core.formats import load_lora
 from hywu_core.injection import inject
-from hywu_core.training.editor_base import EditorBase
 
 FOLDER = BUNDLED.parent
 FILES = sorted(FOLDER.glob("*.safetensors"))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hywu_core.bases.bundled.checkpoint import editor_identity
+from hywu_core.bases.bundled.training import EditorBase
 from hywu_core.bases.bundled.transformer import TransformerConfig as EditorConfig
 from hywu_core.bases.bundled.transformer import TransformerEditor as Editor
 from hywu_core.encoders.bundled import EditorEncoder
@@ -13,7 +14,6 @@ from hywu_core.errors import HYWUError
 from hywu_core.generator.config import GeneratorConfig
 from hywu_core.layout import LoRALayout
 from hywu_core.training.base import Batch
-from hywu_core.training.editor_base import EditorBase
 from hywu_core.training.logs import read_log
 from hywu_core.training.schedule import TrainConfig
 from hywu_core.training.strategies import HyperNetwork

@@ -12,6 +12,7 @@ from PIL import Image
 from hywu_core.bases.bundled.checkpoint import load_editor, save_editor
 from hywu_core.bases.bundled.engine import BundledEditor
 from hywu_core.bases.bundled.sampling import edit
+from hywu_core.bases.bundled.training import EditorBase
 from hywu_core.bases.bundled.transformer import TransformerConfig as EditorConfig
 from hywu_core.bases.bundled.transformer import TransformerEditor as Editor
 from hywu_core.cli import main
@@ -22,7 +23,6 @@ from hywu_core.generator.config import GeneratorConfig
 from hywu_core.generator.model import ParameterGenerator
 from hywu_core.injection import inject
 from hywu_core.layout import LoRALayout
-from hywu_core.training.editor_base import EditorBase
 
 CONFIG = EditorConfig(width=24, depth=2, heads=2, text_depth=1, patch=8, train_size=32, pool=4)
 

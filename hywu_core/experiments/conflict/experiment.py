@@ -159,7 +159,7 @@ def make_experiment(
 ) -> Experiment:  # fmt: skip
     """The experiment on an editor's file; a folder that holds another plan is refused."""
     from ...bases.bundled.checkpoint import bundled, load_editor
-    from ...training.editor_base import EditorBase
+    from ...bases.bundled.training import EditorBase
     from ..images import PACKAGES, ImagePool, split_files
     from ..tasks import VERSION
 

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from ....hywu_core.bases.bundled.checkpoint import architecture
+from ....hywu_core.bases.bundled.training import NAMES
 from ....hywu_core.condition import Condition
 from ....hywu_core.training.base import Batch, Draws
-from ....hywu_core.training.editor_base import NAMES
 from ..bundled_editor import HostEditor
 from ..cache import TensorCache
 from ..encode.latents import CachedLatents

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..bases.bundled.checkpoint import architecture, editor_identity
-from ..bases.bundled.sampling import edit
-from ..condition import Condition
-from ..encoders.bundled import EditorEncoder
-from ..errors import HYWUError
-from .base import Batch, Draws
-from .schedule import ERRORS
+from ...condition import Condition
+from ...encoders.bundled import EditorEncoder
+from ...errors import HYWUError
+from .checkpoint import architecture, editor_identity
+from .sampling import edit
+
+if TYPE_CHECKING:
+    from ...training.base import Batch, Draws
 
 #: Of the transformer; of any editor by its architecture.
 NAME = "hywu-bundled-editor"
 NAMES = {"hywu-editor-1": NAME, "hywu-editor-2": f"{NAME}-2"}
+#: Losses of an item.
+ERRORS = ("mse", "log")
 #: Said of rows with references.
 ONE_IMAGE = (
     "The bundled editor reads one image and the rows have references; take them out of the rows, or "
