@@ -3,6 +3,7 @@
   edit       images and an instruction in, the edited image out (or an image from text alone)
   condition  what a generator reads, for graphs and generators elsewhere
   inspect    what a folder holds, and what a run of it takes; reads heads of files only
+  quantize   write a folder with its experts in 8 or 4 bits; loads like the original, needs half or a third
   tiny       write a tiny checkpoint with random weights and a generator, to try the whole path
 
 The weights and their licence: docs/hunyuan_image3.md.
@@ -11,6 +12,7 @@ Examples:
   hywu hunyuan edit HunyuanImage-3.0-Instruct --generator HY-WU --image cat.png \\
       --instruction "put a red hat on the cat" --think --out hat.png --device cuda
   hywu hunyuan condition HunyuanImage-3.0-Instruct --image cat.png --instruction "a hat" --out cat.safetensors
+  hywu hunyuan quantize HunyuanImage-3.0-Instruct HunyuanImage-3-nf4 --experts nf4
   hywu hunyuan tiny tiny-hunyuan
   hywu hunyuan tiny --comfyui ~/ComfyUI
   hywu hunyuan edit tiny-hunyuan/base --generator tiny-hunyuan/generator --image cat.png \\
@@ -59,6 +61,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     inspect = steps.add_parser("inspect", help="what a folder holds")
     inspect.add_argument("folder")
     inspect.add_argument("--json", action="store_true", help="write JSON for programs")
+    quantize = steps.add_parser("quantize", help="write a folder with its experts in 8 or 4 bits")
+    quantize.add_argument("folder", help="official folder in bfloat16")
+    quantize.add_argument(
+        "out", type=Path, help="folder to write; the same command goes on where it was"
+    )
+    quantize.add_argument(
+        "--experts", choices=("fp8", "int8", "nf4"), required=True,
+        help="fp8, int8: 8 bits and a scale per row; nf4: 4 bits and a scale per 64 numbers",
+    )  # fmt: skip
     tiny = steps.add_parser("tiny", help="write a tiny checkpoint with random weights")
     tiny.add_argument(
         "out", type=Path, nargs="?", help="folder to write: base/ and generator/ in it"
@@ -104,6 +115,7 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     steps: dict[str, Callable[[argparse.Namespace], int]] = {
         "edit": _edit, "condition": _condition, "inspect": _inspect, "tiny": _tiny,
+        "quantize": _quantize,
     }  # fmt: skip
     return steps[args.step](args)
 
@@ -238,6 +250,7 @@ def _inspect(args: argparse.Namespace) -> int:
         "parameters": parameters_of(folder),
         "bytes": folder.nbytes,
         "shards": len(set(folder.files.values())),
+        "quantized": ", ".join(sorted({q.codec.kind for q in folder.quantized.values()})) or "no",
         "layers": config.num_layers,
         "hidden_size": config.hidden_size,
         "experts": config.num_experts,
@@ -256,6 +269,17 @@ def _inspect(args: argparse.Namespace) -> int:
         [(key, f"{value:,}" if isinstance(value, int) else value) for key, value in found.items()],
         ("", "value"),
     )
+    return 0
+
+
+def _quantize(args: argparse.Namespace) -> int:
+    from ..bases.hunyuan_image3.quantize import quantize
+
+    def told(layer: int, error: float) -> None:
+        say(f"layer {layer}: relative error of the experts {error:.5f}")
+
+    path = quantize(args.folder, args.out, args.experts, told)
+    say(f"{path}: experts in {args.experts}, everything else as in {args.folder}")
     return 0
 
 

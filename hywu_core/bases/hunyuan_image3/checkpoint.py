@@ -9,23 +9,40 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import HYWUError
 from ...files import open_tensors, parse_json
+from .codecs import Codec, Plain
 from .config import GenerationSettings, HunyuanConfig, read_config
+from .quantized import Quantized, find_quantized
 from .vision import UNUSED
 
 INDEX = "model.safetensors.index.json"
+#: How safetensors names the types that are read.
+DTYPES = {
+    "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I8": torch.int8, "U8": torch.uint8,
+    "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "BOOL": torch.bool,
+}  # fmt: skip
 #: Parts of the names of parameters that are float32 in every model.
 FLOAT32 = (".gate.wg.",)
 #: Most names that an error lists.
 LISTED = 8
+
+
+class Head(NamedTuple):
+    """A tensor in a file: its bytes are [start, stop) of it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
@@ -54,6 +71,8 @@ def stored_tensors(module: nn.Module, prefix: str = "") -> dict[str, Stored]:
         if not marker:
             found[path] = Stored(shape, (Slot(name),))
             continue
+        if not bank.endswith(".weight"):
+            continue  # a quantized bank, which is read as it is stored (see offload.CodedBank)
         kind, inner = bank.removesuffix(".weight"), name
         count, out, in_ = shape
         for e in range(count):
@@ -70,13 +89,19 @@ def stored_tensors(module: nn.Module, prefix: str = "") -> dict[str, Stored]:
 
 @dataclass(frozen=True)
 class Folder:
-    """An official folder that was looked through: configs, and the file of every stored tensor."""
+    """An official folder that was looked through: configs, and the file of every stored tensor.
+
+    shapes: of the model's tensors. quantized: those of them that are stored in fewer bits. heads: all that
+    the files hold.
+    """
 
     path: Path
     config: HunyuanConfig
     settings: GenerationSettings
     files: Mapping[str, Path]
     shapes: Mapping[str, tuple[int, ...]]
+    quantized: Mapping[str, Quantized]
+    heads: Mapping[str, Head]
 
     @property
     def nbytes(self) -> int:
@@ -113,6 +138,28 @@ class Folder:
                 "that belongs to these shards."
             )
 
+    def codec(self, name: str) -> Codec:
+        """How a tensor is stored."""
+        if name in self.quantized:
+            return self.quantized[name].codec
+        return Plain("stored", DTYPES[self.heads[name].dtype])
+
+    def coded(self, name: str, rows: slice | None = None) -> dict[str, Tensor]:
+        """The parts of a tensor as it is stored, of some rows or of all; see `Codec.row`."""
+        if name in self.quantized:
+            return self.quantized[name].read(self._stored, rows)
+        return {"codes": self._stored(name, rows)}
+
+    def read(self, name: str) -> Tensor:
+        """A tensor as numbers: as it is stored, or float32 where it was quantized."""
+        if name not in self.quantized:
+            return self._stored(name, None)
+        return self.codec(name).decode(self.coded(name), torch.empty(self.shapes[name]))
+
+    def _stored(self, name: str, rows: slice | None) -> Tensor:
+        with open_tensors(self.files[name]) as opened:
+            return opened.get_tensor(name) if rows is None else opened.get_slice(name)[rows]
+
     @torch.no_grad()
     def fill(
         self,
@@ -124,16 +171,17 @@ class Folder:
     ) -> nn.Module:
         """Give a module (on "meta") its weights, tensor by tensor from the mapped files.
 
-        dtype: None keeps the stored one; parameters whose name holds one of `keep` are float32
+        dtype: None keeps the stored one (of quantized ones, the last norm's); parameters whose name holds one of `keep` are float32
         always. Returns the module, whose parameters take no gradients.
         """
         values: dict[str, Tensor] = {}
         parameters = dict(module.named_parameters())
+        usual = stored_dtype(self)
         for name, stored, tensor in self._read(stored_tensors(module, prefix)):
-            del name
             for slot in stored.slots:
                 kept = any(mark in slot.parameter for mark in keep)
-                wanted = torch.float32 if kept else dtype or tensor.dtype
+                as_stored = usual if name in self.quantized else tensor.dtype
+                wanted = torch.float32 if kept else dtype or as_stored
                 piece = tensor if slot.rows is None else tensor[slot.rows]
                 if slot.expert is None:
                     # a copy of its own, also where nothing is converted: the map is closed after
@@ -156,7 +204,12 @@ class Folder:
         for file, names in by_file.items():
             with open_tensors(file) as opened:
                 for name in names:
-                    yield name, wanted[name], opened.get_tensor(name)
+                    quantized = name in self.quantized
+                    yield (
+                        name,
+                        wanted[name],
+                        self.read(name) if quantized else opened.get_tensor(name),
+                    )
 
 
 def _some(names: Sequence[str]) -> str:
@@ -188,16 +241,20 @@ def open_folder(path: str | Path) -> Folder:
             "again."
         ) from error
     files: dict[str, Path] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
+    heads: dict[str, Head] = {}
     for shard in _shards(path):
-        for name, shape in _heads(shard).items():
+        for name, head in read_heads(shard).items():
             if name in files:
                 raise HYWUError(
                     f"{path}: {name} lies in {files[name].name} and in {shard.name}; keep the shards "
                     "of one download only."
                 )
-            files[name], shapes[name] = shard, shape
-    return Folder(path, config, settings, files, shapes)
+            files[name], heads[name] = shard, head
+    shapes = {name: head.shape for name, head in heads.items()}
+    folder = Folder(path, config, settings, files, shapes, {}, heads)
+    dtypes = {name: head.dtype for name, head in heads.items()}
+    quantized = find_quantized(shapes, dtypes, folder._stored, str(path))
+    return replace(folder, quantized=quantized)
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -220,8 +277,8 @@ def _shards(folder: Path) -> list[Path]:
     return shards
 
 
-def _heads(shard: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of a shard's tensors; an incomplete file is a HYWUError with both sizes."""
+def read_heads(shard: Path) -> dict[str, Head]:
+    """Name -> head of a shard's tensors; an incomplete file is a HYWUError with both sizes."""
     size = shard.stat().st_size
     try:
         with shard.open("rb") as stream:
@@ -231,7 +288,14 @@ def _heads(shard: Path) -> dict[str, tuple[int, ...]]:
             head: dict[str, Any] = parse_json(stream.read(length), str(shard), dict)
         head.pop("__metadata__", None)
         end = 8 + length + max((entry["data_offsets"][1] for entry in head.values()), default=0)
-        shapes = {name: tuple(map(int, entry["shape"])) for name, entry in head.items()}
+        start = 8 + length
+        heads = {
+            name: Head(
+                tuple(map(int, entry["shape"])), str(entry["dtype"]),
+                *(start + int(at) for at in entry["data_offsets"]),
+            )
+            for name, entry in head.items()
+        }  # fmt: skip
     except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise HYWUError(
             f"{shard}: not a whole safetensors file ({error}); download it again."
@@ -240,14 +304,16 @@ def _heads(shard: Path) -> dict[str, tuple[int, ...]]:
         raise HYWUError(
             f"{shard}: has {size:,} bytes where its head says {end:,}; download it again."
         )
-    return shapes
+    if unread := [name for name, each in heads.items() if each.dtype not in DTYPES]:
+        raise HYWUError(
+            f"{shard}: {unread[0]} is of the type {heads[unread[0]].dtype}, which isn't read; download it again."
+        )
+    return heads
 
 
 def stored_dtype(folder: Folder) -> torch.dtype:
-    """Of the token embedding, which stands for the model's."""
-    name = "model.wte.weight"
-    with open_tensors(folder.files[name]) as opened:
-        return opened.get_slice(name)[:1].dtype
+    """Of the last norm, which stands for the model's: nobody quantizes it."""
+    return DTYPES[folder.heads["model.ln_f.weight"].dtype]
 
 
 def parameters_of(folder: Folder) -> int:

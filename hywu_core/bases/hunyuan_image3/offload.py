@@ -4,6 +4,7 @@ The experts are 97 % of the weights, and a pass needs them one layer at a time. 
 met with the most layers whose experts stay there; those of the others go through two slots in turn: a
 chunk is copied while the other computes. Only experts that a token was routed to are copied, so that a
 step of the text pass copies top-k of each layer. Every expert's product is the same, so are the results.
+Quantized experts are copied as they are stored and decoded where they are used.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import HYWUError
-from ...files import open_tensors
 from ...grouped import grouped_linear
 from .checkpoint import Folder, Slot, stored_tensors
+from .codecs import Codec, Plain
 from .model import HunyuanImage3
 
 #: Where offloaded experts rest: "ram", or "file" for the mapped safetensors.
@@ -49,8 +50,11 @@ class Placement:
         return self.fixed_bytes + kept + (SLOTS * self.chunk_bytes if self.chunk else 0)
 
 
-def place(fixed_bytes: int, layers: Sequence[int], experts: int, budget: int) -> Placement:
-    """The placement that keeps to `budget`. layers: bytes of each layer's experts, three banks each.
+def place(
+    fixed_bytes: int, layers: Sequence[int], experts: int, budget: int, matrix: int | None = None
+) -> Placement:
+    """The placement that keeps to `budget`. layers: bytes of each layer's experts, three banks each;
+    matrix: of the largest matrix of an expert.
 
     Raises HYWUError with the least that works.
     """
@@ -58,7 +62,7 @@ def place(fixed_bytes: int, layers: Sequence[int], experts: int, budget: int) ->
     if fixed_bytes + sum(layers) <= budget:
         return Placement(fixed_bytes, tuple(layers), whole, 0, 0)
     # one expert's matrix of one bank, of the widest layer
-    matrix = max(layers) // experts // len(BANKS)
+    matrix = matrix or max(layers) // experts // len(BANKS)
     chunk = min(CHUNK, experts)
     while chunk > 1 and fixed_bytes + SLOTS * chunk * matrix > budget:
         chunk //= 2
@@ -104,16 +108,15 @@ class Slots:
         return sum(flat.nbytes for flat in self._flat)
 
     def fetch(self, source: Source, experts: Sequence[int]) -> tuple[int, Tensor]:
-        """Start to copy experts of a bank; returns the slot and its view ``[n, out, in]``."""
+        """Start to copy experts of a bank; returns the slot and its view, bytes ``[n, matrix]``."""
         slot, self._next = self._next, (self._next + 1) % SLOTS
         traffic = self.traffic
         if slot in traffic._in_use:
             raise RuntimeError("a slot is fetched into while it is in use")
         traffic._in_use.add(slot)
         traffic.staged = max(traffic.staged, len(traffic._in_use))
-        shape = (len(experts), *source.shape)
         size = len(experts) * source.matrix_bytes
-        view = self._flat[slot][:size].view(source.dtype).view(shape)
+        view = self._flat[slot][:size].view(len(experts), -1)
         if self._side is None:
             source.read(experts, view)
         else:
@@ -139,25 +142,34 @@ class Slots:
 
 
 class Source:
-    """One bank's matrices where they rest."""
+    """One bank's matrices ``[out, in]`` where they rest, each as `codec` stores it: its parts in turn."""
 
-    def __init__(self, shape: tuple[int, int], dtype: torch.dtype) -> None:
-        self.shape, self.dtype = shape, dtype
+    def __init__(self, shape: tuple[int, int], codec: Codec) -> None:
+        self.shape, self.codec = shape, codec
 
     @property
     def matrix_bytes(self) -> int:
-        return self.shape[0] * self.shape[1] * self.dtype.itemsize
+        return self.shape[0] * self.codec.row_bytes(self.shape[1])
+
+    def parts(self, flat: Tensor) -> dict[str, Tensor]:
+        """Views ``[out, count]`` of the bytes of one matrix."""
+        views, start, rows = {}, 0, self.shape[0]
+        for part, (count, dtype) in self.codec.row(self.shape[1]).items():
+            size = rows * count * dtype.itemsize
+            views[part] = flat[start : start + size].view(dtype).view(rows, count)
+            start += size
+        return views
 
     def read(self, experts: Sequence[int], into: Tensor) -> None:
-        """Copy matrices into ``[n, out, in]`` on the device."""
+        """Copy matrices into bytes ``[n, matrix]`` on the device."""
         raise NotImplementedError
 
 
 class InMemory(Source):
-    """A bank ``[experts, out, in]`` in host memory, page-locked where the device is CUDA."""
+    """A bank as bytes ``[experts, matrix]`` in memory, page-locked where the device is CUDA."""
 
-    def __init__(self, bank: Tensor) -> None:
-        super().__init__((bank.shape[1], bank.shape[2]), bank.dtype)
+    def __init__(self, bank: Tensor, shape: tuple[int, int], codec: Codec) -> None:
+        super().__init__(shape, codec)
         self.bank = bank
 
     def read(self, experts: Sequence[int], into: Tensor) -> None:
@@ -166,21 +178,64 @@ class InMemory(Source):
 
 
 class InFile(Source):
-    """Matrices in the folder's mapped shards; converted as they are copied."""
+    """Matrices in the folder's mapped shards; numbers are converted as they are copied."""
 
     def __init__(
-        self, folder: Folder, names: Sequence[tuple[str, Slot]], shape: tuple[int, int],
-        dtype: torch.dtype,
+        self, folder: Folder, names: Sequence[tuple[str, Slot]], shape: tuple[int, int], codec: Codec
     ) -> None:  # fmt: skip
-        super().__init__(shape, dtype)
+        super().__init__(shape, codec)
         self.folder, self.names = folder, list(names)
 
     def read(self, experts: Sequence[int], into: Tensor) -> None:
         for place_, expert in enumerate(experts):
             name, slot = self.names[expert]
-            with open_tensors(self.folder.files[name]) as opened:
-                rows = slice(None) if slot.rows is None else slot.rows
-                into[place_].copy_(opened.get_slice(name)[rows])
+            stored = self.folder.coded(name, slot.rows or slice(0, self.shape[0]))
+            for part, view in self.parts(into[place_]).items():
+                view.copy_(stored[part])
+
+
+class CodedBank(nn.Module):
+    """A quantized bank in a parameter; decoded in chunks where it is used, copied there where it isn't.
+
+    Called as `GroupedLinear`, which adapters hook alike: a LoRA is added to the product of the decoded
+    weights.
+    """
+
+    def __init__(self, bank: nn.Module, source: InMemory, chunk: int = CHUNK) -> None:
+        super().__init__()
+        self.num_experts = bank.num_experts
+        self.in_features, self.out_features = bank.in_features, bank.out_features
+        # without the bank: where the parameter moves, nothing else may hold its bytes
+        self.source, self.chunk = Source(source.shape, source.codec), chunk
+        self.coded = nn.Parameter(source.bank, requires_grad=False)
+
+    def forward(self, x: Tensor, ends: Tensor, items: Tensor | None = None) -> Tensor:
+        """See `GroupedLinear`. Waits for the device once, to learn which experts have rows."""
+        bounds = [0, *ends.tolist()]
+        used = [e for e in range(self.num_experts) if bounds[e + 1] > bounds[e]]
+        out = x.new_empty(x.shape[0], self.out_features)
+        for i in range(0, len(used), self.chunk):
+            experts = used[i : i + self.chunk]
+            matrices = [self.coded[e].to(x.device, non_blocking=True) for e in experts]
+            multiply(x, decoded(self.source, matrices, x.dtype), experts, bounds, out)
+        return out
+
+
+def decoded(source: Source, matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """``[n, out, in]`` of the bytes of n matrices."""
+    whole = torch.empty(len(matrices), *source.shape, dtype=dtype, device=matrices[0].device)
+    for flat, out in zip(matrices, whole, strict=True):
+        source.codec.decode(source.parts(flat), out)
+    return whole
+
+
+def multiply(
+    x: Tensor, weight: Tensor, experts: Sequence[int], bounds: Sequence[int], out: Tensor
+) -> None:
+    """Products of some experts' rows, written where they belong. weight ``[n, out, in]``."""
+    first, last = bounds[experts[0]], bounds[experts[-1] + 1]
+    local = torch.tensor([bounds[e + 1] - first for e in experts], dtype=torch.int32)
+    out[first:last] = grouped_linear(x[first:last], weight, local.to(x.device))
 
 
 class OffloadedBank(nn.Module):
@@ -198,11 +253,13 @@ class OffloadedBank(nn.Module):
         used = [e for e in range(self.num_experts) if bounds[e + 1] > bounds[e]]
         out = x.new_empty(x.shape[0], self.out_features)
         for slot, weight, experts in self._chunks(used):
-            first, last = bounds[experts[0]], bounds[experts[-1] + 1]
-            local = torch.tensor([bounds[e + 1] - first for e in experts], dtype=torch.int32)
             self.slots.take(slot)
-            piece = grouped_linear(x[first:last], weight.to(x.dtype), local.to(x.device))
-            out[first:last] = piece
+            codec = self.source.codec
+            if isinstance(codec, Plain):
+                weight = weight.view(codec.dtype).view(-1, *self.source.shape).to(x.dtype)
+            else:
+                weight = decoded(self.source, list(weight), x.dtype)
+            multiply(x, weight, experts, bounds, out)
         return out
 
     def _chunks(self, used: Sequence[int]) -> Iterator[tuple[int, Tensor, Sequence[int]]]:
@@ -233,36 +290,50 @@ class Offloaded:
 
 
 def offload(
-    folder: Folder, model: HunyuanImage3, fixed_bytes: int, budget: int,
-    device: torch.device, dtype: torch.dtype, rest: Rest,
+    folder: Folder, model: HunyuanImage3, fixed_bytes: int, budget: int | None,
+    device: torch.device, dtype: torch.dtype, rest: Rest, coded_bank: type[CodedBank] = CodedBank,
 ) -> Offloaded:  # fmt: skip
-    """Exchange banks of a model on "meta" for offloaded ones; `Folder.fill` then reads all others.
+    """Exchange banks of a model on "meta" for offloaded and quantized ones; `Folder.fill` reads the others.
 
-    fixed_bytes: of the weights besides the model's layers' experts. Raises HYWUError on a budget too
-    small, before anything is allocated.
+    fixed_bytes: of the weights besides the model's layers' experts. budget: None keeps all on the device.
+    coded_bank: the class of quantized banks that stay.
+    Raises HYWUError on a budget too small, before anything is allocated.
     """
-    layers = [
-        sum(p.numel() for p in layer.mlp.experts.parameters()) * dtype.itemsize
-        for layer in model.model.layers
+    all_sources = [
+        _sources(folder, i, layer.mlp.experts, dtype) for i, layer in enumerate(model.model.layers)
     ]
-    placement = place(fixed_bytes, layers, model.config.num_experts, budget)
-    if not placement.chunk:
-        return Offloaded(placement, None)
-    slots = Slots(placement.chunk_bytes, device)
-    for i, layer in enumerate(model.model.layers):
-        if i in placement.resident:
-            continue
-        experts = layer.mlp.experts
-        for name, source in _sources(folder, i, experts, device, dtype, rest).items():
-            bank = OffloadedBank(getattr(experts, name), source, slots, placement.chunk)
-            setattr(experts, name, bank)
+    count = model.config.num_experts
+    layers = [count * sum(s.matrix_bytes for s in sources.values()) for sources in all_sources]
+    widest = max(s.matrix_bytes for sources in all_sources for s in sources.values())
+    unlimited = fixed_bytes + sum(layers)
+    placement = place(fixed_bytes, layers, count, unlimited if budget is None else budget, widest)
+    slots = Slots(placement.chunk_bytes, device) if placement.chunk else None
+    for i, (layer, sources) in enumerate(zip(model.model.layers, all_sources, strict=True)):
+        experts, stays = layer.mlp.experts, i in placement.resident
+        for name, source in sources.items():
+            bank = getattr(experts, name)
+            if stays and isinstance(source.codec, Plain):
+                continue
+            if stays:
+                setattr(experts, name, coded_bank(bank, _in_memory(source, count, device)))
+                continue
+            assert slots is not None
+            if rest == "ram":
+                source = _in_memory(source, count, torch.device("cpu"), device.type == "cuda")
+            setattr(experts, name, OffloadedBank(bank, source, slots, placement.chunk))
     return Offloaded(placement, slots)
 
 
+def _in_memory(source: Source, count: int, device: torch.device, pin: bool = False) -> InMemory:
+    bank = torch.empty(count, source.matrix_bytes, dtype=torch.uint8, device=device, pin_memory=pin)
+    source.read(range(count), bank)
+    return InMemory(bank, source.shape, source.codec)
+
+
 def _sources(
-    folder: Folder, layer: int, experts: nn.Module, device: torch.device, dtype: torch.dtype, rest: Rest
-) -> dict[str, Source]:  # fmt: skip
-    """Where the three banks of a layer rest. In memory they are read now."""
+    folder: Folder, layer: int, experts: nn.Module, dtype: torch.dtype
+) -> dict[str, Source]:
+    """Where the three banks of a layer lie in the files. dtype: of those that aren't quantized."""
     prefix = f"model.layers.{layer}.mlp.experts."
     names: dict[str, list[tuple[str, Slot]]] = {name: [] for name in BANKS}
     for stored_name, stored in stored_tensors(experts, prefix).items():
@@ -270,11 +341,15 @@ def _sources(
             names[slot.parameter.removesuffix(".weight")].append((stored_name, slot))
     sources: dict[str, Source] = {}
     for name, places in names.items():
-        count, out, in_ = getattr(experts, name).weight.shape
-        source: Source = InFile(folder, places, (out, in_), dtype)
-        if rest == "ram":
-            bank = torch.empty(count, out, in_, dtype=dtype, pin_memory=device.type == "cuda")
-            source.read(range(count), bank)
-            source = InMemory(bank)
-        sources[name] = source
+        _, out, in_ = getattr(experts, name).weight.shape
+        codecs = {
+            folder.codec(stored) if stored in folder.quantized else Plain("stored", dtype)
+            for stored, _ in places
+        }
+        if len(codecs) != 1:
+            raise HYWUError(
+                f"{folder.path}: the experts of layer {layer} are stored in {len(codecs)} ways; quantize "
+                "the folder in bfloat16 again."
+            )
+        sources[name] = InFile(folder, places, (out, in_), codecs.pop())
     return sources

@@ -138,7 +138,7 @@ class Pipeline:
         if layout is not None:
             check_layout(parts.model, layout, folder.path)
         offloaded = None
-        if budget is not None:
+        if budget is not None or folder.quantized:
             kept = dtype or stored_dtype(folder)
             fixed = fixed_bytes(parts, kept, vae_dtype)
             offloaded = offload(
