@@ -53,6 +53,9 @@ _SENTENCES = (
     "mirror the picture", "make it a square", "count the {thing}s", "show me the {thing} from behind",
     "have the {thing} hold a {thing}", "dress the {thing} as a {thing}", "summer instead of winter",
     "make it night", "a portrait of a {kind} {thing}", "lorem ipsum", "asdf", "ok", "do it again", "go",
+    "enhance", "enhance it", "make it better", "improve the photo", "4k hdr masterpiece",
+    "colorize it", "zoom out", "make it look like {style}", "a {kind} hat please",
+    "make the sky {kind}", "add {thing}s {place}", "a photo of a {kind} {thing}", "beautify",
 )  # fmt: skip
 
 _SYLLABLES = (
