@@ -37,17 +37,21 @@ def pairs(tmp_path) -> Path:
     return path
 
 
-def test_an_own_base_is_trained_measured_and_written_for_peft(pairs, tmp_path):
-    file = EXAMPLES / "own_base.py"
-    assert len(file.read_text(encoding="utf-8").splitlines()) < 80
-    out = tmp_path / "out"
+def run_example(name: str, pairs: Path, out: Path, steps: int) -> str:
+    """What an example writes, run as a user runs it."""
     done = subprocess.run(
-        [sys.executable, str(file), str(pairs), str(out), "40"],
+        [sys.executable, str(EXAMPLES / name), str(pairs), str(out), str(steps)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True, text=True, check=False, timeout=400,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    words = done.stdout.split()
+    return done.stdout
+
+
+def test_an_own_base_is_trained_measured_and_written_for_peft(pairs, tmp_path):
+    assert len((EXAMPLES / "own_base.py").read_text(encoding="utf-8").splitlines()) < 80
+    out = tmp_path / "out"
+    words = run_example("own_base.py", pairs, out, 40).split()
     unchanged, edited = (float(words[words.index(w) - 1]) for w in ("unchanged,", "edited"))
     assert edited < 0.8 * unchanged
     generator = load_generator(out / "generator.safetensors")
@@ -57,6 +61,17 @@ def test_an_own_base_is_trained_measured_and_written_for_peft(pairs, tmp_path):
     assert load_lora(out / "peft").rank == 4
 
 
-def test_the_docs_are_built_around_the_example():
-    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-    assert "examples/own_base.py" in text
+def test_an_own_denoiser_is_trained_and_written_for_peft(pairs, tmp_path):
+    out = tmp_path / "out"
+    done = run_example("own_denoiser.py", pairs, out, 60)
+    words = done.split()
+    before, trained = (float(words[words.index(w) - 1]) for w in ("before,", "trained"))
+    assert trained < 0.9 * before
+    generator = load_generator(out / "generator.safetensors")
+    assert generator.config.base == "my-denoiser"
+    assert load_lora(out / "peft").rank == 4
+
+
+@pytest.mark.parametrize("name", ["own_base.py", "own_denoiser.py"])
+def test_the_docs_name_the_examples(name):
+    assert f"examples/{name}" in (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
