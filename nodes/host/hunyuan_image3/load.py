@@ -13,14 +13,16 @@ import comfy.sd
 import torch
 from torch import Tensor, nn
 
+from ....hywu_core.bases.hunyuan_image3.checkpoint import stored_dtype
 from ....hywu_core.bases.hunyuan_image3.config import VAEConfig
 from ....hywu_core.bases.hunyuan_image3.layers import RouterPrecision
+from ....hywu_core.bases.hunyuan_image3.offload import offload
 from ....hywu_core.bases.hunyuan_image3.pipeline import build, fill
 from ....hywu_core.bases.hunyuan_image3.prompts import Prompts
 from ....hywu_core.bases.hunyuan_image3.sources import SourceEncoder
 from ....hywu_core.bases.hunyuan_image3.vae import VAE
 from ....hywu_core.errors import HYWUError
-from .model import HostModel, HunyuanModel, patched
+from .model import CodedBanks, HostModel, HunyuanModel, patched
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -101,7 +103,12 @@ def load(
     prompts = Prompts.open(path, system)
     folder = prompts.folder
     parts = build(folder, HostModel)
-    fill(folder, parts, "cpu", _dtype(precision))
+    dtype = _dtype(precision)
+    if folder.quantized:
+        # all banks on the host, as they are stored: where they go is the memory manager's
+        kept = dtype or stored_dtype(folder)
+        offload(folder, parts.model, 0, None, torch.device("cpu"), kept, "ram", CodedBanks)
+    fill(folder, parts, "cpu", dtype)
     network = parts.model
     network.set_router_precision(router)
     network.default_guidance = folder.settings.guidance

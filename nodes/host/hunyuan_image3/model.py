@@ -27,6 +27,7 @@ from ....hywu_core.bases.hunyuan_image3.config import HunyuanConfig
 from ....hywu_core.bases.hunyuan_image3.editing import Denoiser
 from ....hywu_core.bases.hunyuan_image3.images import custom_size
 from ....hywu_core.bases.hunyuan_image3.model import HunyuanImage3
+from ....hywu_core.bases.hunyuan_image3.offload import CHUNK, CodedBank, multiply
 from ....hywu_core.bases.hunyuan_image3.prompts import Prompts, Request
 from ....hywu_core.bases.hunyuan_image3.sequence import TokenSequence
 from ....hywu_core.bases.hunyuan_image3.sources import Source
@@ -57,17 +58,34 @@ class Row:
 
 
 class Banks(GroupedLinear, comfy.ops.CastWeightBiasOp):
-    """Expert banks that may rest in host memory and are cast where they are used."""
+    """Expert banks that may rest in host memory; then only experts with rows are copied, in chunks."""
 
     comfy_cast_weights = True
     bias = None
 
     def forward(self, x: Tensor, ends: Tensor, items: Tensor | None = None) -> Tensor:
         weight = self.weight
-        ready = weight.device == x.device and weight.dtype == x.dtype
-        if not ready or self.weight_function:
+        if self.weight_function:
             weight, _ = comfy.ops.cast_bias_weight(self, x)
-        return grouped_linear(x, weight, ends)
+        if weight.device == x.device and weight.dtype == x.dtype:
+            return grouped_linear(x, weight, ends)
+        bounds = [0, *ends.tolist()]
+        used = [e for e in range(self.num_experts) if bounds[e + 1] > bounds[e]]
+        out = x.new_empty(x.shape[0], self.out_features)
+        for i in range(0, len(used), CHUNK):
+            experts = used[i : i + CHUNK]
+            chunk = x.new_empty(len(experts), self.out_features, self.in_features)
+            for place, expert in zip(chunk, experts, strict=True):
+                place.copy_(weight[expert], non_blocking=True)
+            multiply(x, chunk, experts, bounds, out)
+        return out
+
+
+class CodedBanks(CodedBank, comfy.ops.CastWeightBiasOp):
+    """Quantized banks: ComfyUI counts their bytes as they are, and may leave them in host memory."""
+
+    comfy_cast_weights = True
+    bias = None
 
 
 class Operations:

@@ -29,8 +29,10 @@ from hunyuan_golden import (
 )
 from hywu_nodes.hywu_core.bases.hunyuan_image3.attention import KVCache
 from hywu_nodes.hywu_core.errors import HYWUError
+from hywu_nodes.nodes.host.hunyuan_image3.model import Banks
 
-from hywu_core.bases.hunyuan_image3 import Request
+from hywu_core.bases.hunyuan_image3 import Pipeline, Request
+from hywu_core.bases.hunyuan_image3.quantize import quantize
 
 EQUAL = 1e-4
 
@@ -120,6 +122,37 @@ def test_stages_against_golden(call, loaded, hypernetwork):
         )  # fmt: skip
         assert distance(made, unscaled(alone)) < EQUAL
     assert KVCache.live() == 0
+
+
+def test_a_quantized_folder_stays_quantized(call, base, hypernetwork):
+    """The condition is the engine's; the memory manager counts the bytes as they are stored."""
+    name = install(base, "tiny-nf4", lambda target: quantize(BASE, target, "nf4"))
+    model, _, hunyuan = call.HYWULoadHunyuanImage3(name, "float32", "float32", SYSTEM)
+    positive, *_ = asked(call, hunyuan)
+    given = (hypernetwork, pixels(source()), golden("edit").facts["prompt"])
+    made = call.HYWUConditionEncode(*given, model=model, conditioning=positive)[0]
+    folder = base / "models" / "hunyuan_image_3" / name
+    alone = Pipeline.load(folder, dtype=torch.float32, system=SYSTEM)
+    facts = golden("edit").facts
+    request = Request(facts["prompt"], [source()], facts["cot"], facts["image_size"], facts["seed"])
+    wanted = alone.condition([request]).parts["hidden_states"]
+    assert distance(made.parts["hidden_states"], wanted) < EQUAL
+    # the rest are the schedule's noise levels
+    weights = model.model_size() - mm.module_size(model.model.model_sampling)
+    assert weights == sum(p.nbytes for p in alone.model.parameters())
+    bank = model.model.diffusion_model.model.layers[0].mlp.experts.w1
+    # 4 bits and a bfloat16 scale: 64 numbers in 34 bytes
+    assert (bank.coded.nbytes, bank.coded.dtype) == (8 * 48 * 34, torch.uint8)
+
+
+def test_banks_elsewhere_are_copied_in_chunks():
+    """Weights that aren't ready where they are used, 8 experts at a time, only those with rows."""
+    torch.manual_seed(0)
+    bank = Banks(20, 16, 24).requires_grad_(False)
+    x = torch.randn(30, 16)
+    ends = torch.tensor([0, 3, 3] + [5] * 6 + [15] * 5 + [22] * 5 + [30], dtype=torch.int32)
+    wanted = bank.bfloat16()(x, ends)
+    assert torch.equal(wanted, bank.float()(x, ends))
 
 
 def test_text_to_image(call, loaded):
