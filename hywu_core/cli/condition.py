@@ -1,7 +1,7 @@
 """Pictures and instructions in, condition out: with a vision and a text encoder from local folders.
 
 It is for generators that were trained in ComfyUI on a CLIP_VISION and a CLIP; `hywu generate` makes the LoRA
-of it. The folders hold models in the form of transformers: config.json, safetensors, and for the text its
+of it. Those of `hywu train` read the bundled editor itself, and need no folders. The folders hold models in the form of transformers: config.json, safetensors, and for the text its
 tokenizer. CLIP, SigLIP and DINOv2 see; CLIP, T5 and UMT5 read. Nothing is downloaded. A generator that was
 trained with several images per item gets them by a second and a third --image.
 
@@ -17,8 +17,14 @@ from __future__ import annotations
 import argparse
 import sys
 
+import torch
+
+from ..bases.bundled.checkpoint import bundled, check_made_for, editor_identity, load_editor
+from ..condition import Condition
 from ..devices import chosen_device
 from ..encoders import base as several
+from ..encoders.bundled import TYPE as EDITOR
+from ..encoders.bundled import EditorEncoder
 from ..encoders.transformers import TYPE, TransformersEncoder
 from ..errors import HYWUError, get_logger
 from ..files import with_suffix
@@ -46,6 +52,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--vision-model", help="folder, where the generator reads the part vision")
     parser.add_argument("--text-model", help="folder, where the generator reads the part text")
+    parser.add_argument(
+        "--editor",
+        help="file, where the generator reads an editor's hidden states (default: the bundled editor)",
+    )
     parser.add_argument(
         "--text-padding",
         type=int,
@@ -75,16 +85,19 @@ def run(args: argparse.Namespace) -> int:
     if not all(text.strip() for text in texts):
         raise HYWUError("An instruction is empty; say in a few words what to change.")
     config = open_checkpoint(args.checkpoint).config
-    if config.encoder.get("type") != TYPE:
-        raise HYWUError(
-            f"{args.checkpoint}: its conditions come from the encoder '{config.encoder.get('type')}', not "
-            "from a vision and a text model; `hywu edit` drives the bundled generator."
-        )
     rows = [[read_image(path, max_side=sys.maxsize) for path in paths] for paths in args.image]
-    encoder = TransformersEncoder(
-        config.condition, args.vision_model, args.text_model, device, args.text_padding
-    )
-    condition = encoder(rows[0], texts, *rows[1:])
+    if config.encoder.get("type") == EDITOR:
+        condition = _of_editor(args, config.encoder.get("editor"), rows, texts, device)
+    elif config.encoder.get("type") == TYPE:
+        encoder = TransformersEncoder(
+            config.condition, args.vision_model, args.text_model, device, args.text_padding
+        )
+        condition = encoder(rows[0], texts, *rows[1:])
+    else:
+        raise HYWUError(
+            f"{args.checkpoint}: its conditions come from the encoder '{config.encoder.get('type')}', which is "
+            "neither a vision and a text model nor the bundled editor; make them with what it was trained with."
+        )
     if not bool(condition.is_finite()):
         raise HYWUError("The condition has NaN or infinite values; look at the models for them.")
     for warning in several.number_warnings(several.Reads.of(config), len(rows)):
@@ -93,3 +106,23 @@ def run(args: argparse.Namespace) -> int:
     parts = ", ".join(f"{n} {t.shape[1]} x {t.shape[2]}" for n, t in condition.parts.items())
     say(f"{path}: batch {condition.batch_size}; tokens x width: {parts}")
     return 0
+
+
+def _of_editor(
+    args: argparse.Namespace, wanted: str | None, rows: list, texts: list[str], device: torch.device
+) -> Condition:
+    """By the bundled editor, or that of --editor. Raises HYWUError where the generator reads another one's."""
+    if args.vision_model or args.text_model:
+        raise HYWUError(
+            f"{args.checkpoint}: reads the bundled editor's hidden states; leave --vision-model and --text-model out."
+        )
+    editor = load_editor(args.editor or bundled("editor"), device)
+    encoder = EditorEncoder(editor, editor_identity(editor))
+    check_made_for(wanted, encoder.identity["editor"])
+    sizes = {tuple(image.shape[1:]) for image in rows[0]}
+    if len(sizes) > 1:
+        raise HYWUError(
+            f"The images have {len(sizes)} sizes; the editor reads a batch of one size, so make a condition for each."
+        )
+    images, *further = [torch.stack(list(images)).to(device).float() / 255 for images in rows]
+    return encoder(images, texts, *further)

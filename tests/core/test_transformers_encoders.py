@@ -397,4 +397,7 @@ def test_from_pictures_to_a_lora(folders, tmp_path, capsys):
         assert words in capsys.readouterr().err
     checkpoint(tmp_path, {"text": 16, "vision": 16}, type="bundled_editor")
     assert main([*args, "--instruction", SHORT, "--overwrite"]) == 1
-    assert "come from the encoder 'bundled_editor'" in capsys.readouterr().err
+    assert "leave --vision-model and --text-model out" in capsys.readouterr().err
+    checkpoint(tmp_path, {"text": 16, "vision": 16}, type="another")
+    assert main([*args, "--instruction", SHORT, "--overwrite"]) == 1
+    assert "come from the encoder 'another'" in capsys.readouterr().err
