@@ -3,6 +3,7 @@
   edit       images and an instruction in, the edited image out (or an image from text alone)
   condition  what a generator reads, for graphs and generators elsewhere
   inspect    what a folder holds, and what a run of it takes; reads heads of files only
+  plan       weights, keys and values, LoRA, memory and copies of a run, for each precision
   quantize   write a folder with its experts in 8 or 4 bits; loads like the original, needs half or a third
   tiny       write a tiny checkpoint with random weights and a generator, to try the whole path
 
@@ -12,6 +13,7 @@ Examples:
   hywu hunyuan edit HunyuanImage-3.0-Instruct --generator HY-WU --image cat.png \\
       --instruction "put a red hat on the cat" --think --out hat.png --device cuda
   hywu hunyuan condition HunyuanImage-3.0-Instruct --image cat.png --instruction "a hat" --out cat.safetensors
+  hywu hunyuan plan HunyuanImage-3.0-Instruct --budget 20 --card rtx-4090
   hywu hunyuan quantize HunyuanImage-3.0-Instruct HunyuanImage-3-nf4 --experts nf4
   hywu hunyuan tiny tiny-hunyuan
   hywu hunyuan tiny --comfyui ~/ComfyUI
@@ -61,6 +63,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     inspect = steps.add_parser("inspect", help="what a folder holds")
     inspect.add_argument("folder")
     inspect.add_argument("--json", action="store_true", help="write JSON for programs")
+    plan = steps.add_parser(
+        "plan", help="what a run takes, for each precision; reads heads of files only"
+    )
+    plan.add_argument("folder")
+    plan.add_argument("--budget", type=float, metavar="GB", help="of weights on the device")
+    plan.add_argument("--card", default="rtx-4090", help="for the seconds (default rtx-4090)")
+    plan.add_argument("--tokens", type=int, default=11_100, help="of a sequence (default 11100)")
+    plan.add_argument(
+        "--image-tokens", type=int, default=4097, help="of the new image (default 4097)"
+    )
+    plan.add_argument("--json", action="store_true", help="write JSON for programs")
     quantize = steps.add_parser("quantize", help="write a folder with its experts in 8 or 4 bits")
     quantize.add_argument("folder", help="official folder in bfloat16")
     quantize.add_argument(
@@ -115,7 +128,7 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     steps: dict[str, Callable[[argparse.Namespace], int]] = {
         "edit": _edit, "condition": _condition, "inspect": _inspect, "tiny": _tiny,
-        "quantize": _quantize,
+        "quantize": _quantize, "plan": _plan,
     }  # fmt: skip
     return steps[args.step](args)
 
@@ -270,6 +283,43 @@ def _inspect(args: argparse.Namespace) -> int:
         ("", "value"),
     )
     return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from ..bases.hunyuan_image3.checkpoint import open_folder
+    from ..bases.hunyuan_image3.plan import CARDS, plan
+
+    if args.card not in CARDS:
+        raise HYWUError(f"--card {args.card}: known are {', '.join(CARDS)}.")
+    folder = open_folder(args.folder)
+    budget = None if args.budget is None else int(args.budget * 1e9)
+    methods = (None,) if folder.quantized else (None, "fp8", "int8", "nf4")
+    rows, refused = [], ""
+    for method in methods:
+        try:
+            rows.append(plan(folder, method, budget, args.tokens, args.image_tokens))
+        except HYWUError as error:
+            refused = f"{method or 'as stored'}: {error}"
+            say(refused)
+    if not rows:
+        raise HYWUError(refused)
+    data = [row.to_json() | {"seconds_per_step": row.seconds(args.card)} for row in rows]
+    if args.json:
+        say(json.dumps(data, indent=2))
+        return 0
+    names = list(data[0])
+    table(
+        [(n, *(_figure(each[n]) for each in data)) for n in names],
+        ("bytes", *(str(each["experts"]) for each in data)),
+    )
+    say(f"Seconds are estimated from assumed rates of {args.card}. Activations come on top.")
+    return 0
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _quantize(args: argparse.Namespace) -> int:

@@ -1,0 +1,109 @@
+"""`hywu hunyuan plan`: its bytes are those of a run at tiny size, and of meta tensors at the published one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hunyuan_golden import BASE, SYSTEM, generator, golden, pipeline, source
+
+from hywu_core import HYWUError
+from hywu_core.bases.hunyuan_image3 import Pipeline, Request, open_folder
+from hywu_core.bases.hunyuan_image3.attention import KVCache
+from hywu_core.bases.hunyuan_image3.checkpoint import Folder, Head, stored_tensors
+from hywu_core.bases.hunyuan_image3.config import HunyuanConfig
+from hywu_core.bases.hunyuan_image3.model import HunyuanImage3
+from hywu_core.bases.hunyuan_image3.plan import plan
+from hywu_core.bases.hunyuan_image3.quantize import quantize
+from hywu_core.cli.main import main
+
+
+@pytest.mark.parametrize("method", [None, "int8", "nf4"])
+def test_bytes_are_those_of_a_run(method, tmp_path):
+    facts = golden("edit").facts
+    request = Request(facts["prompt"], [source()], "", "128x128", 1)
+    before = open_folder(BASE)
+    everything = plan(before, method, None, 1, 1)
+    budget = everything.weights - everything.experts_bytes // 3
+    folder = BASE if method is None else quantize(BASE, tmp_path / "out", method)
+    p = Pipeline.load(folder, system=SYSTEM, budget=budget, rest="ram")
+    parts = (p.model, p.vae, p.encode_source.tower, p.encode_source.aligner)
+    weights = sum(v.nbytes for m in parts for v in m.parameters()) + p.offloaded.slots.nbytes
+    kept: list[int] = []
+    size = p.prompts.image(request, p.prompts.size(request))[0]
+    told = plan(before, method, budget, len(size), 65)
+    p.sample([request], steps=1, on_step=lambda *_: kept.append(KVCache.live()))
+    assert told.device_weights == weights <= budget
+    assert 0.9 < p.offloaded.traffic.nbytes / (2 * told.moved) <= 1
+    assert told.kv == pytest.approx(kept[0], rel=0.1)
+    if method is not None:
+        # of the folder itself, as it is stored
+        assert plan(open_folder(folder), None, budget, len(size), 65) == told
+
+
+def test_a_lora_takes_what_the_plan_says():
+    facts = golden("edit").facts
+    request = Request(facts["prompt"], [source()], "", "128x128", 1)
+    lora = generator()(pipeline().condition([request]))
+    found = sum(factor.numel() * 2 for path in lora for factor in lora[path])
+    assert plan(open_folder(BASE), None, None, 1, 1, lora.layout.rank).lora == found
+
+
+def published() -> Folder:
+    """A folder of the published sizes, of which only heads exist; VAE and tower are the tiny one's."""
+    data = json.loads((BASE / "config.json").read_text("utf-8"))
+    data |= {
+        "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "attention_head_dim": 128, "moe_intermediate_size": 3072,
+        "moe_topk": 8, "num_experts": 64, "num_shared_expert": 1, "vocab_size": 133120,
+        "patch_embed_hidden_dim": 1024, "max_position_embeddings": 22800,
+    }  # fmt: skip
+    tiny = open_folder(BASE)
+    config = HunyuanConfig.from_json(data)
+    with torch.device("meta"):
+        model = HunyuanImage3(config)
+    others = {n: s for n, s in tiny.shapes.items() if n.startswith(("vae.", "vision_model."))}
+    shapes = {n: stored.shape for n, stored in stored_tensors(model).items()} | others
+    shapes |= {
+        "vision_aligner.layers.0.weight": (4096, config.vision.hidden_size),
+        "vision_aligner.layers.0.bias": (4096,),
+        "vision_aligner.layers.2.weight": (4096, 4096),
+        "vision_aligner.layers.2.bias": (4096,),
+    }
+    heads = {name: Head(shape, "BF16", 0, 0) for name, shape in shapes.items()}
+    files = dict.fromkeys(shapes, Path("nowhere"))
+    return replace(tiny, config=config, shapes=shapes, heads=heads, files=files)
+
+
+def test_the_published_size():
+    folder = published()
+    bf16, nf4 = plan(folder, None, None, 11_100, 4097), plan(folder, "nf4", None, 11_100, 4097)
+    with torch.device("meta"):
+        model = HunyuanImage3(folder.config)
+    banks = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
+    assert bf16.experts_bytes == 2 * banks == 154_618_822_656
+    assert nf4.experts_bytes == banks * 34 // 64
+    assert bf16.kv == 2 * 11_100 * 131_072
+    assert bf16.lora == pytest.approx(1.446e9, rel=0.01)
+    # two branches of 4,097 tokens: 0.2 PFLOP in the layers' products
+    assert bf16.operations == pytest.approx(0.2e15, rel=0.05)
+    streamed = plan(folder, "nf4", 12_000_000_000, 11_100, 4097)
+    assert streamed.device_weights <= 12_000_000_000
+    assert streamed.host + streamed.resident_layers * nf4.experts_bytes // 32 == nf4.experts_bytes
+    assert streamed.seconds("h100") < streamed.seconds("rtx-4090")
+    with pytest.raises(HYWUError, match="at least"):
+        plan(folder, "nf4", 1_000_000_000, 11_100, 4097)
+
+
+def test_the_command(capsys):
+    assert main(["hunyuan", "plan", str(BASE), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [each["experts"] for each in found] == ["bfloat16", "fp8", "int8", "nf4"]
+    assert main(["hunyuan", "plan", str(BASE), "--card", "h100"]) == 0
+    assert "assumed rates of h100" in capsys.readouterr().out
+    assert main(["hunyuan", "plan", str(BASE), "--budget", "0.0001"]) == 1
+    assert "at least" in capsys.readouterr().err
+    assert main(["hunyuan", "plan", str(BASE), "--card", "abacus"]) == 1
