@@ -54,7 +54,7 @@ def main() -> None:
             "hywu, checkpointing": runs.strategy(Run("hywu", plan.main_rank)),
         }
         strategies["hywu, checkpointing"].trained.checkpointing = True
-        config = plan.training(4e-4, 1000, plan.batch_size)
+        config = plan.training(Run("hywu", plan.main_rank), 4e-4, 1000, plan.batch_size)
         steps = {
             name: _step(Trainer(base, s, lambda step: batch, config, Path(folder), device="cpu"))
             for name, s in strategies.items()

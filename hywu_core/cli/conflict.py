@@ -34,6 +34,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--ranks", type=int, nargs="+", help=f"of the sweep (default {ConflictPlan.ranks})"
     )
     parser.add_argument(
+        "--seeds", type=int, metavar="N",
+        help=f"of HY-WU, Shared and Single, from --seed on (default {ConflictPlan.seeds})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--seed-steps",
+        type=int,
+        help=f"of the other seeds' runs (default {ConflictPlan.seed_steps})",
+    )
+    parser.add_argument(
         "--precision", choices=("auto", *PRECISIONS), default="auto",
         help="auto: bf16 where the device has it in hardware, else no (float32)",
     )  # fmt: skip
@@ -75,6 +84,8 @@ def run(args: argparse.Namespace) -> int:
         "sweep_steps": args.sweep_steps,
         "ranks": args.ranks and tuple(args.ranks),
         "seed": args.seed,
+        "seeds": args.seeds,
+        "seed_steps": args.seed_steps,
         "optimizer": args.optimizer,
         "error": args.error,
         "written_steps": args.written_steps,

@@ -28,11 +28,13 @@ from hywu_core.training.logs import FIELDS, Log
 TASKS = ("blur", "deblur")
 TINY = EditorConfig(width=24, depth=1, heads=2, text_depth=1, patch=8, train_size=32, pool=2)
 PLAN = dataclasses.replace(
-    ConflictPlan(), steps=2, sweep_steps=1, batch_size=4, tasks=TASKS, ranks=(1, 2), tune_steps=0, crops=1,
+    ConflictPlan(), steps=2, sweep_steps=1, batch_size=4, tasks=TASKS, main_rank=2, ranks=(1, 2),
+    tune_steps=0, crops=1, seeds=2, seed_steps=1,
     generator=GeneratorSize(token_dim=24, d_model=16, head_dim=8), sampling_steps=1,
 )  # fmt: skip
 #: The order in which the plan does them.
 RUNS = ["hywu_r2", "shared_r2", "single_blur_r2", "single_deblur_r2", "shared_large", "sft",
+        "hywu_r2_s1", "shared_r2_s1", "single_blur_r2_s1", "single_deblur_r2_s1",
         "hywu_r2_sweep", "shared_r2_sweep", "hywu_r1_sweep", "shared_r1_sweep"]  # fmt: skip
 
 
@@ -84,9 +86,10 @@ def read(path):
 def test_every_run_leaves_weights_and_rows(done):
     for run in RUNS:
         header = read_header(done / "runs" / run / "state.safetensors")
-        sweep = run.endswith("_sweep")
-        assert header["step"] == (1 if sweep else 2)
-        for phrasing in ("seen",) if sweep else ("seen", "held_out"):
+        aside = run.endswith(("_sweep", "_s1"))
+        assert header["step"] == (1 if aside else 2)
+        assert header["config"]["seed"] == (1 if run.endswith("_s1") else 0)
+        for phrasing in ("seen",) if aside else ("seen", "held_out"):
             rows = read(done / "results" / f"{run}.{phrasing}.json")
             assert [(r["image"], r["task"]) for r in rows] == [
                 (image, task) for image in ("coffee", "camera", "drawing.png") for task in TASKS
@@ -180,7 +183,8 @@ def test_the_pictures_show_edits_and_figures(done):
 def test_only_a_part_then_a_report_says_what_is_missing(hywu, tmp_path, capsys):
     out = tmp_path / "part"
     assert hywu(out, "--only", "single_*", "shared_r2") == 0
-    lacking = ", ".join(["shared_large", "sft", *RUNS[-4:]])
+    later = [run for run in RUNS[6:] if not run.startswith("single")]
+    lacking = ", ".join(["shared_large", "sft", *later])
     assert f"not done yet: hywu_r2, {lacking}" in capsys.readouterr().out
     assert hywu(out, "--report") == 1
     assert "rank 2, and hywu_r2 must be done first" in capsys.readouterr().err

@@ -36,7 +36,7 @@ def rows(level: dict[str, float], held_out: float = 0.0):
 
 @pytest.fixture
 def plan() -> ConflictPlan:
-    return dataclasses.replace(ConflictPlan(), tasks=TASKS, ranks=(2,))
+    return dataclasses.replace(ConflictPlan(), tasks=TASKS, main_rank=2, ranks=(2,), seeds=1)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from hywu_core.experiments.images import ImagePool
 from hywu_core.training.trainer import Trainer
 
 PLAN = dataclasses.replace(
-    ConflictPlan(), steps=3, batch_size=4, tasks=("darken", "brighten"), ranks=(1, 2), tune_steps=6,
+    ConflictPlan(), steps=3, batch_size=4, tasks=("darken", "brighten"), main_rank=2, ranks=(1, 2), tune_steps=6,
     generator=GeneratorSize(token_dim=8, d_model=16, head_dim=8),
 )  # fmt: skip
 SHARED = Run("shared", 2)

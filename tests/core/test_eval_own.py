@@ -47,7 +47,13 @@ def experiment(tmp_path, weights):
     editor = load_editor(weights / "editor.safetensors")
     folder = tmp_path / "experiment"
     (folder / "weights").mkdir(parents=True)
-    plan = {**ConflictPlan().to_json(), "tasks": TASKS, "crops": 2, "sampling_steps": 1}
+    plan = {
+        **ConflictPlan().to_json(),
+        "tasks": TASKS,
+        "crops": 2,
+        "sampling_steps": 1,
+        "main_rank": 2,
+    }
     facts = {"plan": plan, "editor": {"editor": editor_identity(editor)}, "tasks": VERSION}
     (folder / "plan.json").write_text(json.dumps(facts))
     torch.manual_seed(1)

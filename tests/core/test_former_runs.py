@@ -28,7 +28,8 @@ from hywu_core.training.schedule import TrainConfig
 
 FORMER = Path(__file__).with_name("former_runs")
 PLAN = dataclasses.replace(
-    ConflictPlan(), steps=3, sweep_steps=1, batch_size=4, tasks=("blur", "deblur"), ranks=(2,),
+    ConflictPlan(), steps=3, sweep_steps=1, batch_size=4, tasks=("blur", "deblur"), main_rank=2,
+    ranks=(2,), seeds=1,
     tune_steps=1, crops=1, precision="no", sampling_steps=2,
     generator=GeneratorSize(token_dim=24, d_model=16, head_dim=8),
 )  # fmt: skip
@@ -105,6 +106,10 @@ def test_its_report_has_the_same_figures(conflict):
     )
     for run in found["trained"].values():
         run.pop("seconds")
+    # what came later: a plan has seeds, and with one only there is nothing to compare
+    assert (found["plan"].pop("seeds"), found["plan"].pop("seed_steps")) == (1, 1000)
+    for part in ("all_images", "photographs_only"):
+        assert list(found[part].pop("seeds")) == ["0"]
     assert_alike({key: found[key] for key in wanted}, wanted, "figures")
 
 
@@ -141,9 +146,9 @@ def test_settings_are_stored_as_ever():
     )
     assert json.dumps(ConflictPlan().to_json()) == (
         '{"steps": 2000, "precision": "bf16", "optimizer": "muon", "error": "log", '
-        '"written_steps": 600, "sweep_steps": 600, "batch_size": 24, "tasks": ["blur", "deblur", '
-        '"age", "restore", "darken", "brighten", "fog", "dehaze"], "main_rank": 2, "ranks": [1, 2, '
-        '4, 8], "generator": {"token_dim": 192, "d_model": 512, "head_dim": 64, "num_blocks": 1, '
+        '"written_steps": 600, "sweep_steps": 600, "seeds": 3, "seed_steps": 1000, "batch_size": 24, "tasks": ["blur", "deblur", '
+        '"age", "restore", "darken", "brighten", "fog", "dehaze"], "main_rank": 4, "ranks": [1, 2, '
+        '4, 8], "generator": {"token_dim": 192, "d_model": 384, "head_dim": 64, "num_blocks": 1, '
         '"lora_a_scale": 0.05, "lora_b_scale": 0.6}, "tune_steps": 120, "crops": 2, '
         '"sampling_steps": 4, "max_images": 0, "seed": 0}'
     )

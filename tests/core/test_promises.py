@@ -325,9 +325,9 @@ def test_train_config():
 
 
 def test_plan():
-    assert sha(json.dumps(ConflictPlan().to_json())) == "df4e04e9ed1ee63d"
-    assert sha(json.dumps(ConflictPlan.quick().to_json())) == "a0c4728ff42d606d"
-    assert sha("\n".join(run.name for run in ConflictPlan().runs)) == "74854d8d0ecc2107"
+    assert sha(json.dumps(ConflictPlan().to_json())) == "b17c854009bd8a49"
+    assert sha(json.dumps(ConflictPlan.quick().to_json())) == "946d212f07967fa3"
+    assert sha("\n".join(run.name for run in ConflictPlan().runs)) == "f39b9febb34b52b1"
     assert Runs.__init__.__code__.co_varnames[1:6] == ("base", "pool", "size", "plan", "folder")
 
 

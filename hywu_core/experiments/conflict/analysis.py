@@ -182,8 +182,35 @@ class Summary:
             "held_out_phrasings": {
                 label: self.phrasing_loss(name)._asdict() for label, name in main.items()
             },
+            "seeds": self.seeds(),
             "ranks": self.ranks(),
         }
+
+    def seeds(self) -> dict[str, dict[str, Any]]:
+        """Seed -> HY-WU, Shared, Single and differences, where they are done: the main runs' seed, and the shorter runs of the others; JSON-safe."""
+        plan, rank = self.plan, self.plan.main_rank
+        found = {}
+        for seed in (plan.seed, *plan.other_seeds):
+            end = "" if seed == plan.seed else f"_s{seed}"
+            hywu, shared, single = f"hywu_r{rank}{end}", f"shared_r{rank}{end}", f"single{end}"
+            tasks = [f"single_{task}_r{rank}{end}" for task in plan.tasks]
+            if not {hywu, shared, *tasks} <= self.results.keys():
+                continue
+            self.results[single] = [
+                row
+                for task, name in zip(plan.tasks, tasks, strict=True)
+                for row in self.results[name]
+                if row["task"] == task
+            ]
+            found[str(seed)] = {
+                "steps": plan.steps if seed == plan.seed else plan.seed_steps,
+                "HY-WU": self.mean(hywu)._asdict(),
+                "Shared": self.mean(shared)._asdict(),
+                "Single": self.mean(single)._asdict(),
+                "HY-WU - Shared": self.difference(hywu, shared)._asdict(),
+                "HY-WU - Single": self.difference(hywu, single)._asdict(),
+            }
+        return found
 
     def ranks(self) -> dict[str, dict[str, Any]]:
         """Rank -> HY-WU, Shared and their difference in the sweep, where both are done; JSON-safe."""
@@ -236,7 +263,7 @@ def learning_curves(folder: Path, plan: ConflictPlan, labels: Mapping[str, str])
     for label, name in labels.items():
         names = [name]
         if name == "single":
-            names = [run.name for run in plan.runs if run.strategy == "single"]
+            names = [run.name for run in plan.runs if run.strategy == "single" and run.main]
         parts = [_windows(folder / "runs" / n / "log.csv", ends, width) for n in names]
         if all(parts):
             curves[label] = [round(fmean(values), 5) for values in zip(*parts, strict=True)]

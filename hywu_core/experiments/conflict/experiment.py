@@ -54,8 +54,8 @@ class Experiment:
 
     def _evaluate(self, run: Run, trainer: Trainer) -> None:
         adapt = trainer.strategy.adapted
-        self._rows(run.name, adapt, "seen", keep=not run.sweep)
-        if run.sweep:
+        self._rows(run.name, adapt, "seen", keep=run.main)
+        if not run.main:
             return
         self._rows(run.name, adapt, "held_out", keep=True)
         if run.strategy == "hywu":
@@ -136,8 +136,8 @@ class Experiment:
 
     def missing(self) -> list[str]:
         """Runs that are not evaluated yet."""
-        last = {True: "seen", False: "held_out"}
-        return [run.name for run in self.plan.runs if not self._done(run.name, last[run.sweep])]
+        last = {True: "held_out", False: "seen"}
+        return [run.name for run in self.plan.runs if not self._done(run.name, last[run.main])]
 
     def edits(self, name: str) -> Tensor | None:
         """Kept edits ``[N, 3, H, W]`` in 0..1 of a strategy at the main rank."""
@@ -174,12 +174,15 @@ def make_experiment(
                 f"{path}: this folder's tasks are of version {found['tasks']}, this program's of {VERSION}: they "
                 "make other images; go on with the program that began it, or use another folder."
             )
-        if found != mine:
+        # a folder that was begun before there were runs of other seeds gets them now
+        later = {key: mine["plan"][key] for key in ("seeds", "seed_steps")}
+        if {**found, "plan": {**later, **found["plan"]}} != mine:
             raise HYWUError(
                 f"{path}: this folder holds an experiment with another plan or editor; use its options, "
                 "or another folder."
             )
-    write_json(path, mine)
+    else:
+        write_json(path, mine)
     provenance = {
         "commit": commit,
         "data": dict(PACKAGES.values()),

@@ -44,7 +44,7 @@ class GeneratorSize:
     """Hyperparameters of the HY-WU generator of the experiment (see `GeneratorConfig`)."""
 
     token_dim: int = 192
-    d_model: int = 512
+    d_model: int = 384
     head_dim: int = 64
     num_blocks: int = 1
     lora_a_scale: float = 0.05
@@ -55,6 +55,8 @@ class GeneratorSize:
 class ConflictPlan:
     """tasks come in contradictory pairs. main_rank: of the main table (about 1 % of the editor's width);
     ranks: of the sweep, where all are trained for sweep_steps, a part of the main runs' steps.
+    seeds: in all, of HY-WU, Shared and Single; those after `seed`, which begin with other weights and have other
+    crops, phrasings and noise, are trained for seed_steps with its learning rates.
     tune_steps: length of a run that tries a learning rate, 0 to take the middle one untried.
     precision, optimizer: of all trainings. error: of an item (see `EditorBase`). written_steps: over so many steps the
     composed phrasings come in, from none to all (see `make_batch`); 0: all from the start.
@@ -67,9 +69,11 @@ class ConflictPlan:
     error: str = "log"
     written_steps: int = 600
     sweep_steps: int = 600
+    seeds: int = 3
+    seed_steps: int = 1000
     batch_size: int = 24
     tasks: tuple[str, ...] = tuple(CONFLICT)
-    main_rank: int = 2
+    main_rank: int = 4
     ranks: tuple[int, ...] = (1, 2, 4, 8)
     generator: GeneratorSize = GeneratorSize()
     tune_steps: int = 120
@@ -84,11 +88,11 @@ class ConflictPlan:
         if unknown := set(self.tasks) - CONFLICT.keys():
             raise HYWUError(f"conflict: no such task: {', '.join(sorted(unknown))}.")
 
-    def training(self, lr: float, steps: int, batch_size: int) -> TrainConfig:
+    def training(self, run: Run, lr: float, steps: int, batch_size: int) -> TrainConfig:
         """The schedule of every strategy."""
         return TrainConfig(
             steps, batch_size, lr, warmup=min(40, steps // 5), ema=0.98, precision=self.precision,
-            seed=self.seed, optimizer=self.optimizer,
+            seed=self.seed_of(run), optimizer=self.optimizer,
         )  # fmt: skip
 
     @property
@@ -98,16 +102,28 @@ class ConflictPlan:
         runs = [Run("hywu", rank), Run("shared", rank)]
         runs += [Run("single", rank, task) for task in self.tasks]
         runs += [Run("shared_large", 0), Run("sft", 0)]
+        for seed in self.other_seeds:
+            runs += [Run("hywu", rank, seed=seed), Run("shared", rank, seed=seed)]
+            runs += [Run("single", rank, task, seed=seed) for task in self.tasks]
         ranks = [rank, *(other for other in self.ranks if other != rank)]
         return runs + [Run(s, r, sweep=True) for r in ranks for s in ("hywu", "shared")]
 
     @property
     def main_runs(self) -> list[Run]:
         """What the main table compares at the main rank."""
-        return [run for run in self.runs if run.rank == self.main_rank and not run.sweep]
+        return [run for run in self.runs if run.rank == self.main_rank and run.main]
 
     def steps_of(self, run: Run) -> int:
-        return self.sweep_steps if run.sweep else self.steps
+        if run.main:
+            return self.steps
+        return self.sweep_steps if run.sweep else self.seed_steps
+
+    @property
+    def other_seeds(self) -> range:
+        return range(self.seed + 1, self.seed + self.seeds)
+
+    def seed_of(self, run: Run) -> int:
+        return self.seed if run.seed is None else run.seed
 
     @property
     def opposites(self) -> dict[str, str]:
@@ -122,7 +138,7 @@ class ConflictPlan:
         """The whole experiment in a few minutes on two cores; its figures mean nothing."""
         small = GeneratorSize(token_dim=192, d_model=64, head_dim=32, num_blocks=1)
         return replace(
-            cls(), steps=12, sweep_steps=6, written_steps=6, batch_size=8, ranks=(1, 2), generator=small,
+            cls(), steps=12, sweep_steps=6, seeds=2, seed_steps=6, written_steps=6, batch_size=8, main_rank=2, ranks=(1, 2), generator=small,
             tune_steps=2, crops=1, sampling_steps=2, max_images=3,
         )  # fmt: skip
 
@@ -131,16 +147,24 @@ class ConflictPlan:
 class Run:
     """One training: strategy (a key in `LEARNING_RATES`), rank (0 where the strategy sets it), task.
 
-    sweep: of the sweep over ranks, in which only the seen phrasings are evaluated.
+    sweep: of the sweep over ranks. seed: another one than the plan's. Of both only the seen phrasings are
+    evaluated.
     """
 
     strategy: str
     rank: int
     task: str = ""
     sweep: bool = False
+    seed: int | None = None
+
+    @property
+    def main(self) -> bool:
+        """Whether it is of the main table."""
+        return not self.sweep and self.seed is None
 
     @property
     def name(self) -> str:
         rank, sweep = f"r{self.rank}" if self.rank else "", "sweep" if self.sweep else ""
-        parts = [self.strategy, self.task, rank, sweep]
+        seed = "" if self.seed is None else f"s{self.seed}"
+        parts = [self.strategy, self.task, rank, sweep, seed]
         return "_".join(part for part in parts if part)

@@ -276,6 +276,7 @@ def _rest(figures: Mapping[str, Any]) -> list[str]:
         for k, v in figures["trained"].items()
     ]
     return [
+        *_seeds(figures),
         *_ranks(figures),
         *_learning(figures),
         "## Gradients at the Shared LoRA",
@@ -287,6 +288,24 @@ def _rest(figures: Mapping[str, Any]) -> list[str]:
         "![edits](edits.png)",
         "## Trainings",
         _rows(("run", "learning rate", "steps", "examples", "trained values", "seconds"), trained),
+    ]
+
+
+def _seeds(figures: Mapping[str, Any]) -> list[str]:
+    """The main runs and those of other seeds, as far as they are done; nothing for figures made before."""
+    seeds = figures["all_images"].get("seeds", {})
+    if len(seeds) < 2:
+        return []
+    lines = [
+        (seed, v["steps"], *(_interval(x) for k, x in v.items() if k != "steps"))
+        for seed, v in seeds.items()
+    ]
+    columns = [k for k in next(iter(seeds.values())) if k != "steps"]
+    return [
+        "## Seeds, PSNR in dB",
+        _rows(("seed", "steps", *columns), lines),
+        "Another seed: other weights to begin with, other crops, phrasings and noise; the same "
+        "learning rates, fewer steps where the table says so.",
     ]
 
 

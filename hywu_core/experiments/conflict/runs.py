@@ -56,8 +56,9 @@ class Runs:
         )
 
     def strategy(self, run: Run) -> Strategy:
-        """Freshly initialized, the same for the same plan."""
-        torch.manual_seed(self.plan.seed + 1)
+        """Freshly initialized, the same for the same plan and seed."""
+        seed = self.plan.seed_of(run)
+        torch.manual_seed(seed + 1)
         if run.strategy == "hywu":
             hywu = HyperNetwork(self.base, self.generator_config(run.rank))
             hywu.standardize_on(self.batches(run), VALIDATION)
@@ -69,7 +70,7 @@ class Runs:
             hywu = HyperNetwork(self.base, self.generator_config(self.plan.main_rank))
             trained = sum(p.numel() for p in hywu.trained.parameters())
             rank = rank_for(self.layout(1), trained)
-            torch.manual_seed(self.plan.seed + 1)
+            torch.manual_seed(seed + 1)
         return StaticLoRA(self.base, self.layout(rank), run.name)
 
     def batches(self, run: Run) -> BatchSource:
@@ -79,7 +80,7 @@ class Runs:
             plan.tasks,
             plan.batch_size,
             self.size,
-            plan.seed,
+            plan.seed_of(run),
             run.task,
             plan.written_steps,
         )
@@ -145,7 +146,7 @@ class Runs:
 
     def _trainer(self, run: Run, rate: float, steps: int, folder: Path) -> Trainer:
         batches = self.batches(run)
-        config = self.plan.training(rate, steps, len(batches(0)))
+        config = self.plan.training(run, rate, steps, len(batches(0)))
         extra = {"plan": _trained_by(self.plan, run)}
         return Trainer(
             self.base, self.strategy(run), batches, config, folder, save_every=100,
