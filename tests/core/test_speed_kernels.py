@@ -76,9 +76,9 @@ def test_kernels_build_for_real_devices_and_keep_to_the_registers(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from hywu_core.generator.speed import kernels
+    from hywu_core.generator.speed import attention_kernels, kernels
 
-    kernel = getattr(kernels, name)
+    kernel = getattr(kernels, name, None) or getattr(attention_kernels, name)
     types = {**POINTERS, "out": "*fp8e4nv" if quantizes else "*bf16"}
     signature = {
         a: "constexpr" if a in constants else types.get(a, "i32") for a in kernel.arg_names
