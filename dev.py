@@ -222,6 +222,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             command.add_argument(
                 "--newest", action="store_true", help="the newest frontend on PyPI"
             )
+            command.add_argument(
+                "--graph", action="store_true", help="only docs/pictures/graph.jpg anew"
+            )
         if function is host:
             command.add_argument("--start", action="store_true", help="run the server")
             command.add_argument("--port", type=int, default=8188, help="default: %(default)s")
