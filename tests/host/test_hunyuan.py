@@ -131,7 +131,9 @@ def test_a_second_run_with_another_seed_thinks_and_generates_nothing_anew(folder
     record = g.run_sync(folders.url, again, timeout=240)[0]
     assert {"latent", "latent_lora"} <= record["outputs"].keys()
     # newer ComfyUIs send the reports of kept results again, so that outputs don't tell
-    kept = next(m["nodes"] for kind, m in record["status"]["messages"] if kind == "execution_cached")
+    kept = next(
+        m["nodes"] for kind, m in record["status"]["messages"] if kind == "execution_cached"
+    )
     assert {"think", "encode", "generate", "apply"} <= set(kept)
     assert not {"sample", "sample_lora"} & set(kept)
 
