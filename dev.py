@@ -8,6 +8,7 @@ screenshots  [arguments of ComfyUI]: every template, app and blueprint in a real
 help-pictures  [class of a node]: draws the help pages' pictures anew, web/docs/pictures, after nodes changed
 bench  [name] [arguments]: the benchmarks of bench/; without a name it lists them
 fuzz   [--count 10000]: damaged files of every kind, each of which must be read or refused in one sentence
+soak   [--prompts 300]: prompts, interruptions, exchanged files and hostile texts on one server, every image compared
 lint   ruff check and ruff format --check
 
 Everything lands in .venv and .host of this folder; a second call finds them ready. ComfyUI is taken from
@@ -197,6 +198,13 @@ def fuzz(args: argparse.Namespace, rest: list[str]) -> int:
     return subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
 
 
+def soak(args: argparse.Namespace, rest: list[str]) -> int:
+    """300 prompts with 60 interruptions, exchanged files and hostile texts; exit code 1 where a result is wrong."""
+    prepare_host()
+    command = [str(python_of(VENV)), ROOT / "tests" / "helpers" / "soak.py", *rest]
+    return subprocess.run(command, cwd=ROOT).returncode
+
+
 def lint(args: argparse.Namespace, rest: list[str]) -> int:
     """ruff over everything."""
     ruff = [str(ensure_venv()), "-m", "ruff"]
@@ -209,7 +217,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="dev.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for function in (demo, test, host, workflows, screenshots, help_pictures, bench, fuzz, lint):
+    for function in (
+        demo,
+        test,
+        host,
+        workflows,
+        screenshots,
+        help_pictures,
+        bench,
+        fuzz,
+        soak,
+        lint,
+    ):
         command = commands.add_parser(
             function.__name__.replace("_", "-"), help=function.__doc__, description=function.__doc__
         )

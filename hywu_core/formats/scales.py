@@ -7,7 +7,6 @@ Tensors called ``alpha`` (kohya, ComfyUI), PEFT's ``adapter_config.json``, and t
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,11 +14,14 @@ from torch import Tensor
 
 from ..errors import HYWUError
 from ..files import parse_json
+from .patterns import Pattern
 
 #: diffusers' key: JSON of ``<start of the names>.<field of PEFT's configuration>``.
 DIFFUSERS = "lora_adapter_metadata"
 #: Keys under which other programs write one alpha for all.
 SINGLE = ("ss_network_alpha", "lora_alpha", "network_alpha", "alpha")
+#: Where a checked configuration holds alpha_pattern's patterns and values; no field of a file's.
+_PATTERNS = ("alpha_pattern", "read")
 
 
 class Scales:
@@ -27,7 +29,7 @@ class Scales:
 
     def __init__(self, config: Mapping[str, Any] | None, metadata: Mapping[str, str]) -> None:
         #: Start of names -> a configuration in PEFT's words; the longest start counts.
-        self._configs: dict[str, Mapping[str, Any]] = {}
+        self._configs: dict[str, Mapping[Any, Any]] = {}
         if config is not None:
             self._configs[""] = _checked(config, "adapter_config.json")
         elif DIFFUSERS in metadata:
@@ -35,7 +37,9 @@ class Scales:
         elif (alpha := next((metadata[k] for k in SINGLE if k in metadata), None)) is not None:
             number = _number(alpha)
             # some write None or a word where there is none
-            self._configs = {} if number is None else {"": {"lora_alpha": number}}
+            self._configs = (
+                {} if number is None else {"": _checked({"lora_alpha": number}, "its metadata")}
+            )
 
     def of(self, name: str, resolved: str, rank: int, alpha: Tensor | None) -> float:
         """Scale of the module called `name` in the file and `resolved` in the base.
@@ -60,14 +64,14 @@ class Scales:
             return None
         config = self._configs[max(starts, key=len)]
         alpha = config["lora_alpha"]
-        for pattern, value in (config.get("alpha_pattern") or {}).items():
-            if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", resolved):
+        for pattern, value in config[_PATTERNS]:
+            if pattern.fits(resolved):
                 alpha = value
                 break
         return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _diffusers(text: str) -> dict[str, Mapping[str, Any]]:
+def _diffusers(text: str) -> dict[str, Mapping[Any, Any]]:
     configs: dict[str, dict[str, Any]] = {}
     for key, value in parse_json(text, f"its metadata '{DIFFUSERS}'", dict).items():
         start, _, field = key.rpartition(".")
@@ -79,7 +83,7 @@ def _diffusers(text: str) -> dict[str, Mapping[str, Any]]:
     }
 
 
-def _checked(config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+def _checked(config: Mapping[str, Any], where: str) -> Mapping[Any, Any]:
     """A configuration whose fields are what they should be. Raises HYWUError naming the field."""
     alphas = config.get("alpha_pattern") or {}
     if not isinstance(alphas, Mapping):
@@ -89,13 +93,12 @@ def _checked(config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
             raise HYWUError(
                 f"{where}: {name} is {value!r}; a number is needed. Save the adapter again."
             )
-        try:
-            re.compile(name)
-        except (re.error, RecursionError, OverflowError) as error:
-            raise HYWUError(
-                f"{where}: alpha_pattern has the pattern '{name}' ({error})."
-            ) from error
-    return config
+    try:
+        return {**config, _PATTERNS: [(Pattern(name), value) for name, value in alphas.items()]}
+    except HYWUError as error:
+        raise HYWUError(
+            f"{where}: alpha_pattern has {error}; write the modules' names as plain text."
+        ) from error
 
 
 def _number(value: Any) -> float | None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..condition import OFFICIAL_PART
 from ..errors import HYWUError
-from ..files import atomic_folder, read_json, write_json
+from ..files import atomic_folder, is_file, read_json, write_json
 from ..layout import LoRALayout, Module, Stack, check_count
 from .config import GeneratorConfig
 from .tensors import check_saveable, file_tensors, slots
@@ -212,7 +212,7 @@ def _folder_files(folder: Path) -> tuple[Path, ...]:
             f"{index}: not an index of shards ({error!r}); download it again, or delete it: shards "
             "are found without it."
         ) from error
-    missing = [file.name for file in files if not file.is_file()]
+    missing = [file.name for file in files if not is_file(file)]
     if missing:
         raise HYWUError(f"{folder}: the index names shards that are missing: {', '.join(missing)}.")
     return files

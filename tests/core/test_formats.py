@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 import re
+import time
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from hywu_core import GeneratedLoRA, HYWUError, LoRALayout, inject, load_lora
 from hywu_core.cli import main
 from hywu_core.files import HEADER
 from hywu_core.formats import lora_header, save_lora
+from hywu_core.formats.patterns import Pattern
 from hywu_core.layout import Module, Stack
 from hywu_core.tokens import token_grid
 
@@ -479,6 +482,10 @@ def test_a_generated_lora_for_a_larger_base_follows_the_same_rule(tmp_path, capl
         ({"alpha_pattern": {"*bad(": 3}}, r"the pattern '\*bad\('"),
         ({"alpha_pattern": {"to_q": "x"}}, "to_q is 'x'; a number"),
         ({"alpha_pattern": [1]}, r"alpha_pattern is \[1\]; an object"),
+        # Python compiles it alone, and refuses it where PEFT puts it
+        ({"alpha_pattern": {"a)|(b": 3}}, r"the pattern 'a\)\|\(b'"),
+        ({"alpha_pattern": {r"(to_q)\1": 3}}, "more than the names of modules need"),
+        ({"alpha_pattern": {"(a{99}){99}": 3}}, "more than 2000 states"),
         ("lora_alpha", "lora_alpha is None"),
     ],
 )
@@ -623,3 +630,57 @@ def test_a_rank_that_would_fill_the_memory_is_refused_before(tmp_path):
     save_file(tensors, tmp_path / "x.safetensors")
     with pytest.raises(HYWUError, match=r"tall has rank 40000; with all .* GiB"):
         load_lora(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(.*)*x", "(t+)+b", "(a?){30}a{30}x", "(.|to_q)*(o|_)*!", ".*.*.*.*.*.*!"]
+)
+def test_patterns_that_take_others_for_ever(tmp_path, pattern):
+    """Somebody else's file must not hang the server: Python's own matcher takes hours for these."""
+    name = "blocks.0." + "a" * 40 + ".to_q"
+    save_file(named([f"base_model.model.{name}"], AB), tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "alpha_pattern": {pattern: 1}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    started = time.process_time()
+    assert load_lora(tmp_path).scale == 4.0
+    assert time.process_time() - started < 2.0
+
+
+def test_patterns_fit_as_in_peft():
+    """Random patterns and names, against the expression that PEFT matches with."""
+    rng, compared = random.Random(3), 0
+    parts = (
+        "a",
+        "b",
+        ".",
+        r"\.",
+        r"\d",
+        "[ab]",
+        "[^a.]",
+        "(a|b)",
+        "(?:ab|a)",
+        "^",
+        "$",
+        "to_q",
+        "0",
+        r"\w",
+    )
+    for _ in range(1500):
+        text = "".join(
+            rng.choice(parts) + rng.choice(("", "", "*", "+", "?", "{2}", "{1,3}"))
+            for _ in range(rng.randint(1, 4))
+        )
+        text = f"({text})*" if rng.random() < 0.2 else text
+        try:
+            theirs, ours = re.compile(rf"(.*\.)?({text})$"), Pattern(text)
+        except (re.error, HYWUError):
+            continue
+        for _ in range(5):
+            name = "".join(
+                rng.choice(("a", "b", ".", "A", "0", "to_q")) for _ in range(rng.randint(0, 5))
+            )
+            assert ours.fits(name) == bool(theirs.match(name)), (text, name)
+            compared += 1
+    assert compared > 4000
+    assert Pattern("(?:to_q|to_k)").fits("blocks.0.to_k")
+    assert not Pattern("q").fits("blocks.0.to_q")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 from hunyuan_golden import GOLDEN, pipeline
@@ -167,3 +168,11 @@ def test_outputs_take_the_aspect_of_their_source():
 def test_custom_sizes_far_from_a_bucket():
     size = custom_size(64, 1024, 1024, 16)
     assert size.ratio == 0
+
+
+def test_a_chain_of_thought_of_many_open_tags_is_read_at_once():
+    started = time.process_time()
+    with pytest.raises(HYWUError, match="opens <think> and never closes it"):
+        cot_pieces("<think>" * 200_000)
+    assert cot_pieces("<think>" * 200_000 + "</think>")[0] == ("<think>", False)
+    assert time.process_time() - started < 2.0

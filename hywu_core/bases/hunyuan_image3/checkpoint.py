@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import HYWUError
-from ...files import open_tensors, parse_json
+from ...files import is_file, open_tensors, parse_json
 from .codecs import Codec, Plain
 from .config import GenerationSettings, HunyuanConfig, read_config
 from .quantized import Quantized, find_quantized
@@ -269,7 +269,7 @@ def _shards(folder: Path) -> list[Path]:
         raise HYWUError(f"{index}: has no weight_map of names; download it again.")
     # names only: an index must not lead out of its folder
     shards = [folder / Path(name).name for name in sorted(set(weights.values()))]
-    if missing := [shard.name for shard in shards if not shard.is_file()]:
+    if missing := [shard.name for shard in shards if not is_file(shard)]:
         raise HYWUError(
             f"{folder}: {INDEX} names {len(shards)} shards, of which {_some(missing)} "
             f"{'is' if len(missing) == 1 else 'are'} missing; download them into the folder."

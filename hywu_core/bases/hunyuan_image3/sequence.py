@@ -7,7 +7,6 @@ by itself. The unconditional branch replaces each token of instruction and chain
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -193,13 +192,14 @@ def cot_pieces(cot: str, drop_think: bool = False) -> list[tuple[str, bool]]:
     """
     pieces: list[tuple[str, bool]] = []
     for tag in TAGS:
-        match = re.search(rf"<{tag}>(.*?)</{tag}>", cot, re.DOTALL)
-        if match is None and f"<{tag}>" in cot:
+        _, opened, rest = cot.partition(f"<{tag}>")
+        content, closed, _ = rest.partition(f"</{tag}>")
+        if opened and not closed:
             raise HYWUError(
                 f"The chain of thought opens <{tag}> and never closes it; write </{tag}> at its end."
             )
-        if match and not (tag == "think" and drop_think):
-            pieces += [(f"<{tag}>", False), (match[1], True), (f"</{tag}>", False)]
+        if opened and not (tag == "think" and drop_think):
+            pieces += [(opened, False), (content, True), (closed, False)]
     if pieces or not cot or "<think>" in cot:
         return pieces
     return [(f"<answer>{cot}</answer>", True)]

@@ -26,8 +26,6 @@ from .model import KEY, Row
 
 log = get_logger(__name__)
 
-#: A line between the chains of thought of a batch.
-BETWEEN = re.compile(r"^\s*-{3,}\s*$", re.MULTILINE)
 #: How a chain of thought says which ratio the model chose.
 RATIO = "<img_ratio_{}>"
 
@@ -51,7 +49,7 @@ def requests_of(
             "one per image of the batch."
         )
     texts = ["\n".join(lines)] if count == 1 else lines
-    thoughts = [text.strip() for text in BETWEEN.split(cot)] if cot.strip() else [""]
+    thoughts = divided(cot) if cot.strip() else [""]
     for name, found in (("instruction", texts), ("chains of thought", thoughts)):
         if len(found) not in (1, count):
             raise HYWUError(
@@ -64,6 +62,17 @@ def requests_of(
         made.append(Request(texts[i % len(texts)], pictures, text, size, seed + i, ratio))
         reader.prompts.check(made[-1])
     return made
+
+
+def divided(cot: str) -> list[str]:
+    """The chains of thought of a batch, which lines of three or more dashes divide."""
+    thoughts: list[list[str]] = [[]]
+    for line in cot.split("\n"):
+        if len(line.strip()) >= 3 and not line.strip().strip("-"):
+            thoughts.append([])
+        else:
+            thoughts[-1].append(line)
+    return ["\n".join(lines).strip() for lines in thoughts]
 
 
 def _split_ratio(cot: str, reader: Reader) -> tuple[str, int | None]:

@@ -5,6 +5,7 @@ official code's values; batches, sizes, what is kept and freed, what is refused.
 from __future__ import annotations
 
 import shutil
+import time
 
 import comfy.model_management as mm
 import comfy.sample
@@ -29,6 +30,7 @@ from hunyuan_golden import (
 )
 from hywu_nodes.hywu_core.bases.hunyuan_image3.attention import KVCache
 from hywu_nodes.hywu_core.errors import HYWUError
+from hywu_nodes.nodes.host.hunyuan_image3 import prompt
 from hywu_nodes.nodes.host.hunyuan_image3.model import Banks
 
 from hywu_core.bases.hunyuan_image3 import Pipeline, Request
@@ -420,3 +422,10 @@ def test_refused(call, loaded, hypernetwork, base):
         "system prompt 'en_unified'", lambda: call.HYWULoadHunyuanImage3("tiny", "auto", "float32")
     )
     refuses("no such file", lambda: call.HYWULoadHunyuanImage3("../..", "auto", "float32"))
+
+
+def test_chains_of_thought_are_divided_by_lines_of_dashes():
+    assert prompt.divided("a\n  ---\r\nb -- c\n\n-----\n\n---\n--") == ["a", "b -- c", "", "--"]
+    started = time.process_time()
+    assert prompt.divided("\n" * 200_000 + "x") == ["x"]
+    assert time.process_time() - started < 2.0
