@@ -270,7 +270,10 @@ function chain(prototype, name, added) {
   };
 }
 
-/** ComfyUI lists templates as the file system does; these have numbers in their names. */
+/**
+ * ComfyUI lists templates as the file system does; these have numbers in their names. The call is wrapped
+ * because the server globs the folder itself and no frontend has a hook, or an index file, for a pack's order.
+ */
 function sortTemplates() {
   const list = api.getWorkflowTemplates;
   if (typeof list !== "function") return;
