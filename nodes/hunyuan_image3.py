@@ -54,7 +54,7 @@ class HYWULoadHunyuanImage3:
         system = ui.text(
             "",
             "The system prompt. Empty reads it from system_prompt.py in the folder, as text: the file is "
-            "never run.",
+            "never run. 'system_prompt.py:NAME' takes one of its constants by name.",
             multiline=True,
         )
         return {

@@ -107,7 +107,10 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
         "--size", default="auto", help="auto, height x width, or a ratio w:h (default auto)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of text and noise (default 0)")
-    parser.add_argument("--system-prompt", help="its text or a .txt file (default: the folder's)")
+    parser.add_argument(
+        "--system-prompt",
+        help="its text, a .txt file, or system_prompt.py:NAME (default: the folder's)",
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps (default cpu)")
     parser.add_argument("--precision", choices=PRECISIONS, default="stored", help="of the weights")
     parser.add_argument(

@@ -16,7 +16,7 @@ from hywu_core import HYWUError
 from hywu_core.bases.hunyuan_image3 import Pipeline, Prompts, Request, open_folder
 from hywu_core.bases.hunyuan_image3 import checkpoint as reading
 from hywu_core.bases.hunyuan_image3.pipeline import build
-from hywu_core.bases.hunyuan_image3.system_prompt import system_prompt
+from hywu_core.bases.hunyuan_image3.system_prompt import own_prompt, system_prompt
 from hywu_core.bases.hunyuan_image3.tiny import write_tiny
 from hywu_core.generator.checkpoints import load_generator, open_checkpoint
 
@@ -250,6 +250,20 @@ def test_no_code_of_a_folder_runs(tmp_path):
         ('EN_UNIFIED = """\nmany\nlines\n""".strip()', "many\nlines"),
         ("en_unified = 'a' + 'b'", "ab"),
         ("en_unified_long = 'x'\nen_unified = 'y'", "y"),
+        ("first = 'a'\nPROMPTS = {'en_unified': [first], 'en_vanilla': ['b']}", "a"),
+        ("PROMPTS = dict(en_unified='a', other='b')", "a"),
+        ("class Prompts:\n    x = 'b'\n    EnUnified: str = 'a'", "a"),
+        ("def en_unified():\n    return 'a'\nother = 'b'", "a"),
+        ("import os\nif os.name:\n    UNIFIED_EN, b = 'a', 'c'", "a"),
+        ("WHO = 'you'\nen_unified = f'a {WHO}'\nb = f'{os.name}'", "a you"),
+        ("en_unified = '\\n'.join(['a', 'b'])\nc = ''", "a\nb"),
+        ("en_unified = textwrap.dedent('  a\\n    b')\nc = ''", "a\n  b"),
+        ("PROMPTS = {}\nPROMPTS['en_unified'] = 'a'\nb = 'c'", "a"),
+        ("\ufeffen_unified = 'a'\nb = 'c'", "a"),
+        ("en_unified = 'a'\nen_unified += 'b'\nc = 'd'", "ab"),
+        ("en_unified = 'a'\nen_unified = 'b'\nc = 'd'", "b"),
+        ("def en_unified():\n    x = 'l'\n    return x\nx = 'g'\nunified_en_b = 'a'", "a"),
+        ("en_recaption = 'x'\nunified_system_prompt_en = 'a'\nen_think_recaption = 'y'", "a"),
     ],
 )
 def test_a_system_prompt_is_read_as_a_constant(tmp_path, code, found):
@@ -266,11 +280,44 @@ def test_system_prompts_otherwise(tmp_path):
     assert system_prompt(tmp_path, "en_unified", "") == ""
     assert system_prompt(tmp_path, "none") == ""
     (tmp_path / "system_prompt.py").write_text("a = 'x'\nb = 'y'\nc = open('z')", encoding="utf-8")
-    with pytest.raises(HYWUError, match=r"none of its string constants \(a, b\)"):
+    with pytest.raises(HYWUError, match=r"has a \(1 characters\), b \(1 characters\)\. Name one"):
+        system_prompt(tmp_path, "en_unified")
+    # and that is a way out
+    assert system_prompt(tmp_path, "en_unified", "system_prompt.py:b") == "y"
+    assert own_prompt(tmp_path, "", "system_prompt.py:b") == "y"
+    with pytest.raises(HYWUError, match=r"no string constant c\. It has a"):
+        system_prompt(tmp_path, "en_unified", "system_prompt.py:c")
+    (tmp_path / "system_prompt.py").write_text("x = 1", encoding="utf-8")
+    with pytest.raises(HYWUError, match="It has none"):
         system_prompt(tmp_path, "en_unified")
     (tmp_path / "system_prompt.py").write_text("def", encoding="utf-8")
     with pytest.raises(HYWUError, match="not Python"):
         system_prompt(tmp_path, "en_unified")
+
+
+@pytest.mark.parametrize(
+    "more",
+    ["en_unified += more()", "en_unified = more(en_unified)", "if x:\n    en_unified += 'z'"],
+)
+def test_a_part_of_a_system_prompt_is_not_taken(tmp_path, more):
+    code = f"en_unified = 'a'\nb = 'c'\nd = 'e'\n{more}\n"
+    (tmp_path / "system_prompt.py").write_text(code, encoding="utf-8")
+    with pytest.raises(HYWUError, match=r"named after the mode 'en_unified'\. It has b"):
+        system_prompt(tmp_path, "en_unified")
+    # and no mode is no reason to take just any
+    with pytest.raises(HYWUError, match="mode ''"):
+        system_prompt(tmp_path, "", "system_prompt.py")
+
+
+def test_a_graphs_text_reads_no_other_file(tmp_path):
+    text = tmp_path / "mine.txt"
+    text.write_text("Secret.", encoding="utf-8")
+    with pytest.raises(HYWUError, match="no system prompt from a file outside"):
+        Prompts.open(BASE, str(text), files=False)
+    with pytest.raises(HYWUError, match="no system prompt from a file outside"):
+        own_prompt(BASE, "en_unified", "../system_prompt.py:x")
+    assert Prompts.open(BASE, "Edit it.", files=False).system == "Edit it."
+    assert Prompts.open(BASE, str(text)).system == "Secret."
 
 
 @pytest.mark.parametrize("distilled", [False, True])

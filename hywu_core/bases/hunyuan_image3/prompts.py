@@ -16,7 +16,7 @@ from .checkpoint import Folder, open_folder
 from .config import read_config
 from .images import Size, buckets, check_source, nearest, parse_size
 from .sequence import Prompt, SourceShape, TokenSequence, check_length
-from .system_prompt import system_prompt
+from .system_prompt import own_prompt, system_prompt
 from .tokens import Tokens, load_tokens
 
 #: Most source images of one edit.
@@ -52,13 +52,20 @@ class Prompts:
         self.tokens, self.system = tokens, system
 
     @classmethod
-    def open(cls, path: str | Path, system: str | Path | None = None) -> Prompts:
+    def open(
+        cls, path: str | Path, system: str | Path | None = None, files: bool = True
+    ) -> Prompts:
         """Of a folder. system: the system prompt's text, or a .txt or .py file; None reads the folder's.
+
+        files: whether `system` may name a file outside the folder; in a graph it may not.
 
         Raises HYWUError naming a file that is missing, damaged or another model's.
         """
         folder = open_folder(path)
-        prompt = system_prompt(folder.path, folder.settings.system_prompt, system)
+        if files or system is None:
+            prompt = system_prompt(folder.path, folder.settings.system_prompt, system)
+        else:
+            prompt = own_prompt(folder.path, folder.settings.system_prompt, str(system))
         return cls(folder, folder_tokens(folder), prompt)
 
     @cached_property

@@ -100,7 +100,7 @@ def load(
     precision: "auto" is bfloat16 where the device multiplies it, else float32; "stored" keeps the files'.
     router: see RouterPrecision. system: the system prompt, or None for the folder's own.
     """
-    prompts = Prompts.open(path, system)
+    prompts = Prompts.open(path, system, files=False)
     folder = prompts.folder
     parts = build(folder, HostModel)
     dtype = _dtype(precision)
