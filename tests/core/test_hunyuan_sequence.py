@@ -165,6 +165,23 @@ def test_outputs_take_the_aspect_of_their_source():
     assert align(square, [Image.new("RGB", (501, 500))], 1024) is square
 
 
+@pytest.mark.parametrize(
+    ("source", "base", "made"),
+    [
+        # 1024 * sqrt(490 / 500) = 1013.71 and 1024 / sqrt(490 / 500) = 1034.40
+        ((500, 490), 1024, (1034, 1014)),
+        ((490, 500), 1024, (1014, 1034)),
+        # 253.43 and 258.60
+        ((500, 490), 256, (259, 253)),
+    ],
+)
+def test_an_aligned_output_is_rounded_to_whole_pixels(source, base, made):
+    """Each side to the nearest pixel: not cut off, and not to the steps of a bucket."""
+    square, sources = Image.new("RGB", (base, base)), [(800, 500), source, source[::-1]]
+    # the first source has another bucket; of those that share it the first counts
+    assert align(square, [Image.new("RGB", size) for size in sources], base).size == made
+
+
 def test_custom_sizes_far_from_a_bucket():
     size = custom_size(64, 1024, 1024, 16)
     assert size.ratio == 0
