@@ -6,6 +6,7 @@ host   prepares a ComfyUI to develop against; `--start` runs it with this extens
 workflows  makes workflows/*.json, their thumbnails and docs/pictures anew, after nodes or weights changed
 screenshots  [arguments of ComfyUI]: every template, app and blueprint in a real browser, into artefacts/templates
 help-pictures  [class of a node]: draws the help pages' pictures anew, web/docs/pictures, after nodes changed
+pictures  all three: thumbnails, docs/pictures and the help pages', after the weights changed
 bench  [name] [arguments]: the benchmarks of bench/; without a name it lists them
 fuzz   [--count 10000]: damaged files of every kind, each of which must be read or refused in one sentence
 soak   [--prompts 300]: prompts, interruptions, exchanged files and hostile texts on one server, every image compared
@@ -177,6 +178,12 @@ def screenshots(args: argparse.Namespace, rest: list[str]) -> int:
         command = [str(python_of(VENV)), "-m", "workflows.screenshots", "--server", server.url]
         command += ["--graph"] if args.graph else []
         return subprocess.run(command, cwd=ROOT).returncode
+
+
+def pictures(args: argparse.Namespace, rest: list[str]) -> int:
+    """Every image made with the bundled weights anew: thumbnails, docs/pictures, help pages (needs Chromium)."""
+    args.no_pictures, args.newest, args.graph = False, True, True
+    return workflows(args, []) or help_pictures(args, []) or screenshots(args, [])
 
 
 def bench(args: argparse.Namespace, rest: list[str]) -> int:
