@@ -231,6 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         workflows,
         screenshots,
         help_pictures,
+        pictures,
         bench,
         fuzz,
         soak,
