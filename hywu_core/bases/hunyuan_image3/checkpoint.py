@@ -171,8 +171,8 @@ class Folder:
     ) -> nn.Module:
         """Give a module (on "meta") its weights, tensor by tensor from the mapped files.
 
-        dtype: None keeps the stored one (of quantized ones, the last norm's); parameters whose name holds one of `keep` are float32
-        always. Returns the module, whose parameters take no gradients.
+        dtype: None keeps the stored one (of quantized ones, the last norm's); parameters whose name holds
+        one of `keep` are float32 always. Returns the module, whose parameters take no gradients.
         """
         values: dict[str, Tensor] = {}
         parameters = dict(module.named_parameters())

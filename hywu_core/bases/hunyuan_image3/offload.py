@@ -9,7 +9,7 @@ Quantized experts are copied as they are stored and decoded where they are used.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -211,14 +211,12 @@ class CodedBank(nn.Module):
 
     def forward(self, x: Tensor, ends: Tensor, items: Tensor | None = None) -> Tensor:
         """See `GroupedLinear`. Waits for the device once, to learn which experts have rows."""
-        bounds = [0, *ends.tolist()]
-        used = [e for e in range(self.num_experts) if bounds[e + 1] > bounds[e]]
-        out = x.new_empty(x.shape[0], self.out_features)
-        for i in range(0, len(used), self.chunk):
-            experts = used[i : i + self.chunk]
+
+        def weights(experts: Sequence[int]) -> Tensor:
             matrices = [self.coded[e].to(x.device, non_blocking=True) for e in experts]
-            multiply(x, decoded(self.source, matrices, x.dtype), experts, bounds, out)
-        return out
+            return decoded(self.source, matrices, x.dtype)
+
+        return in_chunks(x, ends, self.out_features, self.chunk, weights)
 
 
 def decoded(source: Source, matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -227,6 +225,24 @@ def decoded(source: Source, matrices: Sequence[Tensor], dtype: torch.dtype) -> T
     for flat, out in zip(matrices, whole, strict=True):
         source.codec.decode(source.parts(flat), out)
     return whole
+
+
+def routed(ends: Tensor) -> tuple[list[int], list[int]]:
+    """Where each expert's rows begin and end, and the experts that have any. Waits for the device once."""
+    bounds = [0, *ends.tolist()]
+    return bounds, [e for e in range(len(bounds) - 1) if bounds[e + 1] > bounds[e]]
+
+
+def in_chunks(
+    x: Tensor, ends: Tensor, out_features: int, chunk: int, weights: Callable[[Sequence[int]], Tensor]
+) -> Tensor:  # fmt: skip
+    """The grouped product, of so many experts at a time. weights: experts -> ``[n, out, in]``."""
+    bounds, used = routed(ends)
+    out = x.new_empty(x.shape[0], out_features)
+    for i in range(0, len(used), chunk):
+        experts = used[i : i + chunk]
+        multiply(x, weights(experts), experts, bounds, out)
+    return out
 
 
 def multiply(
@@ -249,8 +265,7 @@ class OffloadedBank(nn.Module):
 
     def forward(self, x: Tensor, ends: Tensor, items: Tensor | None = None) -> Tensor:
         """See `GroupedLinear`. Waits for the device once, to learn which experts have rows."""
-        bounds = [0, *ends.tolist()]
-        used = [e for e in range(self.num_experts) if bounds[e + 1] > bounds[e]]
+        bounds, used = routed(ends)
         out = x.new_empty(x.shape[0], self.out_features)
         for slot, weight, experts in self._chunks(used):
             self.slots.take(slot)

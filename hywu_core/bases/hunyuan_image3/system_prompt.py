@@ -192,18 +192,18 @@ def _collect(name: str, node: ast.expr, found: dict[str, str]) -> None:
         return
     if isinstance(node, (ast.List, ast.Tuple)) and len(node.elts) == 1:
         _collect(name, node.elts[0], found)
-    elif isinstance(node, ast.Dict):
+    for key, entry in _entries(node):
+        _collect(key if key not in found else f"{name}.{key}", entry, found)
+
+
+def _entries(node: ast.expr) -> Iterator[tuple[str, ast.expr]]:
+    """(key, value) of ``{"key": value}`` and of ``dict(key=value)``."""
+    if isinstance(node, ast.Dict):
         for key, entry in zip(node.keys, node.values, strict=True):
             if isinstance(key, ast.Constant) and isinstance(key.value, str):
-                _collect(
-                    key.value if key.value not in found else f"{name}.{key.value}", entry, found
-                )
+                yield key.value, entry
     elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict":
-        for word in node.keywords:
-            if word.arg is not None:
-                _collect(
-                    word.arg if word.arg not in found else f"{name}.{word.arg}", word.value, found
-                )
+        yield from ((word.arg, word.value) for word in node.keywords if word.arg is not None)
 
 
 def _text(node: ast.AST | None, known: Mapping[str, str]) -> str | None:

@@ -27,7 +27,7 @@ from ....hywu_core.bases.hunyuan_image3.config import HunyuanConfig
 from ....hywu_core.bases.hunyuan_image3.editing import Denoiser
 from ....hywu_core.bases.hunyuan_image3.images import custom_size
 from ....hywu_core.bases.hunyuan_image3.model import HunyuanImage3
-from ....hywu_core.bases.hunyuan_image3.offload import CHUNK, CodedBank, multiply
+from ....hywu_core.bases.hunyuan_image3.offload import CHUNK, CodedBank, in_chunks
 from ....hywu_core.bases.hunyuan_image3.prompts import Prompts, Request
 from ....hywu_core.bases.hunyuan_image3.sequence import TokenSequence
 from ....hywu_core.bases.hunyuan_image3.sources import Source
@@ -69,16 +69,14 @@ class Banks(GroupedLinear, comfy.ops.CastWeightBiasOp):
             weight, _ = comfy.ops.cast_bias_weight(self, x)
         if weight.device == x.device and weight.dtype == x.dtype:
             return grouped_linear(x, weight, ends)
-        bounds = [0, *ends.tolist()]
-        used = [e for e in range(self.num_experts) if bounds[e + 1] > bounds[e]]
-        out = x.new_empty(x.shape[0], self.out_features)
-        for i in range(0, len(used), CHUNK):
-            experts = used[i : i + CHUNK]
+
+        def copied(experts: Sequence[int]) -> Tensor:
             chunk = x.new_empty(len(experts), self.out_features, self.in_features)
             for place, expert in zip(chunk, experts, strict=True):
                 place.copy_(weight[expert], non_blocking=True)
-            multiply(x, chunk, experts, bounds, out)
-        return out
+            return chunk
+
+        return in_chunks(x, ends, self.out_features, CHUNK, copied)
 
 
 class CodedBanks(CodedBank, comfy.ops.CastWeightBiasOp):
