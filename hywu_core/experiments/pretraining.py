@@ -80,7 +80,12 @@ class PretrainingBatches:
     """
 
     def __init__(
-        self, pool: ImagePool, batch_size: int, size: int, seed: int = 0, unknown: float = 0.06
+        self,
+        pool: ImagePool,
+        batch_size: int,
+        size: int,
+        seed: int = 0,
+        unknown: float = Stage.unknown,
     ) -> None:
         self.pool, self.batch_size, self.size, self.seed = pool, batch_size, size, seed
         self.unknown = unknown

@@ -180,6 +180,28 @@ def test_the_pictures_show_edits_and_figures(done):
             assert len(image.convert("RGB").getcolors(1 << 24)) > 20
 
 
+def test_other_seeds_stand_beside_the_main_runs(done):
+    seeds = read(done / "figures.json")["all_images"]["seeds"]
+    assert [(seed, v["steps"]) for seed, v in seeds.items()] == [("0", 2), ("1", 1)]
+    for seed, end in (("0", ""), ("1", "_s1")):
+        rows = {
+            run: read(done / "results" / f"{run}_r2{end}.seen.json") for run in ("hywu", "shared")
+        }
+        rows["single"] = [
+            row
+            for task in TASKS
+            for row in read(done / "results" / f"single_{task}_r2{end}.seen.json")
+            if row["task"] == task
+        ]
+        means = {run: np.mean([row["psnr"] for row in found]) for run, found in rows.items()}
+        for label, run in (("HY-WU", "hywu"), ("Shared", "shared"), ("Single", "single")):
+            assert seeds[seed][label]["mean"] == pytest.approx(means[run], abs=1e-6)
+        gap = means["hywu"] - means["shared"]
+        assert seeds[seed]["HY-WU - Shared"]["mean"] == pytest.approx(gap, abs=1e-6)
+    assert seeds["0"]["HY-WU"] != seeds["1"]["HY-WU"]
+    assert "## Seeds" in (done / "report.md").read_text(encoding="utf-8")
+
+
 def test_only_a_part_then_a_report_says_what_is_missing(hywu, tmp_path, capsys):
     out = tmp_path / "part"
     assert hywu(out, "--only", "single_*", "shared_r2") == 0

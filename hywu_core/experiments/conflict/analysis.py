@@ -101,13 +101,19 @@ class Summary:
         self.main = {label: name for label, name in self.main.items() if self.results.get(name)}
 
     def _join_singles(self) -> None:
-        """ "single": each task by its own LoRA; "single_opposite": each by the opposite task's."""
+        """ "single": each task by its own LoRA, "single_s1" with another seed; "single_opposite": by the
+        opposite task's.
+        """
         rank = self.plan.main_rank
-        for name, of in (("single", lambda t: t), ("single_opposite", self.opposites.get)):
+        for name, of, end in (
+            ("single", lambda t: t, ""),
+            ("single_opposite", self.opposites.get, ""),
+            *((f"single_s{seed}", lambda t: t, f"_s{seed}") for seed in self.plan.other_seeds),
+        ):
             self.results[name] = [
                 row
                 for task in self.plan.tasks
-                for row in self.results.get(f"single_{of(task)}_r{rank}", ())
+                for row in self.results.get(f"single_{of(task)}_r{rank}{end}", ())
                 if row["task"] == task
             ]
 
@@ -187,7 +193,9 @@ class Summary:
         }
 
     def seeds(self) -> dict[str, dict[str, Any]]:
-        """Seed -> HY-WU, Shared, Single and differences, where they are done: the main runs' seed, and the shorter runs of the others; JSON-safe."""
+        """Seed -> HY-WU, Shared, Single and differences, of the main runs and of other seeds' shorter ones,
+        where all of them are done; JSON-safe.
+        """
         plan, rank = self.plan, self.plan.main_rank
         found = {}
         for seed in (plan.seed, *plan.other_seeds):
@@ -196,12 +204,6 @@ class Summary:
             tasks = [f"single_{task}_r{rank}{end}" for task in plan.tasks]
             if not {hywu, shared, *tasks} <= self.results.keys():
                 continue
-            self.results[single] = [
-                row
-                for task, name in zip(plan.tasks, tasks, strict=True)
-                for row in self.results[name]
-                if row["task"] == task
-            ]
             found[str(seed)] = {
                 "steps": plan.steps if seed == plan.seed else plan.seed_steps,
                 "HY-WU": self.mean(hywu)._asdict(),

@@ -138,8 +138,8 @@ class ConflictPlan:
         """The whole experiment in a few minutes on two cores; its figures mean nothing."""
         small = GeneratorSize(token_dim=192, d_model=64, head_dim=32, num_blocks=1)
         return replace(
-            cls(), steps=12, sweep_steps=6, seeds=2, seed_steps=6, written_steps=6, batch_size=8, main_rank=2, ranks=(1, 2), generator=small,
-            tune_steps=2, crops=1, sampling_steps=2, max_images=3,
+            cls(), steps=12, sweep_steps=6, seeds=2, seed_steps=6, written_steps=6, batch_size=8,
+            main_rank=2, ranks=(1, 2), generator=small, tune_steps=2, crops=1, sampling_steps=2, max_images=3,
         )  # fmt: skip
 
 
