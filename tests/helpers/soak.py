@@ -36,6 +36,7 @@ from random_weights import make_random  # noqa: E402
 import dev  # noqa: E402
 from hywu_core.bases.bundled.checkpoint import VARIABLE, bundled  # noqa: E402
 from hywu_core.files import read_tensors  # noqa: E402
+from hywu_core.formats import load_lora  # noqa: E402
 from hywu_core.generator.checkpoints import load_generator, save_generator  # noqa: E402
 from hywu_core.headless.client import Client, Interrupted, NodeFailed, Refused  # noqa: E402
 from hywu_core.headless.local import LocalServer  # noqa: E402
@@ -187,9 +188,11 @@ class Soak:
         else:
             graph["sample"]["inputs"]["steps"] = 3000
         sent: list[asyncio.Future] = []
+        # the prompt that runs is stopped when the waiting one is gone, or that would begin
+        alone = how != "removed"
 
         def progress(node: str | None, done: int, total: int) -> None:
-            if node in (how, "sample") and done < total and not sent:
+            if node in (how, "sample") and done < total and alone and not sent:
                 request = client.call("POST", "/interrupt", json={})
                 sent.append(asyncio.ensure_future(request))
 
@@ -198,6 +201,7 @@ class Soak:
             await asyncio.sleep(0.05)
             waiting = await client.queue(g.edit_graph("never to run"))
             await client.call("POST", "/queue", json={"delete": [waiting]})
+            alone = True
         try:
             await running
             self.counts["interrupted too late"] += 1
@@ -254,12 +258,19 @@ class Soak:
         return wrong + [f"traceback: {end[:300]}" for end in blocks if "HYWUError" not in end]
 
     def compare(self, server: LocalServer) -> list[str]:
-        """Every image against that of a server which nothing has happened to."""
+        """Every image against that of a server which nothing has happened to; where the files' two versions
+        gave one image, a missed exchange couldn't be seen.
+        """
+        blind = []
+        for how in ("generated", "file", "stock"):
+            edits = [Edit(how, TEXTS[0], version, version) for version in KEPT]
+            one, two = (g.pictures(server, g.run(server, e.graph(kept=True))) for e in edits)
+            blind += [f"{how}: both versions give one image"] if torch.equal(one, two) else []
         wanted: dict[Edit, torch.Tensor] = {}
         for edit in dict.fromkeys(edit for edit, _ in self.made):
             wanted[edit] = g.pictures(server, g.run(server, edit.graph(kept=True)))
         self.counts["different images compared"] = len(wanted)
-        return [
+        return blind + [
             f"{edit!r}"[:200] + f": {g.levels(image, wanted[edit]):g} levels apart"
             for edit, image in self.made
             if not torch.equal(image, wanted[edit])
@@ -270,8 +281,10 @@ def put_files(base: Path) -> None:
     """Two generators and two LoRA files that stay, of the bundled ones; the second's effect is another."""
     g.put_photo(base / "input")
     (base / "models" / "loras").mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(bundled("single_blur"), base / "models" / "loras" / KEPT["a"])
-    shutil.copyfile(bundled("single_age"), base / "models" / "loras" / KEPT["b"])
+    for name, task in ((KEPT["a"], "blur"), (KEPT["b"], "age")):
+        # in the format that the stock loader reads too; of others it applies nothing
+        lora = load_lora(bundled(f"single_{task}"))
+        lora.save(base / "models" / "loras" / name, "comfyui", overwrite=True)
     for name in KEPT.values():
         generator = load_generator(bundled("generator"))
         if name == KEPT["b"]:
