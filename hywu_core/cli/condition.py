@@ -1,8 +1,9 @@
-"""Pictures and instructions in, condition out: with a vision and a text encoder from local folders.
+"""Images and instructions in, condition out: with a vision and a text encoder from local folders.
 
-It is for generators that were trained in ComfyUI on a CLIP_VISION and a CLIP; `hywu generate` makes the LoRA
-of it. Those of `hywu train` read the bundled editor itself, and need no folders. The folders hold models in the form of transformers: config.json, safetensors, and for the text its
-tokenizer. CLIP, SigLIP and DINOv2 see; CLIP, T5 and UMT5 read. Nothing is downloaded. A generator that was
+It is for generators that were trained in ComfyUI on a CLIP_VISION and a CLIP, and for those of `hywu train`,
+which read the bundled editor itself and need no folders; `hywu generate` makes the LoRA of it. The folders
+hold models in the form of transformers: config.json, safetensors, and for the text its tokenizer. CLIP,
+SigLIP and DINOv2 see; CLIP, T5 and UMT5 read. Nothing is downloaded. A generator that was
 trained with several images per item gets them by a second and a third --image.
 
 Example:
