@@ -156,7 +156,11 @@ def workflows(args: argparse.Namespace, rest: list[str]) -> int:
     """Make workflows/*.json from workflows/api, and their pictures from real runs."""
     # train_your_own would go on with an earlier call's training, on a base that may be another one now
     shutil.rmtree(HOST / "workflows" / "output", ignore_errors=True)
-    with server_of(prepare_host(), HOST / "workflows") as server:
+    found, base = prepare_host(), HOST / "workflows"
+    (base / "models").mkdir(parents=True, exist_ok=True)
+    tiny = ["hunyuan", "tiny", "--comfyui", str(base), "--overwrite"]  # what template 11 runs on
+    run([python_of(VENV), "-m", "hywu_core.cli", *tiny], cwd=ROOT)
+    with server_of(found, base) as server:
         command = [python_of(VENV), "-m", "workflows.build", "--server", server.url]
         run([*command, *([] if args.no_pictures else ["--pictures"]), *rest], cwd=ROOT)
     return 0
