@@ -24,7 +24,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -267,10 +267,11 @@ def limited(seconds: float) -> Iterator[None]:
 
 
 def peak(reset: bool = False) -> int:
-    """Bytes of the largest resident memory since the last reset; where there is none, so far."""
-    try:
-        if reset:
+    """Bytes of the largest resident memory since the last reset; where it can't be reset, so far."""
+    if reset:
+        with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
+    try:
         status = Path("/proc/self/status").read_text()
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
     except (OSError, ValueError, IndexError):
