@@ -1,12 +1,12 @@
 """A newcomer's commands: `python3 dev.py demo`, then `python3 dev.py test`. Only Python 3.10+ is needed.
 
-demo   sets everything up, edits a photograph through a real ComfyUI server, shows where the pictures are
+demo   sets everything up, edits a photograph through a real ComfyUI server, shows where the images are
 test   [core|host|browser] [pytest arguments]: the tests, all of them by default
 host   prepares a ComfyUI to develop against; `--start` runs it with this extension in it
-workflows  makes workflows/*.json, their thumbnails and docs/pictures anew, after nodes or weights changed
+workflows  makes workflows/*.json, their thumbnails and docs/images anew, after nodes or weights changed
 screenshots  [arguments of ComfyUI]: every template, app and blueprint in a real browser, into artefacts/templates
-help-pictures  [class of a node]: draws the help pages' pictures anew, web/docs/pictures, after nodes changed
-pictures  all three: thumbnails, docs/pictures and the help pages', after the weights changed
+help-images  [class of a node]: draws the help pages' images anew, web/docs/images, after nodes changed
+images  all three: thumbnails, docs/images and the help pages', after the weights changed
 bench  [name] [arguments]: the benchmarks of bench/; without a name it lists them
 fuzz   [--count 10000]: damaged files of every kind, each of which must be read or refused in one sentence
 soak   [--prompts 300]: prompts, interruptions, exchanged files and hostile texts on one server, every image compared
@@ -81,7 +81,7 @@ TEST_PROCESSES = 4
 
 
 def demo(args: argparse.Namespace, rest: list[str]) -> int:
-    """One picture, two opposite edits, by a real ComfyUI server over its API."""
+    """One image, two opposite edits, by a real ComfyUI server over its API."""
     host = prepare_host()
     started = time.monotonic()
     with server_of(host, HOST / "base") as server:
@@ -153,7 +153,7 @@ def host(args: argparse.Namespace, rest: list[str]) -> int:
 
 
 def workflows(args: argparse.Namespace, rest: list[str]) -> int:
-    """Make workflows/*.json from workflows/api, and their pictures from real runs."""
+    """Make workflows/*.json from workflows/api, and their images from real runs."""
     # train_your_own would go on with an earlier call's training, on a base that may be another one now
     shutil.rmtree(HOST / "workflows" / "output", ignore_errors=True)
     found, base = prepare_host(), HOST / "workflows"
@@ -162,14 +162,14 @@ def workflows(args: argparse.Namespace, rest: list[str]) -> int:
     run([python_of(VENV), "-m", "hywu_core.cli", *tiny], cwd=ROOT)
     with server_of(found, base) as server:
         command = [python_of(VENV), "-m", "workflows.build", "--server", server.url]
-        run([*command, *([] if args.no_pictures else ["--pictures"]), *rest], cwd=ROOT)
+        run([*command, *([] if args.no_images else ["--images"]), *rest], cwd=ROOT)
     return 0
 
 
-def help_pictures(args: argparse.Namespace, rest: list[str]) -> int:
+def help_images(args: argparse.Namespace, rest: list[str]) -> int:
     """Draw every node in the real frontend, for the help pages in web/docs (needs Chromium)."""
-    with server_of(prepare_host(), HOST / "help-pictures") as server:
-        command = [python_of(VENV), "-m", "workflows.help_pictures", "--server", server.url]
+    with server_of(prepare_host(), HOST / "help-images") as server:
+        command = [python_of(VENV), "-m", "workflows.help_images", "--server", server.url]
         run([*command, *rest], cwd=ROOT)
     return 0
 
@@ -184,10 +184,10 @@ def screenshots(args: argparse.Namespace, rest: list[str]) -> int:
         return subprocess.run(command, cwd=ROOT).returncode
 
 
-def pictures(args: argparse.Namespace, rest: list[str]) -> int:
-    """Every image made with the bundled weights anew: thumbnails, docs/pictures, help pages (needs Chromium)."""
-    args.no_pictures, args.newest, args.graph = False, True, True
-    return workflows(args, []) or help_pictures(args, []) or screenshots(args, [])
+def images(args: argparse.Namespace, rest: list[str]) -> int:
+    """Every image made with the bundled weights anew: thumbnails, docs/images, help pages (needs Chromium)."""
+    args.no_images, args.newest, args.graph = False, True, True
+    return workflows(args, []) or help_images(args, []) or screenshots(args, [])
 
 
 def bench(args: argparse.Namespace, rest: list[str]) -> int:
@@ -234,8 +234,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         host,
         workflows,
         screenshots,
-        help_pictures,
-        pictures,
+        help_images,
+        images,
         bench,
         fuzz,
         soak,
@@ -248,13 +248,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if function is demo:
             command.add_argument("--image", type=Path, help="a photograph of yours")
         if function is workflows:
-            command.add_argument("--no-pictures", action="store_true", help="the JSON files only")
+            command.add_argument("--no-images", action="store_true", help="the JSON files only")
         if function is screenshots:
             command.add_argument(
                 "--newest", action="store_true", help="the newest frontend on PyPI"
             )
             command.add_argument(
-                "--graph", action="store_true", help="only docs/pictures/graph.jpg anew"
+                "--graph", action="store_true", help="only docs/images/graph.jpg anew"
             )
         if function is host:
             command.add_argument("--start", action="store_true", help="run the server")

@@ -1,8 +1,8 @@
 """Make the workflows that the frontend loads, and subgraphs/, from workflows/{api,layouts,blueprints}.
 
 `python3 dev.py workflows` calls it with a running server: the nodes' sockets and widgets come from its
-/object_info, so that a node that has changed only needs the files made anew. `--pictures` also runs each
-workflow there and makes the thumbnails and docs/pictures from what comes out.
+/object_info, so that a node that has changed only needs the files made anew. `--images` also runs each
+workflow there and makes the thumbnails and docs/images from what comes out.
 
 workflows/api/NAME.json is the graph as programs queue it. workflows/layouts/NAME.json says how a person sees
 it: `file`, the name in the template dialog; `instances`, the blueprints that stand for several of its nodes
@@ -26,7 +26,7 @@ from hywu_core.files import atomic_path
 from hywu_core.headless.graph import read_graph
 from hywu_core.headless.local import get_json
 
-from . import blueprints, pictures
+from . import blueprints, thumbnails
 from .canvas import Level
 
 HERE = Path(__file__).parent
@@ -234,7 +234,7 @@ def library(info: dict) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m workflows.build", description=__doc__)
     parser.add_argument("--server", required=True, help="address of a running ComfyUI")
-    parser.add_argument("--pictures", action="store_true", help="run them for the thumbnails, too")
+    parser.add_argument("--images", action="store_true", help="run them for the thumbnails, too")
     parser.add_argument("names", nargs="*", help="workflows to make; all by default")
     args = parser.parse_args()
     info = get_json(f"{args.server}/object_info", timeout=60)
@@ -244,11 +244,11 @@ def main() -> None:
         layout, path = layout_of(name), file_of(name)
         graph = read_graph(HERE / "api" / f"{name}.json")
         say(write_json(path, workflow(name, graph, layout, info)))
-        if args.pictures:
-            images = pictures.thumbnail_and_sheet(args.server, HERE / "inputs", graph, layout)
+        if args.images:
+            images = thumbnails.thumbnail_and_sheet(args.server, HERE / "inputs", graph, layout)
             say(write(path.with_suffix(".jpg"), images[0]))
             if images[1]:
-                say(write(ROOT / "docs" / "pictures" / f"{layout['picture']}.jpg", images[1]))
+                say(write(ROOT / "docs" / "images" / f"{layout['image']}.jpg", images[1]))
 
 
 if __name__ == "__main__":

@@ -20,10 +20,10 @@ from hywu_core.cli.console import say
 from hywu_core.errors import HYWUError, need
 from hywu_core.headless.local import get_json
 
-from . import blueprints, build, pictures
+from . import blueprints, build, thumbnails
 from .browser import FLAGS, SETTINGS, find_chromium, open_frontend
 
-GRAPH = build.ROOT / "docs" / "pictures" / "graph.jpg"
+GRAPH = build.ROOT / "docs" / "images" / "graph.jpg"
 SIZES = ((1920, 1080), (1440, 900))
 RENDERERS = {"classic": False, "nodes2": True}
 #: Below about .57 the classic renderer leaves out all text.
@@ -209,14 +209,14 @@ def shoot_graph(server: str, path: Path) -> None:
         content = page.screenshot(clip=clip)
         browser.close()
     with Image.open(io.BytesIO(content)) as image:
-        build.write(path, pictures.jpeg(image.convert("RGB"), 150_000))
+        build.write(path, thumbnails.jpeg(image.convert("RGB"), 150_000))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m workflows.screenshots", description=__doc__)
     parser.add_argument("--server", required=True, help="address of a running ComfyUI")
     parser.add_argument("--out", type=Path, default=build.ROOT / "artefacts" / "templates")
-    parser.add_argument("--graph", action="store_true", help="only docs/pictures/graph.jpg anew")
+    parser.add_argument("--graph", action="store_true", help="only docs/images/graph.jpg anew")
     args = parser.parse_args()
     try:
         if args.graph:

@@ -11,13 +11,13 @@ GRAPH = {
 }  # fmt: skip
 
 
-def test_a_graph_is_loaded_queued_and_its_picture_comes_back(page, artefacts):
+def test_a_graph_is_loaded_queued_and_its_image_comes_back(page, artefacts):
     page.evaluate(f"window.app.loadApiJson({json.dumps(GRAPH)}, 'graph.json')")
     assert page.evaluate("window.app.graph._nodes.map(n => n.type).sort().join()") == (
         "EmptyImage,PreviewImage"
     )
     page.evaluate("window.app.queuePrompt(0, 1)")
-    # The state behind the picture; the new renderer draws it without a LiteGraph image.
+    # The state behind the image; the new renderer draws it without a LiteGraph image.
     page.wait_for_function("Object.keys(window.app.nodeOutputs || {}).length > 0", timeout=60_000)
     page.screenshot(path=artefacts / "stock_graph.png")
     outputs = page.evaluate("Object.values(window.app.nodeOutputs)[0].images")

@@ -202,16 +202,16 @@ def test_what_is_no_map_is_passed_over(page, errors):
     assert errors == []
 
 
-def test_help_opens_with_its_picture(page, artefacts, errors):
+def test_help_opens_with_its_image(page, artefacts, errors):
     do.open_graph(page, do.hywu_graph())
     do.look_at(page, "HYWUGenerateLoRA", select=True)
     page.get_by_test_id("info-button").click()
     heading = page.locator("h1", has_text="HY-WU Generate LoRA")
     heading.wait_for(timeout=15_000)
-    picture = page.locator("img[src*='pictures/HYWUGenerateLoRA.webp']")
-    picture.wait_for(timeout=10_000)
+    image = page.locator("img[src*='images/HYWUGenerateLoRA.webp']")
+    image.wait_for(timeout=10_000)
     page.wait_for_timeout(700)
-    assert picture.evaluate("image => image.naturalWidth") > 200
+    assert image.evaluate("image => image.naturalWidth") > 200
     assert page.get_by_text("Errors and ways out").count() == 1
     page.screenshot(path=artefacts / "help.png")
     assert errors == []
@@ -300,14 +300,14 @@ def test_three_nodes_are_added_by_search_and_wired_by_hand(page, artefacts, erro
     page.screenshot(path=artefacts / "wired_by_hand_done.png")
     do.look_at(page, "HYWUGenerateLoRA")  # at this zoom current frontends leave widgets out
     assert page.locator(MAP).count() == 1
-    assert do.saved_picture(page)["filename"].startswith("browser")
+    assert do.saved_image(page)["filename"].startswith("browser")
     assert errors == []
 
 
-def test_a_dropped_picture_brings_its_graph(page, server, tmp_path, artefacts, errors):
+def test_a_dropped_image_brings_its_graph(page, server, tmp_path, artefacts, errors):
     do.open_graph(page, do.hywu_graph("blur the picture"))
     do.run(page)
-    saved = server.base / "output" / do.saved_picture(page)["filename"]
+    saved = server.base / "output" / do.saved_image(page)["filename"]
     assert "workflow" in Image.open(io.BytesIO(saved.read_bytes())).info
     wanted = do.types(page)
     page.evaluate("window.app.graph.clear()")
@@ -315,5 +315,5 @@ def test_a_dropped_picture_brings_its_graph(page, server, tmp_path, artefacts, e
     page.wait_for_function(f"window.app.graph._nodes.length === {len(wanted)}")
     assert do.types(page) == wanted
     do.run(page)  # what was brought also runs
-    page.screenshot(path=artefacts / "dropped_picture.png")
+    page.screenshot(path=artefacts / "dropped_image.png")
     assert errors == []

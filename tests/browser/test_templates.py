@@ -84,8 +84,8 @@ def test_templates_stand_in_their_order(page, shot):
     found = cards.evaluate_all("all => all.map((card) => card.dataset.testid)")
     files = [build.file_of(name).stem for name in build.names()]
     assert found == [f"template-workflow-{file}" for file in files]
-    picture = cards.first.locator("img").first
-    assert picture.evaluate("image => [image.naturalWidth, image.naturalHeight]") == [400, 400]
+    image = cards.first.locator("img").first
+    assert image.evaluate("image => [image.naturalWidth, image.naturalHeight]") == [400, 400]
 
 
 @everywhere

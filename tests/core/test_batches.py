@@ -130,7 +130,7 @@ def test_without_references_a_base_is_asked_as_ever(tmp_path, write_pairs):
     assert batch.asked == (batch.source, batch.instruction)
 
 
-def test_small_pictures_are_enlarged(tmp_path, write_pairs):
+def test_small_images_are_enlarged(tmp_path, write_pairs):
     pairs = read_pairs(write_pairs(tmp_path, 1, size=(20, 9)))[0]
     batch = PairBatches(pairs, 2, 32)(0)
     assert batch.source.shape == (2, 3, 32, 32)

@@ -100,7 +100,7 @@ def test_an_edit_comes_nearer_to_its_target_than_the_opposite_edit(engine, task)
     assert gap > 1
 
 
-def test_the_editor_leaves_a_picture_alone_when_asked_to():
+def test_the_editor_leaves_an_image_alone_when_asked_to():
     base = EditorBase(load_editor(BUNDLED), 4)
     clean = crops()
     batch = make_batch(clean, ["identity"] * len(clean), torch.Generator().manual_seed(0))

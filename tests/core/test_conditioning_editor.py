@@ -60,19 +60,19 @@ def test_a_training_step_takes_no_fingerprint(base):
 
 
 @pytest.mark.parametrize("size", [(16, 16), (17, 33), (40, 70), (200, 64)])
-def test_large_pictures_take_the_tokens_of_training(base, size):
+def test_large_images_take_the_tokens_of_training(base, size):
     condition = base.encode(torch.rand(1, 3, *size), ["blur"])
     assert condition.num_tokens == 16 + 1 + 1  # image, start, word
     assert torch.isfinite(condition.parts["image"]).all()
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 16), (7, 40)])
-def test_small_and_odd_pictures(base, size):
+def test_small_and_odd_images(base, size):
     condition = base.encode(torch.rand(1, 3, *size), [""])
     assert 2 <= condition.num_tokens <= 17
 
 
-def test_every_part_of_a_large_picture_counts(base):
+def test_every_part_of_a_large_image_counts(base):
     image = torch.rand(1, 3, 64, 64)
     before = base.encode(image, ["blur"]).parts["image"]
     image[..., 50:, 50:] = 0

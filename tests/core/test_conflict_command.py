@@ -38,7 +38,7 @@ RUNS = ["hywu_r2", "shared_r2", "single_blur_r2", "single_deblur_r2", "shared_la
         "hywu_r2_sweep", "shared_r2_sweep", "hywu_r1_sweep", "shared_r1_sweep"]  # fmt: skip
 
 
-def picture(seed: int) -> torch.Tensor:
+def image(seed: int) -> torch.Tensor:
     """Smooth noise, uint8 ``[3, 100, 120]``."""
     coarse = torch.rand(1, 3, 10, 12, generator=torch.Generator().manual_seed(seed))
     return torch.nn.functional.interpolate(coarse, (100, 120), mode="bicubic")[0].mul(255).byte()
@@ -54,8 +54,8 @@ def hywu(tmp_path_factory):
     for parameter in editor.parameters():  # away from the identity, so that every part matters
         parameter.data.add_(torch.randn_like(parameter) * 0.02)
     save_editor(editor, folder / "editor.safetensors", {"steps": 7})
-    Image.fromarray(picture(9).permute(1, 2, 0).numpy()).save(folder / "train.png")
-    images = {"coffee": picture(1), "camera": picture(2), "drawing.png": picture(3)}
+    Image.fromarray(image(9).permute(1, 2, 0).numpy()).save(folder / "train.png")
+    images = {"coffee": image(1), "camera": image(2), "drawing.png": image(3)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ConflictPlan, "quick", lambda: PLAN)
         patch.setattr(data, "split_files", lambda side: [folder / "train.png"])
@@ -172,7 +172,7 @@ def test_a_run_whose_log_lacks_steps_has_no_curve(tmp_path):
     }
 
 
-def test_the_pictures_show_edits_and_figures(done):
+def test_the_images_show_edits_and_figures(done):
     for name in ("edits", "ranks", "learning", "gradients"):
         with Image.open(done / f"{name}.png") as image:
             assert image.format == "PNG"

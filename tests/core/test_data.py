@@ -65,7 +65,7 @@ def test_bad_rows_are_named_and_skipped(tmp_path):
     assert "broken.png" in bad[3]
 
 
-def test_references_are_further_pictures_of_any_size(tmp_path):
+def test_references_are_further_images_of_any_size(tmp_path):
     for name, size in (("a", (8, 8)), ("b", (40, 9)), ("c", (5, 30))):
         Image.new("RGB", size).save(tmp_path / f"{name}.png")
     good = {"source": "a.png", "target": "a.png", "instruction": "blur"}
@@ -98,7 +98,7 @@ def test_no_good_row_is_an_error(tmp_path):
 
 @pytest.fixture
 def packages(tmp_path, monkeypatch):
-    """Two packages of pictures stand in for the installed ones; one picture lies in both."""
+    """Two packages of images stand in for the installed ones; one image lies in both."""
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(data, "PACKAGES", {n: (f"{n}-pip", "1.0") for n in ("pics_a", "pics_b")})
     monkeypatch.setattr(data, "HELD_OUT_FILES", 2)
@@ -110,14 +110,14 @@ def packages(tmp_path, monkeypatch):
         Image.new("RGB", (120, 40 if number == 5 else 100), (number, 0, 0)).save(file)
     twin = tmp_path / "pics_b" / "media" / "twin.png"
     twin.write_bytes((tmp_path / "pics_a" / "media" / "0.png").read_bytes())
-    (tmp_path / "pics_b" / "notes.txt").write_text("no picture")
+    (tmp_path / "pics_b" / "notes.txt").write_text("no image")
     return tmp_path
 
 
 def test_a_split_is_made_of_contents_and_checked_by_them(packages):
     data.make_split(data.SPLIT)
     held_out, train = data.split_files("held_out"), data.split_files("train")
-    # seven different pictures: the twin counts once
+    # seven different images: the twin counts once
     assert (len(held_out), len(train)) == (2, 5)
     assert not {f.read_bytes() for f in held_out} & {f.read_bytes() for f in train}
     before = data.SPLIT.read_bytes()

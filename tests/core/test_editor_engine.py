@@ -73,7 +73,7 @@ def test_edit_is_the_sampling_with_the_generated_lora(engine):
     assert torch.allclose(off.image, plain[0], atol=1e-5)
 
 
-def test_float_and_bytes_are_the_same_picture(engine):
+def test_float_and_bytes_are_the_same_image(engine):
     image = photo(9, 5)
     one = engine.edit(image, "blur the image", steps=1).image
     two = engine.edit(image.float() / 255, "blur the image", steps=1).image
@@ -112,7 +112,7 @@ def arguments(files, image, out, *more: str) -> list[str]:
     ]
 
 
-def test_command_writes_picture_and_lora(files, tmp_path, capsys):
+def test_command_writes_image_and_lora(files, tmp_path, capsys):
     pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 4), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "in.png")
     out, lora = tmp_path / "out.png", tmp_path / "lora.safetensors"

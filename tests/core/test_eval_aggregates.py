@@ -1,7 +1,7 @@
 """Parsing and aggregation against an independent recomputation, to the last printed digit.
 
 Each of the random files is a judge's, as it lies on disk: answers in many forms, garbage, refusals,
-failures, questions not asked, items without a picture, both languages. What is compared is what is
+failures, questions not asked, items without an image, both languages. What is compared is what is
 printed. The recomputation shares no code with the package: exact decimals and fractions, plain loops.
 """
 
@@ -65,12 +65,12 @@ class Benchmark:
                 self._add(Item(f"{task}{number}", task, 'say "a, b"\nand 你好', source, **fields))
 
     def _add(self, item: Item) -> None:
-        picture = self.results.image(item)
+        image = self.results.image(item)
         if self.rng.random() < 0.05:
             self.missing.add(item.id)
         else:
-            picture.parent.mkdir(parents=True, exist_ok=True)
-            picture.write_bytes(item.key.encode())
+            image.parent.mkdir(parents=True, exist_ok=True)
+            image.write_bytes(item.key.encode())
         self.items[item.task].append(item)
         key = {"item": item.id, "pictures": self.hashes.of(item)}
         self.lines[item.id] = [

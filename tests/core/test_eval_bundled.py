@@ -31,14 +31,14 @@ def generate(out, method: str, *more: str) -> int:
     return main(["eval", "generate", *given, "--editor", "bundled", "--method", method, *more])
 
 
-def pictures(out, method: str) -> dict[str, np.ndarray]:
+def images(out, method: str) -> dict[str, np.ndarray]:
     return {p.stem: np.asarray(Image.open(p)) for p in sorted((out / method).glob("*.png"))}
 
 
 def test_each_item_gets_the_edit_that_the_engine_makes(weights, tmp_path):
     out = tmp_path / "results"
     assert generate(out, "hywu") == 0
-    made = pictures(out, "hywu")
+    made = images(out, "hywu")
     assert list(made) == ["astronaut", "rocket"]
     engine = BundledEditor.load(weights / "editor.safetensors", weights / "generator.safetensors")
     row = json.loads((BENCHMARKS["folder"].sample / "items.jsonl").read_text().splitlines()[0])
@@ -54,12 +54,12 @@ def test_static_loras_and_none_are_other_methods(weights, tmp_path):
     for method, lora in (("shared", "shared"), ("alone", "none")):
         assert generate(out, method, "--lora", lora) == 0
     assert generate(out, "hywu") == 0
-    found = [pictures(out, method)["rocket"] for method in ("shared", "alone", "hywu")]
+    found = [images(out, method)["rocket"] for method in ("shared", "alone", "hywu")]
     for a, b in ((0, 1), (0, 2), (1, 2)):
         assert (found[a] != found[b]).any()
     file = str(weights / "shared.safetensors")
     assert generate(out, "by_path", "--lora", file) == 0
-    np.testing.assert_array_equal(pictures(out, "by_path")["rocket"], found[0])
+    np.testing.assert_array_equal(images(out, "by_path")["rocket"], found[0])
 
 
 def test_a_strength_of_zero_is_the_editor_alone(weights, tmp_path):
@@ -67,7 +67,7 @@ def test_a_strength_of_zero_is_the_editor_alone(weights, tmp_path):
     assert generate(out, "alone", "--lora", "none") == 0
     assert generate(out, "zero", "--strength", "0") == 0
     assert (
-        np.abs(pictures(out, "zero")["rocket"].astype(int) - pictures(out, "alone")["rocket"]).max()
+        np.abs(images(out, "zero")["rocket"].astype(int) - images(out, "alone")["rocket"]).max()
         <= 1
     )
 
@@ -88,17 +88,13 @@ def test_another_generators_file_edits_and_is_told_apart(weights, tmp_path, caps
     out, file = tmp_path / "results", str(weights / "generator.safetensors")
     assert generate(out, "usual") == 0
     assert generate(out, "named", "--generator", file) == 0
-    np.testing.assert_array_equal(
-        pictures(out, "named")["rocket"], pictures(out, "usual")["rocket"]
-    )
+    np.testing.assert_array_equal(images(out, "named")["rocket"], images(out, "usual")["rocket"])
     header, tensors = read_header(file), read_tensors(file)[0]
     changed = {k: v + 0.05 if v.is_floating_point() else v for k, v in tensors.items()}
     save_tensors(tmp_path / "mine.safetensors", changed, header)
     mine = ("--generator", str(tmp_path / "mine.safetensors"))
     assert generate(out, "mine", *mine) == 0
-    assert np.abs(
-        pictures(out, "mine")["rocket"].astype(int) - pictures(out, "usual")["rocket"]
-    ).max()
+    assert np.abs(images(out, "mine")["rocket"].astype(int) - images(out, "usual")["rocket"]).max()
     assert generate(out, "usual", *mine) == 1
     assert "choose another name" in capsys.readouterr().err
     assert generate(out, "both", *mine, "--lora", "shared") == 1
@@ -108,17 +104,17 @@ def test_another_generators_file_edits_and_is_told_apart(weights, tmp_path, caps
 def test_one_lora_a_task_and_a_task_without_one_is_listed(weights, tmp_path):
     out = tmp_path / "results"
     assert generate(out, "single", "--lora", "single_{task}") == 3
-    assert list(pictures(out, "single")) == ["astronaut"]
+    assert list(images(out, "single")) == ["astronaut"]
     assert read_failures(out / "single") == {
         "brighten/en/rocket": "there is no LoRA for the task 'brighten' (single_{task} "
         f"{_digest_of(out)}: blur)"
     }
     assert generate(out, "one", "--lora", "single_blur") == 0
-    blur = pictures(out, "one")["astronaut"]
-    np.testing.assert_array_equal(pictures(out, "single")["astronaut"], blur)
+    blur = images(out, "one")["astronaut"]
+    np.testing.assert_array_equal(images(out, "single")["astronaut"], blur)
     by_path = str(weights / "single_{task}.safetensors")
     assert generate(out, "by_path", "--lora", by_path, "--tasks", "blur") == 0
-    np.testing.assert_array_equal(pictures(out, "by_path")["astronaut"], blur)
+    np.testing.assert_array_equal(images(out, "by_path")["astronaut"], blur)
 
 
 def _digest_of(out) -> str:

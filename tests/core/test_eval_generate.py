@@ -124,14 +124,14 @@ def test_gedit_tree_is_the_authors(tmp_path):
     out = tmp_path / "out"
     arguments = ["eval", "generate", "--benchmark", "gedit", "--data", "samples", "--out", str(out)]
     assert main([*arguments, "--editor", "copy"]) == 0
-    pictures = sorted(p.relative_to(out).as_posix() for p in out.rglob("*.png"))
-    assert pictures == [
+    images = sorted(p.relative_to(out).as_posix() for p in out.rglob("*.png"))
+    assert images == [
         "copy/fullset/style_change/en/sample_astronaut.png",
         "copy/fullset/style_change/en/sample_astronaut_SRCIMG.png",
         "copy/fullset/tone_transfer/en/sample_rocket.png",
         "copy/fullset/tone_transfer/en/sample_rocket_SRCIMG.png",
     ]
-    with Image.open(out / pictures[0]) as edited, Image.open(out / pictures[1]) as source:
+    with Image.open(out / images[0]) as edited, Image.open(out / images[1]) as source:
         assert edited.size == (512, 512)
         assert source.size == (160, 160)
 

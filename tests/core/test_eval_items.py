@@ -42,14 +42,14 @@ def test_samples_in_each_layout(benchmark, paths):
     assert [results.image(i).relative_to(results.root).as_posix() for i in items.items] == paths
 
 
-def picture(path: Path, colour=(200, 30, 30), size=(8, 6)) -> None:
+def image(path: Path, colour=(200, 30, 30), size=(8, 6)) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, colour).save(path)
 
 
 def test_every_bad_row_of_a_folder_is_named(tmp_path: Path):
-    picture(tmp_path / "a.png")
-    picture(tmp_path.parent / "outside.png")
+    image(tmp_path / "a.png")
+    image(tmp_path.parent / "outside.png")
     good = {"source": "a.png", "instruction": "blur \u2028 it"}
     rows = [
         json.dumps(good, ensure_ascii=False),
@@ -101,8 +101,8 @@ def test_nothing_usable_is_one_error(tmp_path: Path):
         read_items("imgedit", tmp_path)
 
 
-def test_imgedit_pictures_in_the_authors_subfolder(tmp_path: Path):
-    picture(tmp_path / "singleturn" / "animal" / "000342021.jpg")
+def test_imgedit_images_in_the_authors_subfolder(tmp_path: Path):
+    image(tmp_path / "singleturn" / "animal" / "000342021.jpg")
     entry = {"id": "animal/000342021.jpg", "prompt": "Smooth shell.", "edit_type": "adjust"}
     data = {
         "1082": entry,
@@ -121,7 +121,7 @@ def test_imgedit_pictures_in_the_authors_subfolder(tmp_path: Path):
 
 @pytest.mark.parametrize("form", ["parquet", "arrow stream", "arrow file"])
 def test_gedit_as_published(tmp_path: Path, form: str):
-    """Parquet, as on the hub; arrow, as `datasets` keeps it: picture bytes inside, both languages."""
+    """Parquet, as on the hub; arrow, as `datasets` keeps it: image bytes inside, both languages."""
     pa = pytest.importorskip("pyarrow", reason="pyarrow is in requirements-dev.txt")
     importlib.import_module("pyarrow.parquet")
 
@@ -130,8 +130,8 @@ def test_gedit_as_published(tmp_path: Path, form: str):
         [("ps_human", "en"), ("ps_human", "cn"), ("text_change", "en")]
     ):
         raw, shown = tmp_path / f"raw{number}.jpg", tmp_path / f"shown{number}.png"
-        picture(raw, (10, 20, 30 * number), (64, 48))
-        picture(shown, (10, 20, 30 * number), (32, 24))
+        image(raw, (10, 20, 30 * number), (64, 48))
+        image(shown, (10, 20, 30 * number), (32, 24))
         rows.append(
             {
                 "task_type": task,

@@ -242,7 +242,7 @@ def test_answers_of_two_models_are_not_mixed(tmp_path, stub):
     assert "answered by a." in " ".join(build_report([scores]).opening)
 
 
-def test_a_changed_picture_or_prompt_is_judged_anew(tmp_path, stub):
+def test_a_changed_image_or_prompt_is_judged_anew(tmp_path, stub):
     server = stub(lambda prompt, n: GOOD)
     results, items = benchmark(tmp_path, ["do fine #1", "do fine #2"])
     questionnaire = load_questionnaire("wu-eval")
@@ -336,9 +336,9 @@ def test_reference_where_the_source_is_the_target_already():
 @pytest.mark.parametrize("size", [(1, 1), (2, 5), (7, 3), (64, 9)])
 def test_reference_takes_any_size(size):
     rng = np.random.default_rng(1)
-    pictures = [Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), np.uint8)) for _ in range(2)]
-    edited = pictures[1].resize((size[0] + 3, size[1] + 2))
-    shares = shares_done(pictures[0], edited, pictures[1])
+    images = [Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), np.uint8)) for _ in range(2)]
+    edited = images[1].resize((size[0] + 3, size[1] + 2))
+    shares = shares_done(images[0], edited, images[1])
     assert all(0 <= value <= 1 for value in shares.values())
 
 
@@ -486,10 +486,10 @@ def test_local_model_of_a_real_architecture(tmp_path):
     judge._ends = lambda: range(1000)  # random weights never end an answer: any token does now
     reply = judge.score(request)
     assert reply.tokens_out == 12
-    # Four patches a picture, two pictures, and the prompt byte by byte
+    # Four patches an image, two images, and the prompt byte by byte
     assert reply.tokens_in == 2 * 4 + len(request.question.prompt.encode())
     assert judge.score(request) == reply
-    # It sees the pictures: logits, hence the answer, depend on them
+    # It sees the images: logits, hence the answer, depend on them
     with_other = JudgeRequest(request.question, request.source, Image.new("RGB", (28, 28)))
     assert judge._model is not None
     assert pixel_values(judge, request) != pixel_values(judge, with_other)

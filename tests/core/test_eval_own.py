@@ -125,7 +125,7 @@ def check_edits(out: Path, weights: Path, row: dict[str, str]) -> None:
 
 
 def resumes(out: Path, experiment: Path, capsys) -> None:
-    """What is there stays, and a picture that is gone is made and judged again."""
+    """What is there stays, and an image that is gone is made and judged again."""
     before = (out / "own.md").read_bytes()
     gone = next((out / "seen" / "single").glob("*.png"))
     pixels = gone.read_bytes()
@@ -147,8 +147,8 @@ def test_the_target_is_five_and_the_source_one(experiment, tmp_path):
         lines = (out / "items" / f"{phrasing}.jsonl").read_text(encoding="utf-8").splitlines()
         for row in map(json.loads, lines):
             for method, given in (("hywu", "target"), ("base", "source")):
-                picture = (out / "items" / row[given]).read_bytes()
-                (out / phrasing / method / f"{row['key']}.png").write_bytes(picture)
+                image = (out / "items" / row[given]).read_bytes()
+                (out / phrasing / method / f"{row['key']}.png").write_bytes(image)
     assert own(out, *arguments) == 0
     five = "5.00 [5.00, 5.00]"
     same = "+0.00 [+0.00, +0.00]"

@@ -84,9 +84,9 @@ def test_nothing_the_client_gets_names_a_method(server):
     pair = json.loads(body)["pair"]
     seen = body
     for name in ("source", "left", "right"):
-        status, picture = server.ask(S + "image/" + pair[name])
+        status, image = server.ask(S + "image/" + pair[name])
         assert status == 200
-        seen += picture
+        seen += image
     assert b"SECRET" not in seen
     assert b"edit/en" not in seen
 
@@ -176,7 +176,7 @@ def test_without_the_token_no_vote_changes_and_no_image_is_served(server, tmp_pa
     store.close()
 
 
-def test_a_picture_that_is_not_listed_is_not_served(server, tmp_path):
+def test_an_image_that_is_not_listed_is_not_served(server, tmp_path):
     images = tmp_path / "session" / "images"
     Image.new("RGB", (4, 4)).save(images / "more.png")
     assert server.ask(S + "image/more")[0] == 404

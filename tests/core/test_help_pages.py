@@ -1,4 +1,4 @@
-"""Every node has a help page in English and Chinese, with its picture and all of its sockets."""
+"""Every node has a help page in English and Chinese, with its image and all of its sockets."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ def test_a_page_names_every_socket_and_shows_the_node(name, page, defined):
     sockets |= {output["name"] for output in defined[name]["outputs"].values()}
     for socket in sockets:
         assert f"**{socket}**" in text or f"(`{socket}`)" in text, socket
-    pictures = re.findall(r"!\[.+\]\((.+)\)", text)
-    assert pictures == [f"pictures/{name}.webp"]
+    images = re.findall(r"!\[.+\]\((.+)\)", text)
+    assert images == [f"images/{name}.webp"]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_picture_is_small_and_whole(name):
-    path = DOCS / "pictures" / f"{name}.webp"
+def test_an_image_is_small_and_whole(name):
+    path = DOCS / "images" / f"{name}.webp"
     assert path.stat().st_size < 40_000
-    with Image.open(path) as picture:
-        assert min(picture.size) >= 100
-        assert picture.convert("L").getextrema()[1] > 150  # a node's texts are light on dark
+    with Image.open(path) as image:
+        assert min(image.size) >= 100
+        assert image.convert("L").getextrema()[1] > 150  # a node's texts are light on dark
 
 
 def test_no_page_is_of_a_node_that_is_gone():
     files = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*") if path.is_file()}
     pages = {page for _, page in PAGES} | {f"{name}/en.md" for name in NAMES}
-    assert files == pages | {f"pictures/{name}.webp" for name in NAMES}
+    assert files == pages | {f"images/{name}.webp" for name in NAMES}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_page_that_frontends_ask_for_first_is_the_same(name):
     """They ask for en.md and, where it isn't there, say so in the console before they take NAME.md, which is
-    also what all other languages get. `python3 dev.py help-pictures` copies it."""
+    also what all other languages get. `python3 dev.py help-images` copies it."""
     assert (DOCS / name / "en.md").read_bytes() == (DOCS / f"{name}.md").read_bytes()

@@ -208,7 +208,7 @@ def test_places_of_results(tmp_path):
     ]
 
 
-def test_pictures_hash(tmp_path):
+def test_images_hash(tmp_path):
     results, item = Results(tmp_path / "m", BENCHMARKS["folder"]), items(tmp_path).items[0]
     item.source.write_bytes(b"source")
     assert ImageHashes(results).of(item) == "6306457e6ee491982a6743c5"

@@ -190,7 +190,7 @@ def test_pixels_of_either_kind_and_of_any_size(folders, images):
 
 
 @pytest.mark.parametrize("name", VISION)
-def test_several_pictures_of_an_item_follow_one_another(folders, images, name):
+def test_several_images_of_an_item_follow_one_another(folders, images, name):
     encoder = TransformersEncoder({"vision": 16, "text": 16}, folders / name, folders / "t5")
     second = [torch.rand(3, 28, 28), torch.rand(3, 10, 90)]
     third = torch.rand(1, 3, 50, 20)
@@ -352,13 +352,13 @@ def checkpoint(folder, parts, **encoder):
 
 def test_a_second_image_is_one_for_all_items_or_one_for_each(folders, tmp_path, capsys, caplog):
     made = checkpoint(tmp_path, {"vision": 16}, type="comfyui", images=2)
-    pictures = [str(tmp_path / f"{name}.png") for name in ("red", "blue", "green")]
-    for path, size in zip(pictures, ((50, 40), (70, 90), (28, 28)), strict=True):
+    images = [str(tmp_path / f"{name}.png") for name in ("red", "blue", "green")]
+    for path, size in zip(images, ((50, 40), (70, 90), (28, 28)), strict=True):
         Image.new("RGB", size, Path(path).stem).save(path)
     args = ["condition", "--checkpoint", str(made), "--vision-model", str(folders / "siglip")]
-    args += ["--instruction", SHORT, "--image", *pictures[:2]]
+    args += ["--instruction", SHORT, "--image", *images[:2]]
     out = tmp_path / "two.safetensors"
-    assert main([*args, "--image", pictures[2], "--out", str(out)]) == 0
+    assert main([*args, "--image", images[2], "--out", str(out)]) == 0
     assert "batch 2; tokens x width: vision 8 x 16" in capsys.readouterr().out
     assert not caplog.records
     tokens = Condition.load(out).parts["vision"]
@@ -368,17 +368,17 @@ def test_a_second_image_is_one_for_all_items_or_one_for_each(folders, tmp_path, 
     assert main([*args, "--out", str(one)]) == 0
     assert torch.equal(Condition.load(one).parts["vision"], tokens[:, :4])
     assert "trained with 2 images per item, here is 1" in caplog.text
-    assert main([*args, "--image", *pictures, "--out", str(tmp_path / "no.safetensors")]) == 1
+    assert main([*args, "--image", *images, "--out", str(tmp_path / "no.safetensors")]) == 1
     assert "--image number 2 has 3 images for 2 images" in capsys.readouterr().err
 
 
-def test_from_pictures_to_a_lora(folders, tmp_path, capsys):
+def test_from_images_to_a_lora(folders, tmp_path, capsys):
     made = checkpoint(tmp_path, {"text": 16, "vision": 16}, type="comfyui")
-    pictures = [str(tmp_path / name) for name in ("a.png", "b.png")]
-    Image.new("RGB", (50, 40), "red").save(pictures[0])
-    Image.new("RGB", (700, 900), "blue").save(pictures[1])
+    images = [str(tmp_path / name) for name in ("a.png", "b.png")]
+    Image.new("RGB", (50, 40), "red").save(images[0])
+    Image.new("RGB", (700, 900), "blue").save(images[1])
     out = tmp_path / "condition.safetensors"
-    args = ["condition", "--checkpoint", str(made), "--image", *pictures, "--out", str(out)]
+    args = ["condition", "--checkpoint", str(made), "--image", *images, "--out", str(out)]
     args += ["--vision-model", str(folders / "siglip"), "--text-model", str(folders / "clip_l")]
     assert main([*args, "--instruction", SHORT]) == 0
     assert "batch 2; tokens x width: text 12 x 16, vision 4 x 16" in capsys.readouterr().out

@@ -15,7 +15,7 @@ def node(class_type: str, **inputs: Any) -> dict[str, Any]:
 
 
 def edit_graph(instruction: str = "blur the image") -> dict[str, dict]:
-    """The bundled editor's stock graph; the picture is what upload_photo gave."""
+    """The bundled editor's stock graph; the image is what upload_photo gave."""
     return {
         "1": node("LoadImage", image="photo.png"),
         "2": node("HYWULoadBundledEditor"),
@@ -56,7 +56,7 @@ def open_graph(page, graph: dict[str, dict]) -> None:
 
 
 def run(page, timeout: float = 240_000) -> None:
-    """Queue the graph by its shortcut; wait until SaveImage has its picture."""
+    """Queue the graph by its shortcut; wait until SaveImage has its image."""
     page.evaluate(
         "() => { for (const key in window.app.nodeOutputs) delete window.app.nodeOutputs[key] }"
     )
@@ -181,7 +181,7 @@ def types(page) -> list[str]:
     )
 
 
-def saved_picture(page) -> dict[str, str]:
+def saved_image(page) -> dict[str, str]:
     """What SaveImage wrote: {filename, subfolder, type}."""
     return page.evaluate(
         """() => { const n = window.app.graph._nodes.find((n) => n.type === 'SaveImage');

@@ -21,7 +21,7 @@ def node(kind: str, **inputs: Any) -> dict[str, Any]:
 
 
 def put_photo(folder: Path, name: str = PHOTO, size: int = 48, seed: int = 0) -> Tensor:
-    """Write a random picture of coarse and fine detail; returns it as ``[3, H, W]`` in 0..1.
+    """Write a random image of coarse and fine detail; returns it as ``[3, H, W]`` in 0..1.
 
     Fine detail, so that a trained blur has something to take away.
     """
@@ -64,7 +64,7 @@ def edit_graph(
 
 
 def sampling(tag: str, text: str, model: list, image: list, seed: int = 3) -> dict[str, dict]:
-    """Stock nodes from text and image to a saved picture; `tag` keeps several of them apart."""
+    """Stock nodes from text and image to a saved image; `tag` keeps several of them apart."""
     return {
         f"text{tag}": node("CLIPTextEncode", text=text, clip=["editor", 1]),
         f"pair{tag}": node(
@@ -86,7 +86,7 @@ def run(server, graph: dict[str, dict], timeout: float = 240) -> dict[str, Any]:
     return run_sync(server.url, graph, timeout=timeout)[0]["outputs"]
 
 
-def pictures(server, outputs: dict[str, Any], name: str = "save") -> Tensor:
+def images(server, outputs: dict[str, Any], name: str = "save") -> Tensor:
     """``[B, 3, H, W]`` in 0..1 of a SaveImage node."""
     folder, images = server.base / "output", []
     for item in outputs[name]["images"]:

@@ -18,7 +18,7 @@ from hywu_core.layout import LoRALayout
 
 
 def make_editor(path: Path, seed: int = 0, width: int = 32) -> Editor:
-    """An editor of 32 x 32 pixels that changes pictures, written to `path`."""
+    """An editor of 32 x 32 pixels that changes images, written to `path`."""
     torch.manual_seed(seed)
     editor = Editor(EditorConfig(width=width, depth=2, heads=4, text_depth=1, train_size=32))
     editor.reset_parameters()
@@ -43,8 +43,8 @@ def make_weights(folder: Path, tasks: Sequence[str] = ()) -> Path:
     torch.nn.init.normal_(generator.model.proj_out_B.weight, std=0.1)
     save_generator(generator, folder / "generator.safetensors")
     engine = BundledEditor.load(folder / "editor.safetensors", folder / "generator.safetensors")
-    picture = torch.rand(3, 32, 32)
+    image = torch.rand(3, 32, 32)
     for name in ("shared", *(f"single_{task}" for task in tasks)):
-        lora = engine.edit(picture, f"{name} the photo", steps=1).lora
+        lora = engine.edit(image, f"{name} the photo", steps=1).lora
         lora.save(folder / f"{name}.safetensors")
     return folder

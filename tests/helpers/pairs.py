@@ -18,9 +18,9 @@ SIZE = 64
 def make_pairs(
     folder: Path, count: int = 4, tasks: tuple[str, ...] = tuple(TASKS), references: int = 0
 ) -> Path:
-    """Pairs of smooth random pictures; each task changes the same sources the opposite way.
+    """Pairs of smooth random images; each task changes the same sources the opposite way.
 
-    references: further pictures of each row, parts of its source in other shapes.
+    references: further images of each row, parts of its source in other shapes.
     """
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(0)

@@ -22,7 +22,7 @@ NAMES = ("editor", "generator", "shared", *(f"single_{task}" for task in TASKS))
 
 
 def make_random(folder: Path) -> Path:
-    """A small editor, its generator and LoRAs: random, but all of them change the picture."""
+    """A small editor, its generator and LoRAs: random, but all of them change the image."""
     torch.manual_seed(0)
     config = EditorConfig(
         widths=(8, 16, 32),

@@ -148,7 +148,7 @@ class Soak:
 
     async def one(self, client: Client, edit: Edit) -> None:
         record = await client.run(edit.graph(kept=False))
-        self.made.append((edit, g.pictures(self.server, record["outputs"])))
+        self.made.append((edit, g.images(self.server, record["outputs"])))
         self.counts["finished"] += 1
 
     async def hostile(self, client: Client) -> None:
@@ -264,11 +264,11 @@ class Soak:
         blind = []
         for how in ("generated", "file", "stock"):
             edits = [Edit(how, TEXTS[0], version, version) for version in KEPT]
-            one, two = (g.pictures(server, g.run(server, e.graph(kept=True))) for e in edits)
+            one, two = (g.images(server, g.run(server, e.graph(kept=True))) for e in edits)
             blind += [f"{how}: both versions give one image"] if torch.equal(one, two) else []
         wanted: dict[Edit, torch.Tensor] = {}
         for edit in dict.fromkeys(edit for edit, _ in self.made):
-            wanted[edit] = g.pictures(server, g.run(server, edit.graph(kept=True)))
+            wanted[edit] = g.images(server, g.run(server, edit.graph(kept=True)))
         self.counts["different images compared"] = len(wanted)
         return blind + [
             f"{edit!r}"[:200] + f": {g.levels(image, wanted[edit]):g} levels apart"

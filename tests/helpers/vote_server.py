@@ -19,7 +19,7 @@ yarl = pytest.importorskip("yarl", reason="comes with aiohttp")
 
 
 def make(folder: Path, pairs: int = 4, **options) -> Path:
-    """A session on flat pictures whose metadata name the method, as ComfyUI's do."""
+    """A session on flat images whose metadata name the method, as ComfyUI's do."""
     entries = []
     for i in range(pairs):
         paths = []

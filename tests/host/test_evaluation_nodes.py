@@ -218,7 +218,7 @@ def photo(path, colour: int, side: int = 80):
 
 
 def gedit_as_published(folder):
-    """Two items in two languages in a parquet file, as on the hub, and one without a picture."""
+    """Two items in two languages in a parquet file, as on the hub, and one without an image."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -241,7 +241,7 @@ def gedit_as_published(folder):
 
 
 def imgedit_as_published(folder):
-    """Three items, their pictures in a folder beside the list."""
+    """Three items, their images in a folder beside the list."""
     rows = {}
     for number, kind in enumerate(("adjust", "style", "background")):
         photo(folder / "singleturn" / kind / f"{number}.png", 40 * number)
@@ -254,7 +254,7 @@ def imgedit_as_published(folder):
 
 
 def folder_of_pairs(folder):
-    """Three items with their targets, of sizes of their own, and one whose picture is missing."""
+    """Three items with their targets, of sizes of their own, and one whose image is missing."""
     rows = []
     for number in range(3):
         photo(folder / f"{number}.png", 40 * number, 70 + 9 * number)

@@ -117,7 +117,7 @@ def test_the_whole_graph_is_the_engines(folders):
         alone = p.sample([request], given, steps=STEPS, guidance=2.5, flow_shift=3.0, noise=noise)
         made = latent(folders, outputs, tag)
         assert distance(made, p.vae.unscaled(alone)) < EQUAL
-        image = g.pictures(folders, outputs, f"save{tag}")
+        image = g.images(folders, outputs, f"save{tag}")
         assert g.levels(image, p.decode(alone)) <= g.SAME
     report = g.said(outputs, "apply")
     assert report["mode"] == "unmerged"
@@ -163,7 +163,7 @@ def test_the_shipped_workflow(folders):
     shipped[find_node(shipped, "Sample")]["inputs"]["steps"] = 2
     outputs = g.run(folders, shipped)
     (ident,) = (i for i, n in shipped.items() if n["class_type"] == "SaveImage")
-    assert g.pictures(folders, outputs, ident).shape[0] == 1
+    assert g.images(folders, outputs, ident).shape[0] == 1
 
 
 def test_a_wrong_folder_is_one_sentence(folders):

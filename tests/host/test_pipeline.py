@@ -25,8 +25,8 @@ def engine(weights):
 
 @pytest.fixture(scope="module")
 def direct(server, photo):
-    """The picture of the plain graph."""
-    return g.pictures(server, g.run(server, g.edit_graph()))
+    """The image of the plain graph."""
+    return g.images(server, g.run(server, g.edit_graph()))
 
 
 def test_the_edit_is_the_engines(server, photo, engine, direct):
@@ -36,10 +36,10 @@ def test_the_edit_is_the_engines(server, photo, engine, direct):
     assert g.levels(direct[0], without.image) > 2
 
 
-def test_merged_gives_the_same_picture(server, photo, direct):
+def test_merged_gives_the_same_image(server, photo, direct):
     outputs = g.run(server, g.edit_graph(mode="merge"))
     assert g.said(outputs, "apply")["mode"] == "merge"
-    assert g.levels(g.pictures(server, outputs), direct) <= g.SAME
+    assert g.levels(g.images(server, outputs), direct) <= g.SAME
 
 
 def test_reports_and_norms(server, photo, engine):
@@ -70,18 +70,18 @@ def test_each_image_of_a_batch_is_as_alone(server, photo):
         "both": g.node("ImageBatch", image1=["photo", 0], image2=["other", 0]),
     }
     texts = ["blur the image", "sharpen the image, please"]
-    whole = g.pictures(
+    whole = g.images(
         server, g.run(server, g.edit_graph("\n".join(texts), image=["both", 0], **batch))
     )
     assert whole.shape[0] == 2
     # noise of one image alone is the first of the batch's, so only the first can be compared
-    first = g.pictures(server, g.run(server, g.edit_graph(texts[0])))
+    first = g.images(server, g.run(server, g.edit_graph(texts[0])))
     assert g.levels(whole[0], first[0]) <= g.SAME
     swapped = {"both": g.node("ImageBatch", image1=["other", 0], image2=["photo", 0])}
     graph = g.edit_graph("\n".join(texts[::-1]), image=["both", 0], **{**batch, **swapped})
-    second = g.pictures(server, g.run(server, graph))
+    second = g.images(server, g.run(server, graph))
     alone = g.edit_graph(texts[1], image=["other", 0], other=batch["other"])
-    assert g.levels(second[0], g.pictures(server, g.run(server, alone))[0]) <= g.SAME
+    assert g.levels(second[0], g.images(server, g.run(server, alone))[0]) <= g.SAME
 
 
 @pytest.mark.parametrize("kind", ["ComfyUI", "PEFT", "native"])
@@ -94,7 +94,7 @@ def test_a_saved_lora_gives_the_same_when_loaded_again(server, photo, direct, ki
     load = {"load": g.node("HYWULoadLoRA", lora=name)}
     graph = g.edit_graph(**load)
     graph["apply"]["inputs"]["lora"] = ["load", 0]
-    assert g.levels(g.pictures(server, g.run(server, graph)), direct) <= g.SAME
+    assert g.levels(g.images(server, g.run(server, graph)), direct) <= g.SAME
     if kind == "ComfyUI":
         stock = g.node(
             "LoraLoaderModelOnly", model=["editor", 0], lora_name=name, strength_model=1.0
@@ -105,14 +105,14 @@ def test_a_saved_lora_gives_the_same_when_loaded_again(server, photo, direct, ki
         )  # fmt: skip
         for loader in (stock, both):
             outputs = g.run(server, g.edit_graph(model=["stock", 0], stock=loader))
-            assert g.levels(g.pictures(server, outputs), direct) <= g.SAME
+            assert g.levels(g.images(server, outputs), direct) <= g.SAME
 
 
-def test_bundled_loras_are_offered_and_change_the_picture(server, photo, direct):
+def test_bundled_loras_are_offered_and_change_the_image(server, photo, direct):
     for name in ("bundled: shared", "bundled: single blur"):
         graph = g.edit_graph(load=g.node("HYWULoadLoRA", lora=name))
         graph["apply"]["inputs"]["lora"] = ["load", 0]
-        assert g.levels(g.pictures(server, g.run(server, graph)), direct) > 1
+        assert g.levels(g.images(server, g.run(server, graph)), direct) > 1
 
 
 def test_strength_and_seed_never_generate_again(server, photo):
@@ -126,11 +126,11 @@ def test_strength_and_seed_never_generate_again(server, photo):
     first = g.run(server, g.edit_graph(text))
     assert not g.said(first, "generate")["cached"]
     other = g.run(server, g.edit_graph(text, strength=0.5, seed=9))
-    assert g.levels(g.pictures(server, other), g.pictures(server, first)) > 1
+    assert g.levels(g.images(server, other), g.images(server, first)) > 1
     asyncio.run(free())
     again = g.run(server, g.edit_graph(text, strength=0.5, seed=9))
     assert g.said(again, "generate")["cached"]
-    assert torch.equal(g.pictures(server, again), g.pictures(server, other))
+    assert torch.equal(g.images(server, again), g.images(server, other))
 
 
 def test_a_blend_is_both_loras_at_their_shares(server, photo, direct):
@@ -150,14 +150,14 @@ def test_a_blend_is_both_loras_at_their_shares(server, photo, direct):
         )
         graph = g.edit_graph(blend=blend, **other)
         graph["apply"]["inputs"]["lora"] = ["blend", 0]
-        return g.pictures(server, g.run(server, graph))
+        return g.images(server, g.run(server, graph))
 
     second = g.node(
         "HYWUApplyLoRA", model=["apply", 0], lora=["generate2", 0], strength=0.75, mode="merge"
     )
     graph = g.edit_graph(strength=0.25, second=second, **other)
     graph["sample"]["inputs"]["model"] = ["second", 0]
-    assert g.levels(blended(0.75), g.pictures(server, g.run(server, graph))) <= g.SAME
+    assert g.levels(blended(0.75), g.images(server, g.run(server, graph))) <= g.SAME
     assert g.levels(blended(0.0), direct) <= g.SAME
     assert g.levels(blended(1.0), direct) > 1
 
@@ -182,9 +182,9 @@ def test_two_in_a_row_on_branches_and_beside_a_stock_loader(server, photo, direc
     }  # fmt: skip
     outputs = g.run(server, g.edit_graph(strength=0.5, mode="unmerged", **more))
     for chained in ("save2", "save3"):
-        assert g.levels(g.pictures(server, outputs, chained), direct) <= g.SAME
-    plain, one = g.pictures(server, outputs, "save4"), g.pictures(server, outputs)
+        assert g.levels(g.images(server, outputs, chained), direct) <= g.SAME
+    plain, one = g.images(server, outputs, "save4"), g.images(server, outputs)
     assert g.levels(one, direct) > 1
     assert g.levels(plain, direct) > 1
     alone = g.run(server, g.edit_graph(model=["editor", 0]))
-    assert torch.equal(g.pictures(server, alone), plain)
+    assert torch.equal(g.images(server, alone), plain)

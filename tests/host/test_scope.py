@@ -5,7 +5,7 @@ from __future__ import annotations
 import edit_graph as g
 import pytest
 
-#: Levels of 255 up to which pictures count as equal: rounding to bytes may fall either way.
+#: Levels of 255 up to which images count as equal: rounding to bytes may fall either way.
 EQUAL = g.SAME
 
 
@@ -30,7 +30,7 @@ def applied(model: str, lora: str, mode: str, strength: float = 3.0, **more) -> 
 
 
 def branch(name: str) -> dict[str, dict]:
-    """The nodes of one branch, from the MODEL to its picture. `bypass`: newer ComfyUIs require it."""
+    """The nodes of one branch, from the MODEL to its image. `bypass`: newer ComfyUIs require it."""
     models = {
         "Plain": {},
         "Unmerged": {"aUnmerged": applied("editor", "generate", "unmerged")},
@@ -63,10 +63,10 @@ NAMES = ("Plain", "Unmerged", "Merged", "Stock", "Stacked")
 
 @pytest.fixture(scope="module")
 def alone(server):
-    """Each branch's picture from a prompt of its own."""
+    """Each branch's image from a prompt of its own."""
     g.put_photo(server.base / "input")
     return {
-        name: g.pictures(server, g.run(server, common() | branch(name)), f"save{name}")
+        name: g.images(server, g.run(server, common() | branch(name)), f"save{name}")
         for name in NAMES
     }
 
@@ -78,10 +78,10 @@ def test_sibling_branches_never_see_each_others_lora(server, alone):
             graph |= branch(name)
         outputs = g.run(server, graph)
         for name in NAMES:
-            assert g.levels(g.pictures(server, outputs, f"save{name}"), alone[name]) <= EQUAL, name
+            assert g.levels(g.images(server, outputs, f"save{name}"), alone[name]) <= EQUAL, name
 
 
-def test_every_branch_is_a_picture_of_its_own(alone):
+def test_every_branch_is_an_image_of_its_own(alone):
     for i, one in enumerate(NAMES):
         for two in NAMES[i + 1 :]:
             assert g.levels(alone[one], alone[two]) > 3 * EQUAL, (one, two)
@@ -107,7 +107,7 @@ def test_keyframes_of_stock_hook_nodes_are_a_range_of_the_sampling(server, alone
     graph["aHalf"] = applied("editor", "generate", "unmerged", scope=["half", 0])
     graph |= g.sampling("Half", "an edit", ["aHalf", 0], ["photo", 0])
     outputs = g.run(server, graph)
-    hooked, half = (g.pictures(server, outputs, f"save{name}") for name in ("Hook", "Half"))
+    hooked, half = (g.images(server, outputs, f"save{name}") for name in ("Hook", "Half"))
     assert g.levels(hooked, half) <= EQUAL
     assert g.levels(hooked, alone["Plain"]) > 3 * EQUAL
     assert g.levels(hooked, alone["Unmerged"]) > 3 * EQUAL

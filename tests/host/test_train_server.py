@@ -55,7 +55,7 @@ def training(name: str, steps: int) -> dict[str, dict]:
 
 
 def sampled(server, unused: str) -> np.ndarray:
-    """A picture of the base model as it is; at cfg 1 the negative text only makes the node run again."""
+    """An image of the base model as it is; at cfg 1 the negative text only makes the node run again."""
     graph = training("unused", 1)
     del graph["train"]
     graph |= {
@@ -70,7 +70,7 @@ def sampled(server, unused: str) -> np.ndarray:
         "decode": g.node("VAEDecode", samples=["sample", 0], vae=["vae", 0]),
         "save": g.node("SaveImage", images=["decode", 0], filename_prefix="base"),
     }  # fmt: skip
-    return g.pictures(server, g.run(server, graph)).numpy()
+    return g.images(server, g.run(server, graph)).numpy()
 
 
 def post(server, path: str) -> None:
@@ -136,7 +136,7 @@ def test_a_generator_reads_the_models_own_hidden_states(server, tiny_sd3):
     report = g.said(outputs, "encode")
     assert (report["tokens"], report["warnings"]) == (16, [])
     assert g.said(outputs, "apply")["skipped"] == 0
-    base, edit = (g.pictures(server, outputs, f"save_{tag}") for tag in ("base", "edit"))
+    base, edit = (g.images(server, outputs, f"save_{tag}") for tag in ("base", "edit"))
     assert g.levels(base, edit) >= 1
     # the text as a stock node's CONDITIONING is the same condition
     encode = graph["encode"]["inputs"]
@@ -146,7 +146,7 @@ def test_a_generator_reads_the_models_own_hidden_states(server, tiny_sd3):
     report = g.said(outputs, "encode")
     assert (report["text_from"], report["warnings"]) == ("conditioning", [])
     assert g.said(outputs, "generate")["cached"]
-    # a second picture is read, though the generator was trained with one
+    # a second image is read, though the generator was trained with one
     encode["image2"] = ["photo", 0]
     outputs = g.run(server, graph)
     assert g.said(outputs, "encode")["tokens"] == 32

@@ -22,9 +22,9 @@ from hywu_core.headless.client import Client, Interrupted, NodeFailed, Refused
 
 @pytest.fixture(scope="module")
 def direct(server):
-    """The picture of the plain graph, which every prompt after trouble must still give."""
+    """The image of the plain graph, which every prompt after trouble must still give."""
     g.put_photo(server.base / "input")
-    return g.pictures(server, g.run(server, g.edit_graph()))
+    return g.images(server, g.run(server, g.edit_graph()))
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +45,13 @@ def slow(server, weights):
 
 @pytest.fixture
 def goes_on(server, direct):
-    """After the test the server gives the same picture as before it."""
+    """After the test the server gives the same image as before it."""
     yield
-    assert torch.equal(g.pictures(server, g.run(server, g.edit_graph())), direct)
+    assert torch.equal(g.images(server, g.run(server, g.edit_graph())), direct)
 
 
 def slow_graph(slow: str, size: int, count: int) -> dict:
-    """A batch of plain pictures, other ones each time, through encode and generate."""
+    """A batch of plain images, other ones each time, through encode and generate."""
     graph = g.edit_graph(image=["many", 0])
     graph["generator"]["inputs"]["checkpoint"] = slow
     graph["many"] = g.node(
@@ -95,7 +95,7 @@ def test_interruption_in_the_middle(server, slow, goes_on, target, size, count):
 
 
 def test_interrupted_prompts_leave_no_memory_behind(server, slow, goes_on):
-    """The pictures of each take 192 MiB, and the encoder's copy of them as much again."""
+    """The images of each take 192 MiB, and the encoder's copy of them as much again."""
     process, marks = psutil.Process(server.process.pid), []
     for _ in range(5):
         interrupt_at(server, slow_graph(slow, 128, 1024), "encode")
@@ -110,7 +110,7 @@ def test_interruption_while_sampling_leaves_no_lora_behind(server, direct, goes_
     assert "sample" in interrupt_at(server, graph, "sample")
     plain = g.edit_graph(model=["editor", 0])
     del plain["apply"], plain["generate"], plain["encode"], plain["generator"]
-    assert g.levels(g.pictures(server, g.run(server, plain)), direct) > 1
+    assert g.levels(g.images(server, g.run(server, plain)), direct) > 1
 
 
 @pytest.mark.parametrize("damage", ["deleted", "cut"])
@@ -199,7 +199,7 @@ def test_any_unicode_and_any_length(server, direct, text):
     graph = g.edit_graph(text)
     outputs = g.run(server, graph)
     assert g.said(outputs, "encode")["warnings"]
-    assert torch.isfinite(g.pictures(server, outputs)).all()
+    assert torch.isfinite(g.images(server, outputs)).all()
 
 
 HALF = "half \ud83d pair"
@@ -244,7 +244,7 @@ def test_images_of_any_kind_are_encoded(server, direct, mode, size):
     assert g.said(outputs, "generate")["loras"] == 1
 
 
-def test_a_picture_of_one_pixel_is_refused_or_edited(server, direct, goes_on):
+def test_an_image_of_one_pixel_is_refused_or_edited(server, direct, goes_on):
     """Stock InstructPixToPixConditioning can't; VAE Encode with ReferenceLatent can."""
     Image.new("RGB", (1, 1), (9, 90, 40)).save(server.base / "input" / "pixel.png")
     pixel = g.node("LoadImage", image="pixel.png")
@@ -255,4 +255,4 @@ def test_a_picture_of_one_pixel_is_refused_or_edited(server, direct, goes_on):
     for name in ("positive", "negative"):
         graph["sample"]["inputs"][name] = ["pair", 0]
     graph["sample"]["inputs"]["latent_image"] = ["latent", 0]
-    assert g.pictures(server, g.run(server, graph)).shape == (1, 3, 1, 1)
+    assert g.images(server, g.run(server, graph)).shape == (1, 3, 1, 1)

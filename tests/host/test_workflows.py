@@ -22,7 +22,7 @@ from hywu_core.headless.graph import find_node, read_graph
 from hywu_core.headless.local import get_json
 from workflows import blueprints, build, demo
 from workflows.canvas import INPUT, default_of, has_control, inputs_of, is_widget
-from workflows.pictures import THUMBNAIL, with_stand_in
+from workflows.thumbnails import THUMBNAIL, with_stand_in
 
 FOLDER = dev.ROOT / "workflows"
 NAMES = build.names()
@@ -61,14 +61,14 @@ def info(server) -> dict:
     return get_json(f"{server.url}/object_info", timeout=60)
 
 
-def picture(server, item: dict) -> np.ndarray:
+def image(server, item: dict) -> np.ndarray:
     """``[H, W, 3]`` in levels of 255."""
     with Image.open(server.base / "output" / item["subfolder"] / item["filename"]) as file:
         return np.asarray(file.convert("RGB"), dtype=np.float64)
 
 
 def run(server, graph: dict) -> dict[str, np.ndarray]:
-    """ "TITLE" or "TITLE:NUMBER" of every SaveImage node -> its picture."""
+    """ "TITLE" or "TITLE:NUMBER" of every SaveImage node -> its image."""
     record, _ = run_sync(server.url, graph, timeout=600)
     found = {}
     for ident, node in graph.items():
@@ -76,7 +76,7 @@ def run(server, graph: dict) -> dict[str, np.ndarray]:
             items = record["outputs"][ident]["images"]
             title = node["_meta"]["title"]
             for number, item in enumerate(items):
-                found[title if len(items) == 1 else f"{title}:{number}"] = picture(server, item)
+                found[title if len(items) == 1 else f"{title}:{number}"] = image(server, item)
     return found
 
 
@@ -356,7 +356,7 @@ def test_every_photograph_of_the_workflows_is_shipped_with_its_licence():
 
 @pytest.fixture(scope="module")
 def results(server, weights) -> dict[str, dict[str, np.ndarray]]:
-    """name -> pictures of the one run that several tests look at."""
+    """name -> images of the one run that several tests look at."""
     return {}
 
 
@@ -436,7 +436,7 @@ def test_age_and_restore_share_seed_source_and_model():
     assert loaded == {"bundled: shared", "bundled: single age", "bundled: single restore"}
 
 
-def test_the_saved_lora_makes_the_picture_that_the_stock_node_made_from_memory(server, weights):
+def test_the_saved_lora_makes_the_image_that_the_stock_node_made_from_memory(server, weights):
     graph = api("save_and_reuse_lora")
     graph[find_node(graph, "Instruction")]["inputs"]["value"] = "blur"  # saved anew, by this test
     record, _ = run_sync(server.url, graph, timeout=600)
@@ -448,7 +448,7 @@ def test_the_saved_lora_makes_the_picture_that_the_stock_node_made_from_memory(s
         outputs = {**record["outputs"], **again["outputs"]}
         titles = ("Reused by a stock node", "Reused from a file")
         memory, file = (
-            picture(server, outputs[find_node(graph, title)]["images"][0]) for title in titles
+            image(server, outputs[find_node(graph, title)]["images"][0]) for title in titles
         )
         assert np.abs(memory - file).max() <= 1
 
@@ -460,9 +460,7 @@ def test_the_command_line_takes_titles_and_a_photograph(server, weights, tmp_pat
     assert [path.name for path in (tmp_path / "out").glob("edited*.png")] != []
 
 
-def test_the_demo_shows_pictures_sharpness_and_times(
-    server, weights, tmp_path, monkeypatch, capsys
-):
+def test_the_demo_shows_images_sharpness_and_times(server, weights, tmp_path, monkeypatch, capsys):
     out = tmp_path / "demo"
     monkeypatch.setattr(sys, "argv", ["demo", "--server", server.url, "--out", str(out)])
     assert demo.main() == 0

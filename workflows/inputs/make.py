@@ -38,10 +38,10 @@ def square(name: str) -> torch.Tensor:
 
 def make() -> None:
     for name, (photograph, task, seed) in PHOTOGRAPHS.items():
-        picture = square(photograph)
+        image = square(photograph)
         if task is not None:
-            picture, _ = get_task(task).make(picture, torch.Generator().manual_seed(seed))
-        pixels = picture[0].mul(255).round().byte().permute(1, 2, 0).contiguous().numpy()
+            image, _ = get_task(task).make(image, torch.Generator().manual_seed(seed))
+        pixels = image[0].mul(255).round().byte().permute(1, 2, 0).contiguous().numpy()
         Image.fromarray(pixels).save(HERE / f"{name}.png", optimize=True)
 
 

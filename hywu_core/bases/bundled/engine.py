@@ -1,4 +1,4 @@
-"""The bundled editor with its generator: one call from a picture and an instruction to the edit."""
+"""The bundled editor with its generator: one call from an image and an instruction to the edit."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class BundledEditor:
         if not instruction.strip():
             raise HYWUError("The instruction is empty; say in a few words what to change.")
         if image.ndim != 3 or image.shape[0] != 3:
-            raise HYWUError(f"The picture is {tuple(image.shape)}; it must be [3, height, width].")
+            raise HYWUError(f"The image is {tuple(image.shape)}; it must be [3, height, width].")
         scale = 1.0 if image.is_floating_point() else 255.0
         source = (image[None].to(self.editor.text.position.device, torch.float32) / scale).clamp(
             0, 1

@@ -51,8 +51,8 @@ class HunyuanEncoder:
                 )
             requests, sources = [r.request for r in rows], [r.sources for r in rows]
         else:
-            pictures = [each.movedim(1, -1) for each in (images, *further)]
-            requests = requests_of(reader, "\n".join(instructions), pictures)
+            shown = [each.movedim(1, -1) for each in (images, *further)]
+            requests = requests_of(reader, "\n".join(instructions), shown)
             sources = encoded(reader, requests)
         states = hidden_states(self.model, requests, sources).float().cpu()
         lengths = [len(reader.prompts.ratio(request)) for request in requests]

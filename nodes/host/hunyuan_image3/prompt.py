@@ -57,9 +57,9 @@ def requests_of(
             )
     made = []
     for i in range(count):
-        pictures = [to_pillow(rgb(each[i % each.shape[0]]).movedim(-1, 0)) for each in given]
+        images = [to_pillow(rgb(each[i % each.shape[0]]).movedim(-1, 0)) for each in given]
         text, ratio = _split_ratio(thoughts[i % len(thoughts)], reader)
-        made.append(Request(texts[i % len(texts)], pictures, text, size, seed + i, ratio))
+        made.append(Request(texts[i % len(texts)], images, text, size, seed + i, ratio))
         reader.prompts.check(made[-1])
     return made
 

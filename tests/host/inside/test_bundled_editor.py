@@ -44,7 +44,7 @@ class Loaded:
             denoise=denoise,
         )[0]["samples"]  # fmt: skip
 
-    def picture(self, *args, **kwargs):
+    def image(self, *args, **kwargs):
         """``[B, H, W, 3]`` in 0..1."""
         return self.vae.decode(self.sample(*args, **kwargs))
 
@@ -71,11 +71,11 @@ def no_gradients():
 def test_stock_nodes_give_what_the_engine_gives(editor):
     images, side = editor.images, editor.side
     large = torch.rand(1, 2 * side + 8, side + 24, 3, generator=torch.Generator().manual_seed(1))
-    assert gap(editor.picture(images), images) > 0.01
-    assert gap(editor.picture(images), editor.engine(images, [TEXT] * 2)) < 1e-3
-    assert gap(editor.picture(large), editor.engine(large, [TEXT])) < 1e-3
-    assert gap(editor.picture(images, steps=4), editor.engine(images, [TEXT] * 2, 4)) < 1e-3
-    lines = editor.picture(images, text="blur\nsharpen it")
+    assert gap(editor.image(images), images) > 0.01
+    assert gap(editor.image(images), editor.engine(images, [TEXT] * 2)) < 1e-3
+    assert gap(editor.image(large), editor.engine(large, [TEXT])) < 1e-3
+    assert gap(editor.image(images, steps=4), editor.engine(images, [TEXT] * 2, 4)) < 1e-3
+    lines = editor.image(images, text="blur\nsharpen it")
     assert gap(lines, editor.engine(images, ["blur", "sharpen it"])) < 1e-3
 
 
@@ -91,15 +91,15 @@ def test_every_stock_sampler_works(editor, sampler):
 
 def test_guidance_and_denoise_have_an_effect(editor):
     images = editor.images
-    assert gap(editor.picture(images, cfg=3.0), editor.picture(images)) > 1e-3
-    assert gap(editor.picture(images, denoise=0.5), images) > 1e-3
+    assert gap(editor.image(images, cfg=3.0), editor.image(images)) > 1e-3
+    assert gap(editor.image(images, denoise=0.5), images) > 1e-3
 
 
 def test_nodes_that_replace_the_sampling_keep_the_scale_of_time(editor):
     """ModelSamplingSD3 counts in thousandths."""
     shifted = ModelSamplingSD3().patch(editor.model, 1.0)[0]
-    wanted = editor.picture(editor.images, steps=4)
-    assert gap(editor.picture(editor.images, steps=4, model=shifted), wanted) < 1e-3
+    wanted = editor.image(editor.images, steps=4)
+    assert gap(editor.image(editor.images, steps=4, model=shifted), wanted) < 1e-3
 
 
 def leave_behind(patcher) -> None:

@@ -1,4 +1,4 @@
-"""Thumbnails for the template browser and the pictures of the documentation, from real runs."""
+"""Thumbnails for the template browser and the images of the documentation, from real runs."""
 
 from __future__ import annotations
 
@@ -68,13 +68,13 @@ def jpeg(image: Image.Image, limit: int) -> bytes:
         image.save(content, "JPEG", quality=quality, optimize=True)
         if content.tell() < limit:
             return content.getvalue()
-    raise HYWUError(f"The picture doesn't fit into {limit} bytes.")
+    raise HYWUError(f"The image doesn't fit into {limit} bytes.")
 
 
 def thumbnail_and_sheet(
     server: str, inputs: Path, graph: dict, layout: dict
 ) -> tuple[bytes, bytes | None]:
-    """The thumbnail, and the documentation's picture where the layout names one, as JPEG.
+    """The thumbnail, and the documentation's image where the layout names one, as JPEG.
 
     inputs: the folder of the images that come along. The layout's `sheet` are the rows of the latter,
     where they aren't those of the thumbnail.
@@ -85,7 +85,7 @@ def thumbnail_and_sheet(
         return [[_image(results, inputs, entry) for entry in row] for row in wanted]
 
     small = jpeg(table(rows(layout["thumbnail"]), THUMBNAIL), LIMIT)
-    if not layout.get("picture"):
+    if not layout.get("image"):
         return small, None
     large = rows(layout.get("sheet", layout["thumbnail"]))
     side, gap = 256, 4

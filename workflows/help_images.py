@@ -1,7 +1,7 @@
-"""Make the pictures of the help pages, web/docs/pictures/CLASS.webp: each node in the real frontend.
+"""Make the images of the help pages, web/docs/images/CLASS.webp: each node in the real frontend.
 
-`python3 dev.py help-pictures` calls it with a running server. One graph holds every node of the extension. For
-each picture the node stands in the middle of the canvas, links coming and going, and is cut out; nodes
+`python3 dev.py help-images` calls it with a running server. One graph holds every node of the extension. For
+each image the node stands in the middle of the canvas, links coming and going, and is cut out; nodes
 that draw something of a run have run before.
 """
 
@@ -22,14 +22,14 @@ from hywu_core.headless.local import get_json
 
 from .browser import FLAGS, SETTINGS, find_chromium, open_frontend
 
-DOCS = Path(__file__).parents[1] / "web" / "docs" / "pictures"
-#: Pixels of the window; a picture's width, and the node's within it.
+DOCS = Path(__file__).parents[1] / "web" / "docs" / "images"
+#: Pixels of the window; an image's width, and the node's within it.
 WINDOW, WIDTH, NODE = (1400, 1700), 492, 412
 #: Zoom, and the height from which on a node is drawn at its natural size.
 ZOOM, TALL = 4 / 3, 600
 #: Class -> height of a node with a map, whatever weights it is of; the others are as high as needed.
 HEIGHTS = {"HYWUGenerateLoRA": 260, "HYWUInspectLoRA": 260}
-#: Class -> id of the node in `GRAPH` that is run before its picture is taken.
+#: Class -> id of the node in `GRAPH` that is run before its image is taken.
 RUN = {"HYWUGenerateLoRA": "8", "HYWUInspectLoRA": "8"}
 QUALITY = 82
 #: The user's settings: nodes without a badge that says which extension they are of.
@@ -82,7 +82,7 @@ GRAPH = {
     "33": node("VAEDecode", samples=["32", 0], vae=["29", 1]),
 }  # fmt: skip
 
-#: What a run of node 8 draws is there: maps of two nodes, and its picture.
+#: What a run of node 8 draws is there: maps of two nodes, and its image.
 SHOWN = """() => document.querySelectorAll('.hywu-norm-map').length > 1
     && Object.values(window.app.nodeOutputs).some((o) => o.images?.length)
     && !window.app.runningNodeId"""
@@ -140,7 +140,7 @@ def before(ident: str) -> dict[str, dict]:
 
 
 def open_graph(page: Any, class_type: str, ident: str) -> None:
-    """Load what the picture shows, and run it where it shows a run."""
+    """Load what the image shows, and run it where it shows a run."""
     run = RUN.get(class_type)
     graph = before(run) if run else around(ident)
     page.evaluate("([graph]) => window.app.loadApiJson(graph, 'help.json')", [graph])
@@ -150,7 +150,7 @@ def open_graph(page: Any, class_type: str, ident: str) -> None:
         page.wait_for_function(SHOWN, timeout=240_000)
 
 
-def picture(page: Any, ident: str, class_type: str) -> Image.Image:
+def draw_one(page: Any, ident: str, class_type: str) -> Image.Image:
     """The node and a little around it, `WIDTH` pixels wide."""
     open_graph(page, class_type, ident)
     arguments = [int(ident), NODE, HEIGHTS.get(class_type, 0), ZOOM, TALL]
@@ -175,14 +175,14 @@ def check_whole(server: str) -> dict[str, str]:
             idents.setdefault(one["class_type"], ident)
     if odd := sorted(known ^ idents.keys()):
         raise HYWUError(
-            f"workflows/help_pictures.py: its GRAPH and the server differ in {', '.join(odd)}; "
+            f"workflows/help_images.py: its GRAPH and the server differ in {', '.join(odd)}; "
             "correct the GRAPH."
         )
     return idents
 
 
 def draw(server: str, folder: Path, names: Sequence[str] = ()) -> Iterator[Path]:
-    """Write the pictures of these classes of nodes, or of all, to `folder`. Raises HYWUError."""
+    """Write the images of these classes of nodes, or of all, to `folder`. Raises HYWUError."""
     playwright = need("playwright.sync_api", "to draw the nodes")
     chromium = find_chromium()
     if chromium is None:
@@ -200,7 +200,7 @@ def draw(server: str, folder: Path, names: Sequence[str] = ()) -> Iterator[Path]
         for class_type in names or idents:
             path = folder / f"{class_type}.webp"
             with atomic_path(path, overwrite=True) as part:
-                image = picture(page, idents[class_type], class_type)
+                image = draw_one(page, idents[class_type], class_type)
                 image.save(part, "WEBP", quality=QUALITY, method=6)
             yield path
         browser.close()
@@ -213,9 +213,9 @@ def copy_pages(pages: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m workflows.help_pictures", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m workflows.help_images", description=__doc__)
     parser.add_argument("--server", required=True, help="address of a running ComfyUI")
-    parser.add_argument("--out", type=Path, default=DOCS, help="folder for the pictures")
+    parser.add_argument("--out", type=Path, default=DOCS, help="folder for the images")
     parser.add_argument("names", nargs="*", help="classes of nodes to draw; all by default")
     args = parser.parse_args()
     copy_pages(DOCS.parent)
@@ -223,7 +223,7 @@ def main() -> None:
         for path in draw(args.server, args.out, args.names):
             say(str(path))
     except HYWUError as error:
-        raise SystemExit(f"help-pictures: {error}") from error
+        raise SystemExit(f"help-images: {error}") from error
 
 
 if __name__ == "__main__":
