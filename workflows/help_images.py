@@ -173,9 +173,9 @@ def check_whole(server: str) -> dict[str, str]:
     for ident, one in GRAPH.items():
         if one["class_type"].startswith(OWN):
             idents.setdefault(one["class_type"], ident)
-    if odd := sorted(known ^ idents.keys()):
+    if unexpected := sorted(known ^ idents.keys()):
         raise HYWUError(
-            f"workflows/help_images.py: its GRAPH and the server differ in {', '.join(odd)}; "
+            f"workflows/help_images.py: its GRAPH and the server differ in {', '.join(unexpected)}; "
             "correct the GRAPH."
         )
     return idents

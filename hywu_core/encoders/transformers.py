@@ -135,10 +135,10 @@ class TransformersEncoder:
         return Condition(parts, masks, fingerprint, {**origin, **number_of_images(len(rows))})
 
     def _fingerprint(self, items: Sequence[Sequence[Tensor]], texts: Sequence[str]) -> str:
-        facts = [list(self.parts), self.identity, self.text_padding, list(texts)]
+        values = [list(self.parts), self.identity, self.text_padding, list(texts)]
         images = itertools.chain.from_iterable(items)
         pieces = ((repr(tuple(image.shape)), image) for image in images)
-        return fingerprint.digest([repr(facts), *itertools.chain.from_iterable(pieces)])
+        return fingerprint.digest([repr(values), *itertools.chain.from_iterable(pieces)])
 
 
 class _Vision:

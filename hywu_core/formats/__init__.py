@@ -95,13 +95,13 @@ def _load(
 
 def _check_targets(path: Path, lora: GeneratedLoRA, layout: LoRALayout) -> None:
     wanted = {target.path: target.module for target in layout.targets()}
-    odd = [
+    unexpected = [
         p for p in lora if (m := wanted.get(p)) is None or _size(m) != _size(lora.target(p).module)
     ]
-    if odd:
+    if unexpected:
         raise HYWUError(
-            f"{path}: made for another base: {len(odd)} targets are not in the layout or differ in "
-            f"shape, for example {odd[0]}; use the base model that this LoRA was made for."
+            f"{path}: made for another base: {len(unexpected)} targets are not in the layout or differ in "
+            f"shape, for example {unexpected[0]}; use the base model that this LoRA was made for."
         )
 
 

@@ -80,16 +80,16 @@ class TensorCache:
             return self._kept[key]
         path = self.folder / f"{key}.safetensors"
         if not path.exists():
-            tensors, facts = make()
-            save_tensors(path, tensors, facts, overwrite=True, durable=False)
+            tensors, metadata = make()
+            save_tensors(path, tensors, metadata, overwrite=True, durable=False)
         with open_tensors(path) as file:
-            facts = parse_header(path, file.metadata())
+            metadata = parse_header(path, file.metadata())
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        self._keep(key, tensors, facts)
-        return tensors, facts
+        self._keep(key, tensors, metadata)
+        return tensors, metadata
 
-    def _keep(self, key: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        self._kept[key] = tensors, facts
+    def _keep(self, key: str, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        self._kept[key] = tensors, metadata
         self.nbytes += _nbytes(tensors)
         while self.nbytes > self.limit and len(self._kept) > 1:
             _, (old, _) = self._kept.popitem(last=False)

@@ -37,7 +37,7 @@ log = get_logger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 #: The precision whose weights are e4m3 with one scale per row; products are in the device's own.
 FP8_WEIGHTS = "fp8-weights"
-#: Fact of a condition's origin -> where the checkpoint says it of its encoder.
+#: Field of a condition's origin -> where the checkpoint says it of its encoder.
 ORIGINS = (("encoder", "type"), ("editor", "editor"))
 
 
@@ -223,9 +223,9 @@ def _check_origin(generator: HostGenerator, condition: Condition) -> None:
     """Two encoders can have tokens of one width and yet mean different things."""
     origin, encoder = condition.origin, generator.config.encoder
     pairs = [(name, origin.get(name), encoder.get(key)) for name, key in ORIGINS]
-    own = [facts.get("model") or {} for facts in (origin, encoder)]
+    own = [each.get("model") or {} for each in (origin, encoder)]
     pairs += [
-        (f"model's {key}", *(facts.get(key) for facts in own)) for key in ("network", "layer")
+        (f"model's {key}", *(model.get(key) for model in own)) for key in ("network", "layer")
     ]
     for name, made, wanted in pairs:
         if None not in (made, wanted) and made != wanted:

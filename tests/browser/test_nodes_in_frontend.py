@@ -190,13 +190,13 @@ def test_warnings_and_reports_stand_on_the_nodes_and_go_when_there_are_none(page
 def test_what_is_no_map_is_passed_over(page, errors):
     """A workflow of another version, or edited by hand, must load all the same."""
     do.open_graph(page, do.hywu_graph())
-    odd = [None, 5, "map", [], [{}], [{"layers": ["0"], "modules": ["a"], "norms": [[1, 2]]}],
+    unexpected = [None, 5, "map", [], [{}], [{"layers": ["0"], "modules": ["a"], "norms": [[1, 2]]}],
            [{"layers": [], "modules": [], "norms": []}], [{"layers": "0", "modules": "a"}]]  # fmt: skip
     page.evaluate(
-        """(odd) => { const n = window.app.graph._nodes.find((n) => n.type === 'HYWUInspectLoRA');
-             for (const value of odd) n.onExecuted({hywu_norms: value}); n.onExecuted(undefined);
-             for (const value of odd) { n.properties.hywu_norms = value; n.onConfigure(n.serialize()); } }""",
-        odd,
+        """(unexpected) => { const n = window.app.graph._nodes.find((n) => n.type === 'HYWUInspectLoRA');
+             for (const value of unexpected) n.onExecuted({hywu_norms: value}); n.onExecuted(undefined);
+             for (const value of unexpected) { n.properties.hywu_norms = value; n.onConfigure(n.serialize()); } }""",
+        unexpected,
     )
     assert page.locator(MAP).count() == 0
     assert errors == []

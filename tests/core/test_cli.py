@@ -134,10 +134,10 @@ def test_generate_sees_a_file_whose_suffix_was_left_out(lora, condition, capsys)
 
 def test_inspect_checkpoint_counts_every_parameter(capsys):
     assert main(["inspect", str(DENSE), "--json"]) == 0
-    facts = json.loads(capsys.readouterr().out)
+    shown = json.loads(capsys.readouterr().out)
     tensors = load_file(DENSE / "model.safetensors")
-    assert facts["parameters"] == sum(t.numel() for t in tensors.values())
-    assert facts["layout"] == load_generator(DENSE).config.layout.to_json()
+    assert shown["parameters"] == sum(t.numel() for t in tensors.values())
+    assert shown["layout"] == load_generator(DENSE).config.layout.to_json()
     assert main(["inspect", str(DENSE)]) == 0
     assert "out x in" in capsys.readouterr().out
     assert main(["inspect", str(DENSE), "--norms"]) == 1
@@ -145,12 +145,12 @@ def test_inspect_checkpoint_counts_every_parameter(capsys):
 
 def test_inspect_lora_norms(lora, capsys):
     assert main(["inspect", str(lora), "--norms", "--json"]) == 0
-    facts = json.loads(capsys.readouterr().out)
+    shown = json.loads(capsys.readouterr().out)
     made = load_lora(lora)
     path = next(iter(made))
     pair = made[path]
     direct = torch.linalg.matrix_norm(made.scale * pair.B @ pair.A)
-    torch.testing.assert_close(torch.tensor(facts["norms"][path]), direct)
+    torch.testing.assert_close(torch.tensor(shown["norms"][path]), direct)
     assert main(["inspect", str(lora)]) == 0
     assert "norm of each item" not in capsys.readouterr().out
     assert main(["inspect", str(lora), "--norms"]) == 0
@@ -361,8 +361,8 @@ def test_inspect_tells_a_condition_and_judgements(files, capsys):
 
 def test_inspect_shows_nothing_that_steers_a_terminal(tmp_path, lora, capsys):
     made = load_lora(lora)
-    odd = hywu_core.GeneratedLoRA(made.layout, made.factors, {"instruction": "a\x1b[2Jb\u202ec"})
-    assert main(["inspect", str(odd.save(tmp_path / "odd"))]) == 0
+    marked = hywu_core.GeneratedLoRA(made.layout, made.factors, {"instruction": "a\x1b[2Jb\u202ec"})
+    assert main(["inspect", str(marked.save(tmp_path / "marked"))]) == 0
     out = capsys.readouterr().out
     assert "a\\x1b[2Jb\\u202ec" in out
     assert "\x1b" not in out

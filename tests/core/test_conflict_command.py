@@ -117,23 +117,23 @@ def test_the_large_shared_lora_has_about_the_generators_size(done):
 
 
 def test_the_report_shows_what_the_rows_say(done):
-    facts = read(done / "figures.json")
-    assert facts["missing"] == []
-    assert facts["photographs"] == ["coffee", "camera"]
+    figures = read(done / "figures.json")
+    assert figures["missing"] == []
+    assert figures["photographs"] == ["coffee", "camera"]
     rows = read(done / "results" / "hywu_r2.seen.json")
-    means = facts["all_images"]["psnr"]["HY-WU"]
+    means = figures["all_images"]["psnr"]["HY-WU"]
     for task in (*TASKS, "all"):
         values = [r["psnr"] for r in rows if task in ("all", r["task"])]
         assert means[task]["mean"] == pytest.approx(np.mean(values), abs=1e-4)
     photos = [r["psnr"] for r in rows if r["image"] != "drawing.png"]
-    found = facts["photographs_only"]["psnr"]["HY-WU"]["all"]["mean"]
+    found = figures["photographs_only"]["psnr"]["HY-WU"]["all"]["mean"]
     assert found == pytest.approx(np.mean(photos), abs=1e-4)
-    assert list(facts["all_images"]["ranks"]) == ["1", "2"]
-    assert set(facts["all_images"]["controls"]) == {
+    assert list(figures["all_images"]["ranks"]) == ["1", "2"]
+    assert set(figures["all_images"]["controls"]) == {
         "unchanged", "hywu_shuffled", "hywu_mean", "hywu_task_mean", "base",
     }  # fmt: skip
-    cosine = facts["gradients"]["cosines"][0][1]
-    assert facts["gradients"]["mean_of_opposite_tasks"] == pytest.approx(cosine, abs=1e-4)
+    cosine = figures["gradients"]["cosines"][0][1]
+    assert figures["gradients"]["mean_of_opposite_tasks"] == pytest.approx(cosine, abs=1e-4)
     page = (done / "report.md").read_text(encoding="utf-8")
     assert f"of opposite tasks {cosine:.2f}." in page
     assert "Not done yet" not in page

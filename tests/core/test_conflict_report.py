@@ -83,7 +83,7 @@ def test_held_out_phrasings_and_chosen_images(plan, results):
 
 def test_the_page_says_what_the_figures_say(plan, results):
     summary = Summary(results, plan, OPPOSITES).to_json()
-    facts = {
+    figures = {
         "plan": plan.to_json(),
         "missing": ["sft"],
         "photographs": ["one"],
@@ -98,7 +98,7 @@ def test_the_page_says_what_the_figures_say(plan, results):
             }
         },
     }  # fmt: skip
-    page = render(facts)
+    page = render(figures)
     assert "Not done yet:** sft" in page
     assert "| Shared | 3.50 [3.50, 3.50] | 3.50 [3.50, 3.50] |" in page
     assert "| blur | -1.00 [-1.00, -1.00] | 4.00 [4.00, 4.00] |" in page
@@ -108,7 +108,7 @@ def test_the_page_says_what_the_figures_say(plan, results):
 
 def test_what_is_not_done_is_left_out(plan, results):
     del results["sft"], results["hywu_task_mean"]
-    facts = Summary(results, plan, OPPOSITES).to_json()
-    assert list(facts["differences"]) == ["Shared", "Single", "Shared large"]
-    assert "SFT" not in facts["psnr"]
-    assert "hywu_task_mean" not in facts["controls"]
+    figures = Summary(results, plan, OPPOSITES).to_json()
+    assert list(figures["differences"]) == ["Shared", "Single", "Shared large"]
+    assert "SFT" not in figures["psnr"]
+    assert "hywu_task_mean" not in figures["controls"]

@@ -89,8 +89,8 @@ class Benchmark:
             statuses = [status for status, _ in found]
             if item.id in self.missing:
                 outcome = "missing"
-            elif odd := [s for s in ("failed", "refused", "unjudged") if s in statuses]:
-                outcome = odd[0]
+            elif unscored := [s for s in ("failed", "refused", "unjudged") if s in statuses]:
+                outcome = unscored[0]
             elif None in (values := [value for _, value in found]):
                 outcome = "unparsable"
             else:

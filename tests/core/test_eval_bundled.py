@@ -77,7 +77,7 @@ def test_other_weights_under_one_name_are_refused(weights, tmp_path, capsys):
     assert generate(out, "hywu") == 0
     assert generate(out, "hywu", "--strength", "0.5") == 1
     assert "choose another name" in capsys.readouterr().err
-    assert generate(out, "odd", "--lora", "nothing_like_it") == 1
+    assert generate(out, "unexpected", "--lora", "nothing_like_it") == 1
     assert "the bundled ones are shared, single_blur, none" in capsys.readouterr().err
     (weights / "generator.safetensors").unlink()
     assert generate(out, "gone") == 1

@@ -154,7 +154,7 @@ JUDGEMENTS = (
     b"[]", b"{}", b'{"item": 1}', b"[" * 5000, b'{"item": ' + b"9" * 5000 + b"}", b"\xff", b"null",
 )  # fmt: skip
 FIELDS = {
-    "status": [5, "odd", None], "text": [None, 5], "model": [5, None], "tokens_in": ["x", -1, 1.5, None, True],
+    "status": [5, "unexpected", None], "text": [None, 5], "model": [5, None], "tokens_in": ["x", -1, 1.5, None, True],
     "attempts": ["x"], "item": [5, []], "question": [None, {}], "pictures": [5], "prompt": [[]],
 }  # fmt: skip
 

@@ -54,8 +54,8 @@ def experiment(tmp_path, weights):
         "sampling_steps": 1,
         "main_rank": 2,
     }
-    facts = {"plan": plan, "editor": {"editor": editor_identity(editor)}, "tasks": VERSION}
-    (folder / "plan.json").write_text(json.dumps(facts))
+    stored = {"plan": plan, "editor": {"editor": editor_identity(editor)}, "tasks": VERSION}
+    (folder / "plan.json").write_text(json.dumps(stored))
     torch.manual_seed(1)
     tensors = {n: v + 0.05 * torch.randn_like(v) for n, v in editor.state_dict().items()}
     save_tensors(folder / "weights" / "sft.safetensors", tensors, {"strategy": "sft"})
@@ -192,9 +192,9 @@ def test_an_experiments_own_edits_are_judged(experiment, tmp_path):
 
 
 def test_an_experiment_on_other_tasks_is_refused(experiment, tmp_path, capsys):
-    facts = json.loads((experiment / "plan.json").read_text())
-    del facts["tasks"]
-    (experiment / "plan.json").write_text(json.dumps(facts))
+    stored = json.loads((experiment / "plan.json").read_text())
+    del stored["tasks"]
+    (experiment / "plan.json").write_text(json.dumps(stored))
     assert own(tmp_path / "out", "--experiment", str(experiment)) == 1
     assert "tasks are of version 1" in capsys.readouterr().err
 

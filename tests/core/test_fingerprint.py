@@ -57,9 +57,9 @@ def test_objects_count_by_what_they_stand_for():
 
 
 def test_pieces():
-    facts = [["a"], (1, 2, 2, 3), ["image"], None, (1, 3, 2, 3)]
+    values = [["a"], (1, 2, 2, 3), ["image"], None, (1, 3, 2, 3)]
     images = ramp(1, 2, 2, 3), ramp(1, 3, 2, 3)
-    assert fingerprint.digest([repr(facts), *images]) == "c4a5e7f1758bf122f064e2f6b82df425"
+    assert fingerprint.digest([repr(values), *images]) == "c4a5e7f1758bf122f064e2f6b82df425"
     rows = repr([["a", "b"], 1])
     values = ramp(3, 4).mT, ramp(2, dtype=torch.bfloat16)
     shown = [f"{v.dtype}{tuple(v.shape)}" for v in values]

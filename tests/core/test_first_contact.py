@@ -43,7 +43,7 @@ def test_the_whole_first_contact_runs_on_a_cpu(tmp_path, capsys):
 
 def test_a_check_that_fails_costs_no_other_and_an_unusable_device_ends_the_process(monkeypatch):
     def breaks(_probe):
-        raise ValueError("odd shape")
+        raise ValueError("unexpected shape")
 
     def kills(_probe):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -51,10 +51,10 @@ def test_a_check_that_fails_costs_no_other_and_an_unusable_device_ends_the_proce
     checks = {"one": breaks, "two": kills, "three": lambda _probe: {"value": 1}}
     monkeypatch.setattr(probe, "CHECKS", checks)
     found = probe.run(probe.Probe(torch.device("cpu"), tiny=True), list(checks))
-    assert found["one"]["failed"] == "ValueError: odd shape"
+    assert found["one"]["failed"] == "ValueError: unexpected shape"
     assert found["three"]["value"] == 1
     assert probe._sticky(RuntimeError("CUDA error: misaligned address"))
-    assert not probe._sticky(ValueError("odd shape"))
+    assert not probe._sticky(ValueError("unexpected shape"))
 
 
 def test_the_probe_goes_on_behind_a_check_that_ended_its_process(tmp_path, monkeypatch):

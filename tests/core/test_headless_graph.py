@@ -143,8 +143,12 @@ def test_a_byte_order_mark_and_odd_nodes(tmp_path, graph):
     path = tmp_path / "bom.json"
     path.write_text(json.dumps(graph), encoding="utf-8-sig")
     assert read_graph(path) == graph
-    for odd in ({"1": {"class_type": 3}}, {"1": {"class_type": "A", "inputs": []}}, {"1": []}):
-        path.write_text(json.dumps(odd))
+    for unexpected in (
+        {"1": {"class_type": 3}},
+        {"1": {"class_type": "A", "inputs": []}},
+        {"1": []},
+    ):
+        path.write_text(json.dumps(unexpected))
         with pytest.raises(HYWUError, match=r"bom\.json"):
             read_graph(path)
 

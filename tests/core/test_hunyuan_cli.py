@@ -20,10 +20,10 @@ IMAGE = str(GOLDEN / "edit_source_0.png")
 
 
 def ask(*more: str) -> list[str]:
-    facts = golden("edit").facts
+    metadata = golden("edit").metadata
     return [
-        "--image", IMAGE, "--instruction", facts["prompt"], "--cot", facts["cot"], "--size",
-        facts["image_size"], "--seed", str(facts["seed"]), "--system-prompt", SYSTEM, "--precision",
+        "--image", IMAGE, "--instruction", metadata["prompt"], "--cot", metadata["cot"], "--size",
+        metadata["image_size"], "--seed", str(metadata["seed"]), "--system-prompt", SYSTEM, "--precision",
         "float32", *more,
     ]  # fmt: skip
 

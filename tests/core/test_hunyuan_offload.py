@@ -38,8 +38,8 @@ def on_device(p: Pipeline) -> int:
 
 @pytest.fixture(scope="module")
 def request_() -> Request:
-    facts = golden("edit").facts
-    return Request(facts["prompt"], [source()], "", "128x128", 1)
+    metadata = golden("edit").metadata
+    return Request(metadata["prompt"], [source()], "", "128x128", 1)
 
 
 @pytest.mark.parametrize("rest", ["file", "ram"])

@@ -32,8 +32,8 @@ def grids(case: dict) -> list[Grid]:
 
 @pytest.mark.parametrize("case", ["text", "one_square", "odd", "joint", "adjacent"])
 def test_positions_and_rotations(parts, case):
-    facts, config = parts.facts["rope"][case], pipeline().config
-    yx = positions(facts["length"], grids(facts))
+    metadata, config = parts.metadata["rope"][case], pipeline().config
+    yx = positions(metadata["length"], grids(metadata))
     assert torch.equal(yx, parts[f"rope.{case}.positions_yx"].long())
     cos, sin = rotation(yx, config.head_dim, config.rope_theta)
     parts.check(f"rope.{case}.cos", cos)
@@ -62,9 +62,9 @@ def test_time_embeddings_patches_and_head(parts):
 
 def test_a_decoder_layer_stage_by_stage(parts):
     config, layer = pipeline().config, pipeline().model.model.layers[1]
-    facts = parts.facts["layer"]
-    turn = rotation(positions(34, grids(facts)), config.head_dim, config.rope_theta)[:, None]
-    bounds = [0, *(i for span in facts["full_attention"] for i in span), 34]
+    metadata = parts.metadata["layer"]
+    turn = rotation(positions(34, grids(metadata)), config.head_dim, config.rope_theta)[:, None]
+    bounds = [0, *(i for span in metadata["full_attention"] for i in span), 34]
     rows = Rows(
         tuple(Segment(a, b, bool(i % 2)) for i, (a, b) in enumerate(itertools.pairwise(bounds)))
     )
@@ -128,10 +128,10 @@ def test_schedule(parts, shift, steps):
 
 
 def test_buckets():
-    facts = json.loads((GOLDEN / "resolutions.json").read_text("utf-8"))
-    assert [list(size) for size in buckets(facts["base_size"])] == facts["buckets"]
-    for case in facts["nearest"]:
-        index = nearest(case["height"], case["width"], facts["base_size"])
+    metadata = json.loads((GOLDEN / "resolutions.json").read_text("utf-8"))
+    assert [list(size) for size in buckets(metadata["base_size"])] == metadata["buckets"]
+    for case in metadata["nearest"]:
+        index = nearest(case["height"], case["width"], metadata["base_size"])
         assert (index, buckets(1024)[index][::-1]) == (case["index"], tuple(case["target_wh"]))
 
 
@@ -151,7 +151,7 @@ def test_images_as_the_encoders_read_them():
 
 
 def test_the_published_sizes():
-    """Parameters of the published checkpoint, as its facts state them."""
+    """Parameters of the published checkpoint, as its metadata state them."""
     data = json.loads((BASE / "config.json").read_text("utf-8"))
     data |= {
         "hidden_size": 4096, "num_hidden_layers": 1, "num_attention_heads": 32, "num_key_value_heads": 8,

@@ -35,21 +35,21 @@ from hywu_core.images import to_pillow
 
 def asked(name: str, seed: int | None = None) -> Request:
     """The request of a golden case. Its noise is what its seed draws."""
-    facts = golden(name).facts
-    images = [source()] if facts.get("sources") else []
-    seed = facts["seed"] if seed is None else seed
-    return Request(facts["prompt"], images, facts["cot"] or "", facts["image_size"], seed)
+    metadata = golden(name).metadata
+    images = [source()] if metadata.get("sources") else []
+    seed = metadata["seed"] if seed is None else seed
+    return Request(metadata["prompt"], images, metadata["cot"] or "", metadata["image_size"], seed)
 
 
 def steps_of(name: str) -> dict:
-    facts = golden(name).facts
-    return {key: facts[key] for key in ("steps", "guidance", "flow_shift")}
+    metadata = golden(name).metadata
+    return {key: metadata[key] for key in ("steps", "guidance", "flow_shift")}
 
 
 def test_the_seed_draws_the_official_noise():
     """VAE noise in float32, then the initial noise in bfloat16, from one generator."""
     edit = golden("edit")
-    drawn = torch.Generator().manual_seed(edit.facts["seed"])
+    drawn = torch.Generator().manual_seed(edit.metadata["seed"])
     assert torch.equal(pipeline().encode_source.noise(source(), drawn), edit["prefill.vae_noise.0"])
     assert torch.equal(pipeline().prepare([asked("edit")])[0], edit["sample.noise.2"])
 
@@ -90,7 +90,7 @@ def test_condition_and_ratio(name):
     made = pipeline().condition([asked(name)])
     golden(name).check("condition", made.parts["hidden_states"], CONDITION)
     assert made.fingerprint
-    assert pipeline().ratios([asked(name)]) == [golden(name).facts["ratio_index"]]
+    assert pipeline().ratios([asked(name)]) == [golden(name).metadata["ratio_index"]]
 
 
 def test_the_generated_lora():
@@ -208,19 +208,19 @@ class Pushed(Sampler):
 @pytest.mark.parametrize("run", [0, 1])
 def test_the_text_pass(run):
     g = golden("cot")
-    Pushed.run = facts = g.facts["runs"][run]
+    Pushed.run = metadata = g.metadata["runs"][run]
     p = pipeline()
-    request = Request(g.facts["prompt"], [source()], size=facts["image_size"])
+    request = Request(g.metadata["prompt"], [source()], size=metadata["image_size"])
     encode = p.encode_source
-    given = [encode(source(), g[f"{facts['image_size']}.vae_noise"])]
-    wanted = [i for i, n in facts["prompt_tokens"] for _ in range(n)]
+    given = [encode(source(), g[f"{metadata['image_size']}.vae_noise"])]
+    wanted = [i for i, n in metadata["prompt_tokens"] for _ in range(n)]
     assert p.prompts.writing(request, "think").ids.tolist() == wanted
     told = []
     made = think(
         p.model, p.prompts, request, given, sampler=Pushed(), on_token=lambda *t: told.append(t)
     )
-    assert list(made.ids) == facts["new_tokens"]
-    assert made.cot == facts["cot_text"]
+    assert list(made.ids) == metadata["new_tokens"]
+    assert made.cot == metadata["cot_text"]
     assert made.ratio == (4 if run == 0 else None)
     assert made.finished
     assert [count for count, _, _ in told] == list(range(1, len(made.ids) + 1))

@@ -23,8 +23,8 @@ from hywu_core.cli.main import main
 
 @pytest.mark.parametrize("method", [None, "int8", "nf4"])
 def test_bytes_are_those_of_a_run(method, tmp_path):
-    facts = golden("edit").facts
-    request = Request(facts["prompt"], [source()], "", "128x128", 1)
+    metadata = golden("edit").metadata
+    request = Request(metadata["prompt"], [source()], "", "128x128", 1)
     before = open_folder(BASE)
     everything = plan(before, method, None, 1, 1)
     budget = everything.weights - everything.experts_bytes // 3
@@ -45,8 +45,8 @@ def test_bytes_are_those_of_a_run(method, tmp_path):
 
 
 def test_a_lora_takes_what_the_plan_says():
-    facts = golden("edit").facts
-    request = Request(facts["prompt"], [source()], "", "128x128", 1)
+    metadata = golden("edit").metadata
+    request = Request(metadata["prompt"], [source()], "", "128x128", 1)
     lora = generator()(pipeline().condition([request]))
     found = sum(factor.numel() * 2 for path in lora for factor in lora[path])
     assert plan(open_folder(BASE), None, None, 1, 1, lora.layout.rank).lora == found

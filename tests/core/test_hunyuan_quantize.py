@@ -37,8 +37,8 @@ def quantized(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def request_() -> Request:
-    facts = golden("edit").facts
-    return Request(facts["prompt"], [source()], "", "128x128", 1)
+    metadata = golden("edit").metadata
+    return Request(metadata["prompt"], [source()], "", "128x128", 1)
 
 
 def load(folder: Path, **how) -> Pipeline:

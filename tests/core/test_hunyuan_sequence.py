@@ -26,7 +26,7 @@ from hywu_core.bases.hunyuan_image3.sequence import (
     cot_pieces,
 )  # fmt: skip
 
-FACTS = json.loads((GOLDEN / "templates.json").read_text("utf-8"))
+METADATA = json.loads((GOLDEN / "templates.json").read_text("utf-8"))
 
 
 def shape(width: int, height: int) -> SourceShape:
@@ -59,7 +59,7 @@ def built(case: dict) -> list:
     return [prompt.image(tokens, size, 16, branch, **marks) for branch in branches]
 
 
-@pytest.mark.parametrize("case", FACTS["cases"], ids=lambda case: case["name"])
+@pytest.mark.parametrize("case", METADATA["cases"], ids=lambda case: case["name"])
 def test_official_sequences(case):
     sequences = built(case)
     wanted = [[i for i, n in row for _ in range(n)] for row in case["tokens"]]
@@ -84,7 +84,7 @@ def test_official_sequences(case):
 
 def test_special_ids_come_from_the_tokenizer():
     tokens = pipeline().prompts.tokens
-    official = FACTS["special_ids"]
+    official = METADATA["special_ids"]
     assert tokens.ratios == tuple(official[f"<img_ratio_{i}>"] for i in range(37))
     assert tokens.ratios[33] != tokens.ratios[32] + 1
     assert (tokens.bos, tokens.eos, tokens.unconditional) == (268, 267, official["<cfg>"])
@@ -92,7 +92,7 @@ def test_special_ids_come_from_the_tokenizer():
 
 def test_what_tokens_see():
     """Segments of a sequence against the mask they stand for: causal, and full in each image."""
-    case = next(c for c in FACTS["cases"] if c["name"] == "sample_edit_two")
+    case = next(c for c in METADATA["cases"] if c["name"] == "sample_edit_two")
     s = built(case)[0]
     full = [(37, 357), (362, 619), (681, 913)]
     rows = s.rows()
@@ -148,7 +148,7 @@ def test_sources_that_are_refused(size):
 
 
 def test_a_sequence_over_the_limit_is_refused_with_both_numbers():
-    case = next(c for c in FACTS["cases"] if c["name"] == "sample_edit_two")
+    case = next(c for c in METADATA["cases"] if c["name"] == "sample_edit_two")
     s = built(case)[0]
     with pytest.raises(HYWUError, match=f"has {len(s)} tokens, the checkpoint reads 900"):
         check_length(s, 900)

@@ -220,9 +220,9 @@ def test_images_hash(tmp_path):
 def test_judgement_stores(tmp_path):
     name = StoreName("gpt-4.1", "chat-1", "wu-eval", "ours-1")
     assert name.file_name == "wu-eval__gpt-4.1__chat-1__3da9ab0b.jsonl"
-    odd = StoreName("a/b ü" * 30, "v", "gedit", "file-1")
+    unexpected = StoreName("a/b ü" * 30, "v", "gedit", "file-1")
     assert (
-        odd.file_name
+        unexpected.file_name
         == "gedit__a-b-a-b-a-b-a-b-a-b-a-b-a-b-a-b-a-b-a-b-a-b-a-b-a-b-a-b-a-b-a-b-a-b-a-b-a-b-a-b-a-b-a-b-a-b-a__a638572e.jsonl"
     )
     with JudgementStore(tmp_path, name, writable=True) as store:

@@ -54,7 +54,7 @@ class Kind:
 
 # -- mutations ---------------------------------------------------------------------------------------
 
-ODD: tuple[Any, ...] = (
+UNEXPECTED: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 3, 10**6, 10**9, 2**31, 2**63, 10**400, -(10**9), 0.5, 1e308, 1e-300,
     "", "x", "a/b", "../../x", "/etc/passwd", "nul\0l", "\ud83d", "é\u2028\u0085", "x" * 5000, "*bad(",
     [], {}, [[]], [None], ["a", "b"], {"a": 1}, [[1, 2]], {"": {}}, "inf", "1e999",
@@ -86,14 +86,14 @@ def mutate_tree(tree: Any, rng: random.Random) -> Any:
         path = rng.choice(list(places(tree)))
         if not path:
             if rng.random() < 0.1:
-                tree = rng.choice(ODD)
+                tree = rng.choice(UNEXPECTED)
             continue
         owner = tree
         for key in path[:-1]:
             owner = owner[key]
         key, how = path[-1], rng.random()
         if how < 0.55:
-            owner[key] = rng.choice(ODD)
+            owner[key] = rng.choice(UNEXPECTED)
         elif (
             how < 0.65 and isinstance(owner[key], (int, float)) and not isinstance(owner[key], bool)
         ):

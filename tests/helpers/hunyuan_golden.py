@@ -27,7 +27,7 @@ class Golden:
     """Values of one file; of large ones every n-th index of a dimension is kept."""
 
     def __init__(self, name: str) -> None:
-        self.facts: dict[str, Any] = json.loads((GOLDEN / f"{name}.json").read_text("utf-8"))
+        self.metadata: dict[str, Any] = json.loads((GOLDEN / f"{name}.json").read_text("utf-8"))
         with safe_open(GOLDEN / f"{name}.safetensors", framework="pt") as file:
             self.kept = json.loads((file.metadata() or {}).get("kept", "{}"))
             self.values = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118

@@ -137,7 +137,7 @@ def test_a_checkpoint_that_goes_between_queue_and_run(server, slow, goes_on, dam
         raise AssertionError("the prompt did not end in a minute")
 
     messages = asyncio.run(go())["status"]["messages"]
-    (error,) = [facts for name, facts in messages if name == "execution_error"]
+    (error,) = [details for name, details in messages if name == "execution_error"]
     assert error["node_id"] == "generator"
     assert file.name in error["exception_message"]
     wanted = "no such file" if damage == "deleted" else "not a whole safetensors file"
@@ -237,8 +237,8 @@ def test_images_of_any_kind_are_encoded(server, direct, mode, size):
     Image.new(mode, (size, size), 90 if mode == "L" else (9, 90, 40, 128)[: len(mode)]).save(
         server.base / "input" / name
     )
-    graph = g.edit_graph(image=["odd", 0], odd=g.node("LoadImage", image=name))
-    kept = ("generator", "odd", "encode", "generate")
+    graph = g.edit_graph(image=["damaged", 0], damaged=g.node("LoadImage", image=name))
+    kept = ("generator", "damaged", "encode", "generate")
     graph = {k: graph[k] for k in kept} | {"end": g.node("HYWUInspectLoRA", lora=["generate", 0])}
     outputs = g.run(server, graph)
     assert g.said(outputs, "generate")["loras"] == 1

@@ -67,11 +67,11 @@ class EngineEditor:
             self._editor = self._engine.editor
         else:
             self._editor = load_editor(path, device)
-        self._facts: dict[str, Any] = {"editor": editor_identity(self._editor)}
+        self._metadata: dict[str, Any] = {"editor": editor_identity(self._editor)}
         if fine_tuned is not None:
             load_fine_tuned(self._editor, fine_tuned)
             self._lora = "none"
-            self._facts["fine_tuned"] = f"{Path(fine_tuned).name} {_digest([Path(fine_tuned)])}"
+            self._metadata["fine_tuned"] = f"{Path(fine_tuned).name} {_digest([Path(fine_tuned)])}"
         elif lora not in (None, "none"):
             files = _lora_files(lora)
             self._loras = {
@@ -90,7 +90,7 @@ class EngineEditor:
             generator = self._engine.generator.config.provenance["checkpoint"]["digest"]
         return {
             "kind": "bundled",
-            **self._facts,
+            **self._metadata,
             "lora": self._lora,
             "generator": generator,
             "steps": self.steps,

@@ -28,7 +28,7 @@ BESIDE = frozenset(
 
 
 def entries(conditioning: Conditioning, count: int) -> list[Entry]:
-    """The first entry's text for each of `count` items: [tokens ``[1, T, C]``, facts].
+    """The first entry's text for each of `count` items: [tokens ``[1, T, C]``, options].
 
     Raises HYWUError when there is none, or it holds neither one text nor as many as items.
     """
@@ -37,8 +37,8 @@ def entries(conditioning: Conditioning, count: int) -> list[Entry]:
         raise HYWUError(
             f"The conditioning is {found}; connect one with tokens of a text [batch, length, width]."
         )
-    tokens, facts = conditioning[0][:2]
-    facts = {name: value for name, value in facts.items() if name not in BESIDE}
+    tokens, options = conditioning[0][:2]
+    options = {name: value for name, value in options.items() if name not in BESIDE}
     batch = tokens.shape[0]
     if batch not in (1, count):
         raise HYWUError(
@@ -46,9 +46,9 @@ def entries(conditioning: Conditioning, count: int) -> list[Entry]:
             "one that holds a single text for all images, or one for each."
         )
     if batch == 1:
-        return [[tokens, facts]] * count
+        return [[tokens, options]] * count
     return [
-        [tokens[i : i + 1], {name: _item(value, i, batch) for name, value in facts.items()}]
+        [tokens[i : i + 1], {name: _item(value, i, batch) for name, value in options.items()}]
         for i in range(batch)
     ]
 
@@ -60,8 +60,8 @@ def _item(value: Any, i: int, batch: int) -> Any:
 
 def mask(entry: Entry) -> Tensor:
     """Which tokens of an entry count: bool ``[1, T]`` on the CPU. Raises HYWUError on an unexpected mask."""
-    tokens, facts = entry
-    kept = facts.get("attention_mask")
+    tokens, options = entry
+    kept = options.get("attention_mask")
     if kept is None:
         return torch.ones(1, tokens.shape[1], dtype=torch.bool)
     if kept.numel() % tokens.shape[1]:

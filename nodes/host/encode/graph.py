@@ -66,11 +66,11 @@ class GraphEncoder:
         if hidden_states.PART in parts:
             connected = hidden_states.identity(self.sockets["model"], self.sockets["vae"])
             origin["model"] = {**self.identity["model"], **connected}
-        facts = [list(instructions), tuple(images.shape), list(parts), origin.get("model")]
+        values = [list(instructions), tuple(images.shape), list(parts), origin.get("model")]
         if read and self.sockets.get("conditioning") is not None:
             origin["text_from"] = "conditioning"
-            facts.append(conditionings.digest(said))
-        return Condition(parts, masks, _fingerprint(facts, rows), origin)
+            values.append(conditionings.digest(said))
+        return Condition(parts, masks, _fingerprint(values, rows), origin)
 
     def warnings(self, texts: Sequence[str], condition: Condition) -> list[str]:
         model = condition.origin.get("model")
@@ -122,10 +122,10 @@ class GraphEncoder:
             raise HYWUError(f"{what}{ways}; connect {', '.join(listed)}.")
 
 
-def _fingerprint(facts: list[Any], rows: Sequence[Tensor]) -> str:
-    """facts: what else is in the condition, the first images' shape among it."""
+def _fingerprint(values: list[Any], rows: Sequence[Tensor]) -> str:
+    """values: what else is in the condition, the first images' shape among it."""
     shapes = [tuple(row.shape) for row in rows[1:]]
-    return fingerprint.digest([repr([*facts, *shapes]), *rows])
+    return fingerprint.digest([repr([*values, *shapes]), *rows])
 
 
 def _said(clip: Any, text: str) -> Entry:

@@ -79,10 +79,10 @@ def identity(model: Any, vae: Any) -> dict[str, str]:
     }
 
 
-def check(facts: Mapping[str, Any], model: Any) -> None:
+def check(config: Mapping[str, Any], model: Any) -> None:
     """Raise HYWUError where the connected MODEL is another architecture than the checkpoint says."""
     network = model.model.diffusion_model
-    name, wanted, layer = type(network).__name__, facts["network"], facts["layer"]
+    name, wanted, layer = type(network).__name__, config["network"], config["layer"]
     if name != wanted or submodule(network, layer) is None:
         lacks = f", which has no {layer}" if name == wanted else ""
         raise HYWUError(
@@ -104,7 +104,7 @@ def differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> list[str
 
 
 def encode(
-    facts: Mapping[str, Any], model: Any, images: Sequence[Tensor], said: Sequence[Entry],
+    config: Mapping[str, Any], model: Any, images: Sequence[Tensor], said: Sequence[Entry],
     latent: Latent,
 ) -> Tensor:  # fmt: skip
     """Tokens ``[B, L, C]`` of each item's images one after another, on the CPU.
@@ -114,7 +114,7 @@ def encode(
     text. The MODEL runs for each image under the text of its item, as it is given, with whatever lies
     on it. Raises HYWUError.
     """
-    check(facts, model)
+    check(config, model)
     bar = comfy.utils.ProgressBar(sum(map(len, images)) + len(images) * len(said))
 
     def step(make: Callable[..., Tensor], *given: Any) -> Tensor:
@@ -124,7 +124,7 @@ def encode(
         return made
 
     # all latents, then all runs: on a small card each model comes and goes once
-    side, known = facts["pixels"], {}
+    side, known = config["pixels"], {}
     latents = [
         [step(lambda one: latent(scaled(one, side)), image) for image in image.split(1)]
         for image in images
@@ -135,7 +135,7 @@ def encode(
             # one image and one text for all items: one run
             key = id(one), id(entry)
             if key not in known:
-                known[key] = step(partial(_tokens, facts, model), one, entry)
+                known[key] = step(partial(_tokens, config, model), one, entry)
         rows.append(torch.cat([known[id(one), id(entry)] for one in at], dim=1))
     return torch.cat(rows)
 
@@ -153,34 +153,34 @@ def scaled(image: Tensor, pixels: int) -> Tensor:
 # -- one image -------------------------------------------------------------------------------------
 
 
-def _tokens(facts: Mapping[str, Any], model: Any, latent: Tensor, entry: Entry) -> Tensor:
+def _tokens(config: Mapping[str, Any], model: Any, latent: Tensor, entry: Entry) -> Tensor:
     """``[1, L, C]``: the states, and behind them, where the checkpoint wants it, what the text changes."""
-    states = _states(facts, model, latent, entry)
-    if facts.get("contrast") is None:
+    states = _states(config, model, latent, entry)
+    if config.get("contrast") is None:
         return states
-    return torch.cat([states, states - _states(facts, model, latent, _zeroed(entry))], dim=2)
+    return torch.cat([states, states - _states(config, model, latent, _zeroed(entry))], dim=2)
 
 
 def _zeroed(entry: Entry) -> Entry:
     """As ComfyUI's ConditioningZeroOut makes it: as many tokens, all 0."""
-    text, facts = entry
-    pooled = facts.get("pooled_output")
+    text, options = entry
+    pooled = options.get("pooled_output")
     zeros = None if pooled is None else torch.zeros_like(pooled)
-    return [torch.zeros_like(text), {**facts, "pooled_output": zeros}]
+    return [torch.zeros_like(text), {**options, "pooled_output": zeros}]
 
 
-def _states(facts: Mapping[str, Any], model: Any, latent: Tensor, entry: Entry) -> Tensor:
-    network, layer, side = model.model.diffusion_model, facts["layer"], facts["side"]
+def _states(config: Mapping[str, Any], model: Any, latent: Tensor, entry: Entry) -> Tensor:
+    network, layer, side = model.model.diffusion_model, config["layer"], config["side"]
 
     def run(kept: Place | None = None) -> tuple[list[Tensor], bool]:
         with Watch(network, [layer], kept) as watch:
-            finite = _run(model, latent, entry, facts["sigma"])
+            finite = _run(model, latent, entry, config["sigma"])
         return tensors_of(watch.output), finite
 
     members, finite = run()
     if not finite:
         raise HYWUError(
-            f"{facts['network']} gives NaN or infinite values for the image; run it in another "
+            f"{config['network']} gives NaN or infinite values for the image; run it in another "
             "precision."
         )
     maps = [_channels_first(m, latent) for m in members if m.ndim > 3]
@@ -189,7 +189,7 @@ def _states(facts: Mapping[str, Any], model: Any, latent: Tensor, entry: Entry) 
     sequences = [m for m in members if m.ndim == 3]
     if not sequences:
         raise HYWUError(
-            f"{layer} of {facts['network']} gives no tokens [batch, length, width] and no feature map; "
+            f"{layer} of {config['network']} gives no tokens [batch, length, width] and no feature map; "
             "train a generator that reads encoders."
         )
     place = image_tokens(network, layer, sequences, latent, lambda kept: run(kept)[1])
@@ -226,13 +226,13 @@ def _run(model: Any, latent: Tensor, entry: Entry, sigma: float) -> bool:
     sampling = model.get_model_object("model_sampling")
     sigma = min(max(sigma, float(sampling.sigma_min)), float(sampling.sigma_max))
     noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0))
-    text, facts = entry
+    text, options = entry
 
     def once(denoiser: Any, x: Tensor, sigmas: Tensor, extra_args: Any = None, **_: Any) -> Tensor:
         return denoiser(x, sigmas[:1].expand(x.shape[0]), **(extra_args or {}))
 
     guider = comfy.samplers.CFGGuider(model)
-    guider.inner_set_conds({"positive": [[text, {**facts, "concat_latent_image": latent}]]})
+    guider.inner_set_conds({"positive": [[text, {**options, "concat_latent_image": latent}]]})
     made = guider.sample(
         noise, latent, comfy.samplers.KSAMPLER(once), torch.tensor([sigma, 0.0]), disable_pbar=True,
         seed=0,

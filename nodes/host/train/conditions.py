@@ -92,17 +92,17 @@ class CachedEncoder:
 
     def _said(self, text: str) -> list[Any]:
         """An entry of a CONDITIONING."""
-        facts = self.conditioning(text)
-        return [facts.pop(TOKENS), facts]
+        options = self.conditioning(text)
+        return [options.pop(TOKENS), options]
 
     def condition(self, pixels: Tensor, text: str, references: Sequence[Tensor] = ()) -> Condition:
         """pixels ``[1, 3, H, W]`` in 0..1, references ``[3, h, w]`` -> the condition of one item, on the CPU."""
         rows = [pixels, *(one[None] for one in references)]
         key = digest("condition", sorted(self.identity.items()), pixels, text, *rows[1:])
-        tensors, facts = self.cache.get(key, lambda: self._make(rows, text))
+        tensors, metadata = self.cache.get(key, lambda: self._make(rows, text))
         parts = {name: tensors[f"parts.{name}"] for name in self.parts}
         masks = {n: tensors[f"masks.{n}"] for n in self.parts if f"masks.{n}" in tensors}
-        return Condition(parts, masks, facts["fingerprint"], facts["origin"])
+        return Condition(parts, masks, metadata["fingerprint"], metadata["origin"])
 
     @torch.inference_mode()
     def _make(self, rows: Sequence[Tensor], text: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -117,8 +117,8 @@ class CachedEncoder:
     def conditioning(self, text: str) -> dict[str, Any]:
         """What CLIP Text Encode gives for a text, as the dict that a MODEL's `extra_conds` takes."""
         key = digest("text", self.text_weights, text)
-        tensors, facts = self.cache.get(key, lambda: self._text(text))
-        return {**facts, **tensors}
+        tensors, metadata = self.cache.get(key, lambda: self._text(text))
+        return {**metadata, **tensors}
 
     @torch.inference_mode()
     def _text(self, text: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -126,13 +126,13 @@ class CachedEncoder:
         tensors = {TOKENS: tokens}
         tensors |= {name: value for name, value in more.items() if isinstance(value, Tensor)}
         plain = (str, int, float, bool, type(None))
-        facts = {name: value for name, value in more.items() if isinstance(value, plain)}
-        if unexpected := more.keys() - tensors.keys() - facts.keys():
+        metadata = {name: value for name, value in more.items() if isinstance(value, plain)}
+        if unexpected := more.keys() - tensors.keys() - metadata.keys():
             raise HYWUError(
                 f"The text conditioning has {', '.join(sorted(unexpected))}, which can't be cached; use the "
                 "CLIP as it comes from its loader."
             )
-        return tensors, facts
+        return tensors, metadata
 
 
 def stack(conditions: Sequence[Condition]) -> Condition:

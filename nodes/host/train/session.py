@@ -294,7 +294,7 @@ class _Training:
     def _report(self, trainer: Trainer, generator: HostGenerator) -> str:
         losses = [row["loss"] for row in read_log(self.folder / "log.csv")]
         share = max(1, len(losses) // 10)
-        facts = {
+        report = {
             "checkpoint": self.target.name,
             "base": self.base.name,
             "sampling": [kind.__name__ for kind in type(self.base.model.model_sampling).__bases__],
@@ -316,8 +316,8 @@ class _Training:
             "folder": str(Path(files.FOLDER) / self.folder.name),
         }
         if self.reads_text_only:
-            facts["note"] = TEXT_ONLY
-        return json.dumps(facts, ensure_ascii=False)
+            report["note"] = TEXT_ONLY
+        return json.dumps(report, ensure_ascii=False)
 
     @property
     def reads_text_only(self) -> bool:

@@ -37,11 +37,11 @@ def seeing(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def generator(tmp_path_factory) -> Callable[..., HostGenerator]:
-    """(parts, facts of the encoder) -> a generator of random weights that reads them."""
+    """(parts, identity of the encoder) -> a generator of random weights that reads them."""
 
-    def make(parts: dict[str, int], **facts) -> HostGenerator:
+    def make(parts: dict[str, int], **identity) -> HostGenerator:
         layout = LoRALayout((Stack(("blocks.0", "blocks.1"), (Module("fc", 8, 8),)),), 2, 2.0)
-        encoder = {"type": "comfyui", **facts}
+        encoder = {"type": "comfyui", **identity}
         config = GeneratorConfig(layout, parts, 8, 2, 32, 16, 1, encoder=encoder)
         torch.manual_seed(0)
         made = ParameterGenerator(config)
@@ -288,6 +288,6 @@ def test_what_the_bundled_editor_does_not_read(call, encode, images, width):
 def test_conditionings_that_cannot_be_read(encode, both, width, images, inputs, entry, words):
     given = []
     if entry is not None:
-        count, length, wide, facts = entry
-        given = [[torch.zeros(count, length, wide or width), facts]]
+        count, length, wide, options = entry
+        given = [[torch.zeros(count, length, wide or width), options]]
     refused(encode, words, both, images, "", **inputs, conditioning=given)

@@ -76,15 +76,15 @@ class Model:
         return self.model.model.diffusion_model
 
     def generator(self, folder: Path, **changed: Any) -> HostGenerator:
-        """Random weights that read this MODEL's hidden states; `changed` facts of the encoder."""
+        """Random weights that read this MODEL's hidden states; `changed`: of the encoder."""
         cache = TensorCache(folder / "cache")
         encoder = CachedEncoder(self.model, self.clip, None, cache, "model", self.vae, SIDE)
-        facts = {**encoder.identity, "model": {**encoder.identity["model"], **changed}}
+        identity = {**encoder.identity, "model": {**encoder.identity["model"], **changed}}
         parts = dict(encoder.parts)
-        if facts["model"]["contrast"] is None:  # as checkpoints say it that know of none
-            del facts["model"]["contrast"]
+        if identity["model"]["contrast"] is None:  # as checkpoints say it that know of none
+            del identity["model"]["contrast"]
             parts[PART] //= 2
-        return self.reading(folder, parts, facts)
+        return self.reading(folder, parts, identity)
 
     def reading(
         self, folder: Path, parts: dict[str, int], encoder: dict[str, Any]
@@ -429,7 +429,7 @@ def test_the_model_runs_under_a_conditioning_in_place_of_clip(call, encode, toke
     made, one = models()["SD3"](), IMAGES[:1].expand(2, -1, -1, -1)
     generator, texts = made.generator(folder), ["make it warm", "make it cold"]
     entries = [made.clip.encode_from_tokens_scheduled(made.clip.tokenize(t))[0] for t in texts]
-    pooled = torch.cat([facts["pooled_output"] for _, facts in entries])
+    pooled = torch.cat([options["pooled_output"] for _, options in entries])
     given = [[torch.cat([text for text, _ in entries]), {"pooled_output": pooled}]]
     without = {name: value for name, value in made.inputs.items() if name != "clip"}
 
@@ -487,9 +487,9 @@ def test_a_generator_is_trained_on_them_and_used(
     generator = call.HYWULoadGenerator(f"{name}.safetensors", "auto")[0]
     more = {"vision": 32, "text": 4096} if "encoders" in reads else {}
     assert dict(generator.config.condition) == {PART: 256, **more}
-    facts = generator.config.encoder
-    assert (facts["model"]["layer"], facts["model"]["pixels"]) == ("blocks.1", 64)
-    assert facts.get("images", 1) == count
+    identity = generator.config.encoder
+    assert (identity["model"]["layer"], identity["model"]["pixels"]) == ("blocks.1", 64)
+    assert identity.get("images", 1) == count
     # the condition of a training's crop is that of Condition Encode for the same image
     crop = FixedCrops(files.training_pairs(pairs)[0], 1, SIDE, 1, 0).batch([0])
     references = crop.references[0] if crop.references else ()

@@ -70,10 +70,14 @@ def hypernetwork(call, base):
 
 
 def asked(call, hunyuan, name="edit", **more):
-    facts = golden(name).facts
-    images = {"image": pixels(source())} if facts.get("sources") else {}
-    options = {"size": facts["image_size"], "seed": facts["seed"], "cot": facts["cot"] or ""}
-    return call.HYWUHunyuanEditPrompt(hunyuan, facts["prompt"], **{**options, **images, **more})
+    metadata = golden(name).metadata
+    images = {"image": pixels(source())} if metadata.get("sources") else {}
+    options = {
+        "size": metadata["image_size"],
+        "seed": metadata["seed"],
+        "cot": metadata["cot"] or "",
+    }
+    return call.HYWUHunyuanEditPrompt(hunyuan, metadata["prompt"], **{**options, **images, **more})
 
 
 def run(model, positive, negative, latent, noise, steps=3, cfg=2.5):
@@ -96,7 +100,7 @@ def test_stages_against_golden(call, loaded, hypernetwork):
     assert report == "256 x 256, 763 tokens of 4,096"
     assert latent["samples"].shape == (1, 8, 16, 16)
     condition = call.HYWUConditionEncode(
-        hypernetwork, pixels(source()), edit.facts["prompt"], model=model, conditioning=positive
+        hypernetwork, pixels(source()), edit.metadata["prompt"], model=model, conditioning=positive
     )[0]
     edit.check("condition", condition.parts["hidden_states"], 1e-4)
     lora = call.HYWUGenerateLoRA(hypernetwork, condition)[0]
@@ -115,7 +119,11 @@ def test_stages_against_golden(call, loaded, hypernetwork):
         levels = edit.cut(f"{kind}.image", image.mul(255).round()).int()
         assert (levels - edit[f"{kind}.image"].int()).abs().max() <= 1
         request = Request(
-            edit.facts["prompt"], [source()], edit.facts["cot"], "256x256", edit.facts["seed"]
+            edit.metadata["prompt"],
+            [source()],
+            edit.metadata["cot"],
+            "256x256",
+            edit.metadata["seed"],
         )
         alone = pipeline().sample(
             [request],
@@ -131,12 +139,14 @@ def test_a_quantized_folder_stays_quantized(call, base, hypernetwork):
     name = install(base, "tiny-nf4", lambda target: quantize(BASE, target, "nf4"))
     model, _, hunyuan = call.HYWULoadHunyuanImage3(name, "float32", "float32", SYSTEM)
     positive, *_ = asked(call, hunyuan)
-    given = (hypernetwork, pixels(source()), golden("edit").facts["prompt"])
+    given = (hypernetwork, pixels(source()), golden("edit").metadata["prompt"])
     made = call.HYWUConditionEncode(*given, model=model, conditioning=positive)[0]
     folder = base / "models" / "hunyuan_image_3" / name
     alone = Pipeline.load(folder, dtype=torch.float32, system=SYSTEM)
-    facts = golden("edit").facts
-    request = Request(facts["prompt"], [source()], facts["cot"], facts["image_size"], facts["seed"])
+    metadata = golden("edit").metadata
+    request = Request(
+        metadata["prompt"], [source()], metadata["cot"], metadata["image_size"], metadata["seed"]
+    )
     wanted = alone.condition([request]).parts["hidden_states"]
     assert distance(made.parts["hidden_states"], wanted) < EQUAL
     # the rest are the schedule's noise levels
@@ -327,7 +337,7 @@ def test_a_custom_size_is_the_engines(call, loaded):
     positive, negative, latent, _ = asked(call, hunyuan, size="144x272", cot="")
     noise = torch.randn(1, 8, 9, 17, generator=torch.Generator().manual_seed(2))
     made = run(model, positive, negative, latent, noise, steps=2)
-    request = Request(golden("edit").facts["prompt"], [source()], "", "144x272", 42)
+    request = Request(golden("edit").metadata["prompt"], [source()], "", "144x272", 42)
     how = {"steps": 2, "guidance": 2.5, "flow_shift": 3.0, "noise": noise}
     assert distance(made, unscaled(pipeline().sample([request], **how))) < EQUAL
 
