@@ -1,4 +1,4 @@
-"""What the device does beside a measurement: clocks, power and temperature, twice a second."""
+"""What the device does beside a measurement: clocks, power and temperature, twice per second."""
 
 from __future__ import annotations
 

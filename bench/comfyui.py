@@ -1,6 +1,6 @@
 """The bundled edit inside a real ComfyUI server: where the time goes, LoRA exchange, memory of a long run.
 
-split     warm edits through the API, every prompt another instruction: seconds a node, and the share of
+split     warm edits through the API, every prompt another instruction: seconds per node, and the share of
           encode + generate + apply in the whole
 exchange  another LoRA with every prompt, from a file: prompt to first sampling step, unmerged and merged
           Apply against the stock LoRA loader, in turn on one server

@@ -215,8 +215,8 @@ def _abandoned(part: Path) -> bool:
 
 
 def _sync(file: Path) -> None:
-    with file.open("rb+") as stream:
-        os.fsync(stream.fileno())
+    with file.open("rb+") as handle:
+        os.fsync(handle.fileno())
 
 
 def _sync_folder(folder: Path) -> None:

@@ -98,17 +98,17 @@ def sampled(files: Iterable[Path]) -> str:
         for file in files:
             size = file.stat().st_size
             yield f"{size}"
-            with file.open("rb") as stream:
+            with file.open("rb") as handle:
                 for position in sorted({0, *(max(0, (size - BLOCK) * i // 15) for i in range(16))}):
-                    stream.seek(position)
-                    yield stream.read(BLOCK)
+                    handle.seek(position)
+                    yield handle.read(BLOCK)
 
     return digest(pieces())
 
 
 def _blocks(path: str | Path) -> Iterable[bytes]:
-    with Path(path).open("rb") as stream:
-        while block := stream.read(4 * BLOCK):
+    with Path(path).open("rb") as handle:
+        while block := handle.read(4 * BLOCK):
             yield block
 
 

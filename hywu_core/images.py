@@ -52,7 +52,7 @@ def load_image(file: str | Path | BinaryIO) -> Image.Image:
 
 
 def read_image(file: str | Path | BinaryIO, max_side: int = MAX_SIDE) -> Tensor:
-    """`load_image` as uint8 ``[3, H, W]``, at most `max_side` pixels a side. Raises HYWUError."""
+    """`load_image` as uint8 ``[3, H, W]``, at most `max_side` pixels per side. Raises HYWUError."""
     image = load_image(file)
     if max(image.size) > max_side:
         image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)

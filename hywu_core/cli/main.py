@@ -54,10 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     A command may document further exit codes and return them itself.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+    for handle in (sys.stdout, sys.stderr):
+        if isinstance(handle, io.TextIOWrapper):
             # names and answers may hold what a console's character set lacks
-            stream.reconfigure(errors="backslashreplace")
+            handle.reconfigure(errors="backslashreplace")
     parser = _parser()
     if not argv:
         parser.print_help()

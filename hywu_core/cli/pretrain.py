@@ -40,7 +40,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--last-steps", type=int, default=4000,
         help="steps at the end, on larger crops and at falling rates (default 4000)",
     )  # fmt: skip
-    parser.add_argument("--batch-size", type=int, default=24, help="crops a step (default 24)")
+    parser.add_argument("--batch-size", type=int, default=24, help="crops per step (default 24)")
     parser.add_argument(
         "--lr", type=float, default=1.5e-3, help="peak learning rate (default 1.5e-3)"
     )

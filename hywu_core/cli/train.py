@@ -37,7 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--steps", type=int, default=500,
         help="optimizer steps (default 500); more than a run was begun with go on beyond its end",
     )  # fmt: skip
-    parser.add_argument("--batch-size", type=int, default=24, help="examples a step (default 24)")
+    parser.add_argument("--batch-size", type=int, default=24, help="examples per step (default 24)")
     parser.add_argument("--accumulation", type=int, default=1, help="parts of a batch (default 1)")
     parser.add_argument("--lr", type=float, help=f"peak learning rate (default: {_rates()})")
     parser.add_argument(

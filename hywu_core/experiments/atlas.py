@@ -81,5 +81,5 @@ def _between(at: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _halved(image: Tensor) -> Tensor:
-    """Half as many pixels a side, rounded up, each the mean of those it covers; uint8."""
+    """Half as many pixels per side, rounded up, each the mean of those it covers; uint8."""
     return F.avg_pool2d(image[None].float(), 2, ceil_mode=True)[0].round().byte()

@@ -140,7 +140,7 @@ def padded(x: Tensor, by: int) -> Tensor:
 
 
 def blur(x: Tensor, sigma: Tensor | float) -> Tensor:
-    """Gaussian blur, one sigma in pixels an item ``[B, 1, 1, 1]`` or one for all; edges by replication."""
+    """Gaussian blur, one sigma in pixels per item ``[B, 1, 1, 1]`` or one for all; edges by replication."""
     radius = 9
     if not isinstance(sigma, Tensor):
         sigma = x.new_full((x.shape[0], 1, 1, 1), sigma)
@@ -336,7 +336,7 @@ def badly_stored(x: Tensor, g: Generator) -> Tensor:
 
 
 def aged(x: Tensor, degree: Tensor, g: Generator) -> Tensor:
-    """Sepia, fading, grain and vertical scratches; degree 0..1 an item."""
+    """Sepia, fading, grain and vertical scratches; degree 0..1 per item."""
     old = torch.lerp(x, sepia(x), degree)
     old = torch.lerp(old, torch.full_like(x, 0.62), 0.4 * degree)
     old = old + 0.06 * degree * randn(x, g, len(x), 1, *x.shape[2:])

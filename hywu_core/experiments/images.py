@@ -91,7 +91,7 @@ class PackedImage(io.BytesIO):
 
 
 def pack_images(path: Path) -> Path:
-    """Write the split's images to one file, at most `MAX_SIDE` pixels a side, as WebP of high quality.
+    """Write the split's images to one file, at most `MAX_SIDE` pixels per side, as WebP of high quality.
 
     For a machine that lacks the packages: `split_files` reads it where the variable `PACKED` names it.
     """

@@ -59,7 +59,7 @@ class Pair:
 
 
 def read_source(image: Source, max_side: int = MAX_SIDE) -> Tensor:
-    """uint8 ``[3, H, W]``, at most `max_side` pixels a side. Raises HYWUError naming the image."""
+    """uint8 ``[3, H, W]``, at most `max_side` pixels per side. Raises HYWUError naming the image."""
     if isinstance(image, Path):
         return read_image(image, max_side)
     try:
@@ -243,9 +243,9 @@ def _shards(path: Path) -> Iterator[Row]:
 
 def _member(file: Path, name: str, offset: int, size: int) -> Stored:
     def read() -> bytes:
-        with file.open("rb") as stream:
-            stream.seek(offset)
-            return stream.read(size)
+        with file.open("rb") as handle:
+            handle.seek(offset)
+            return handle.read(size)
 
     return Stored(f"{file}:{name}", read)
 

@@ -102,10 +102,10 @@ class HostGenerator:
 
         Raises HYWUError when it runs out again.
         """
-        for streamed in (False, True):
+        for offloaded in (False, True):
             try:
-                if streamed:
-                    self._stream()
+                if offloaded:
+                    self._offload()
                 else:
                     need = self.memory_required(condition)
                     mm.load_models_gpu([self.patcher], memory_required=need)
@@ -114,20 +114,20 @@ class HostGenerator:
                 if not out_of_memory(error):
                     raise
             # from here on, without the exception, whose frames hold what the failed call had
-            if not streamed:
+            if not offloaded:
                 log.warning(
                     "HY-WU: out of memory while generating a LoRA; trying once more with the "
-                    "generator's weights streamed from host memory (the same LoRA, slower)."
+                    "generator's weights offloaded to host memory (the same LoRA, slower)."
                 )
         self.patcher.detach()
         mm.soft_empty_cache()
         raise HYWUError(
             f"Generating {condition.batch_size} LoRAs from {condition.num_tokens} condition tokens "
-            "runs out of memory even with the generator's weights streamed from host memory; generate "
+            "runs out of memory even with the generator's weights offloaded to host memory; generate "
             "for fewer images at once, or load the generator with another precision."
         )
 
-    def _stream(self) -> None:
+    def _offload(self) -> None:
         """Take all models off the device; this one's weights are then copied where they are used."""
         mm.unload_all_models()
         mm.soft_empty_cache()

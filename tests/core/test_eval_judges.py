@@ -486,7 +486,7 @@ def test_local_model_of_a_real_architecture(tmp_path):
     judge._ends = lambda: range(1000)  # random weights never end an answer: any token does now
     reply = judge.score(request)
     assert reply.tokens_out == 12
-    # Four patches an image, two images, and the prompt byte by byte
+    # Four patches per image, two images, and the prompt byte by byte
     assert reply.tokens_in == 2 * 4 + len(request.question.prompt.encode())
     assert judge.score(request) == reply
     # It sees the images: logits, hence the answer, depend on them

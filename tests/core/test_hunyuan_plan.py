@@ -90,10 +90,10 @@ def test_the_published_size():
     assert bf16.lora == pytest.approx(1.446e9, rel=0.01)
     # two branches of 4,097 tokens: 0.2 PFLOP in the layers' products
     assert bf16.operations == pytest.approx(0.2e15, rel=0.05)
-    streamed = plan(folder, "nf4", 12_000_000_000, 11_100, 4097)
-    assert streamed.device_weights <= 12_000_000_000
-    assert streamed.host + streamed.resident_layers * nf4.experts_bytes // 32 == nf4.experts_bytes
-    assert streamed.seconds("h100") < streamed.seconds("rtx-4090")
+    offloaded = plan(folder, "nf4", 12_000_000_000, 11_100, 4097)
+    assert offloaded.device_weights <= 12_000_000_000
+    assert offloaded.host + offloaded.resident_layers * nf4.experts_bytes // 32 == nf4.experts_bytes
+    assert offloaded.seconds("h100") < offloaded.seconds("rtx-4090")
     with pytest.raises(HYWUError, match="at least"):
         plan(folder, "nf4", 1_000_000_000, 11_100, 4097)
 

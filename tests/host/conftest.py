@@ -1,4 +1,4 @@
-"""A real ComfyUI server for the tests: prepared by dev.py, one a session, always stopped."""
+"""A real ComfyUI server for the tests: prepared by dev.py, one per session, always stopped."""
 
 from __future__ import annotations
 

@@ -281,11 +281,11 @@ def read_heads(shard: Path) -> dict[str, Head]:
     """Name -> head of a shard's tensors; an incomplete file is a HYWUError with both sizes."""
     size = shard.stat().st_size
     try:
-        with shard.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
+        with shard.open("rb") as handle:
+            (length,) = struct.unpack("<Q", handle.read(8))
             if length > size - 8:
                 raise ValueError(f"its head says {length:,} bytes of a file of {size:,}")
-            head: dict[str, Any] = parse_json(stream.read(length), str(shard), dict)
+            head: dict[str, Any] = parse_json(handle.read(length), str(shard), dict)
         head.pop("__metadata__", None)
         end = 8 + length + max((entry["data_offsets"][1] for entry in head.values()), default=0)
         start = 8 + length

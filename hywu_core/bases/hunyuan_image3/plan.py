@@ -13,7 +13,7 @@ from .codecs import Method, codec_of
 from .offload import Placement, place
 from .pipeline import build, fixed_bytes
 
-#: (bytes a second over the bus, bf16 operations a second sustained): assumed, not measured.
+#: (bytes per second over the bus, bf16 operations per second sustained): assumed, not measured.
 CARDS: dict[str, tuple[float, float]] = {
     "rtx-3090": (25e9, 55e12),
     "rtx-4090": (25e9, 120e12),

@@ -179,36 +179,36 @@ def _write_shard(
     experts = [n for n, file in folder.files.items() if file == shard and _is_expert(n)]
     blank = dict.fromkeys(sorted(experts), (f"{0:.6e}", f"{0:.6e}"))
     errors = dict(blank)
-    with atomic_path(target) as part, _opened(part, shard) as (stream, source):
+    with atomic_path(target) as part, _opened(part, shard) as (out, source):
         head = _head(entries, method, blank)
-        stream.write(head)
+        out.write(head)
         for name in entries:
             original = folder.heads.get(name)
             if original is not None and not _is_expert(name):
-                _copy(source, original, stream)
+                _copy(source, original, out)
             elif name in errors:
                 written, errors[name] = _encoded(source, folder.heads[name], codec)
                 for value in written:
-                    _put(stream, value)
-                stream.write(_marker(method, folder.heads[name].shape[1]))
-        stream.seek(0)
-        stream.write(_head(entries, method, errors))
+                    _put(out, value)
+                out.write(_marker(method, folder.heads[name].shape[1]))
+        out.seek(0)
+        out.write(_head(entries, method, errors))
 
 
 @contextlib.contextmanager
 def _opened(part: Path, shard: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-    with part.open("r+b") as stream, shard.open("rb") as source:
-        yield stream, source
+    with part.open("r+b") as out, shard.open("rb") as source:
+        yield out, source
 
 
-def _copy(source: IO[bytes], head: Head, stream: IO[bytes]) -> None:
+def _copy(source: IO[bytes], head: Head, out: IO[bytes]) -> None:
     source.seek(head.start)
     left = head.stop - head.start
     while left:
         piece = source.read(min(PIECE, left))
         if not piece:
             raise OSError("a shard ended early")
-        stream.write(piece)
+        out.write(piece)
         left -= len(piece)
 
 
@@ -224,8 +224,8 @@ def _encoded(source: IO[bytes], head: Head, codec: Codec) -> tuple[list[Tensor],
     return [coded["codes"], coded["scales"]], (f"{lost:.6e}", f"{size:.6e}")
 
 
-def _put(stream: IO[bytes], value: Tensor) -> None:
-    stream.write(memoryview(value.contiguous().view(torch.uint8).numpy()).cast("B"))
+def _put(out: IO[bytes], value: Tensor) -> None:
+    out.write(memoryview(value.contiguous().view(torch.uint8).numpy()).cast("B"))
 
 
 def _finish(

@@ -40,8 +40,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="the same for every item (%(default)s)")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only these tasks")
     parser.add_argument("--languages", nargs="+", metavar="LANG", help="only these (GEdit: en cn)")
-    parser.add_argument("--limit", type=int, help="at most so many items a task")
-    parser.add_argument("--tries", type=int, default=2, help="tries an item a run (%(default)s)")
+    parser.add_argument("--limit", type=int, help="at most so many items per task")
+    parser.add_argument("--tries", type=int, default=2, help="tries per item and run (%(default)s)")
     shared.add_kinds(parser, EDITORS, required=True)
 
 

@@ -2,7 +2,7 @@
 
 On the held-out images of the conflict experiment (the same crops and tasks, instructions as text, in
 phrasings that were trained on and in held-out ones), judged by the reference judge: HY-WU, the
-Shared LoRA, one Single LoRA a task, and the editor alone. SFT's weights are too large to be bundled;
+Shared LoRA, one Single LoRA per task, and the editor alone. SFT's weights are too large to be bundled;
 `--experiment` takes them from a folder of `hywu conflict`.
 
   hywu eval own --out runs/own

@@ -15,7 +15,7 @@ from ..options import Option
 
 #: Options that several editors have.
 WORKERS = Option("workers", "edits at once (%(default)s)", 1, int)
-ITEM_TIMEOUT = Option("item_timeout", "seconds an item (%(default)s)", 600, float)
+ITEM_TIMEOUT = Option("item_timeout", "seconds per item (%(default)s)", 600, float)
 
 
 class EditFailed(Exception):

@@ -27,7 +27,7 @@ class ComfyEditor:
 
     image, instruction, seed: ``NODE.input`` that takes the uploaded image's name, the text and
     the seed (NODE by id, title or class; seed may be None); output: the node whose image counts,
-    None where only one gives any; timeout: seconds an item. Raises HYWUError when the workflow
+    None where only one gives any; timeout: seconds per item. Raises HYWUError when the workflow
     lacks one of them.
     """
 

@@ -28,7 +28,7 @@ class CommandEditor:
 
     command: words as for a shell, in which ``{source}`` and ``{out}`` (PNG paths),
     ``{instruction}`` and ``{seed}`` are put in; the program writes ``{out}`` and exits with 0.
-    timeout: seconds an item. Raises HYWUError when a needed placeholder is missing.
+    timeout: seconds per item. Raises HYWUError when a needed placeholder is missing.
     """
 
     command: str

@@ -76,7 +76,7 @@ class OpenAIJudge:
     key_env: environment variable with the key; unset means no Authorization header (a local
     server). retries: further tries after the first; backoff: seconds before the first of them,
     doubled each time, with jitter, unless the server's Retry-After says longer; per_minute: rate
-    limit, 0 for none; max_tokens: of an answer; timeout: seconds a request; temperature: of the
+    limit, 0 for none; max_tokens: of an answer; timeout: seconds per request; temperature: of the
     sampling; None is 0, or the model's own where it can't be set.
     Raises HYWUError on a URL that is not http(s), a key that would travel unencrypted, or none at all.
     """
@@ -334,7 +334,7 @@ KIND = Kind(
         Option("parallel", "requests at once (%(default)s)", 4, int),
         Option("per_minute", "rate limit; 0 for none", 0, float),
         Option("retries", "further tries (%(default)s)", 6, int),
-        Option("timeout", "seconds a request (%(default)s)", 120, float),
+        Option("timeout", "seconds per request (%(default)s)", 120, float),
         MAX_TOKENS,
         Option(
             "temperature",

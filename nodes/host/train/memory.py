@@ -23,11 +23,11 @@ from ....hywu_core.training.strategies import HyperNetwork
 from .base import HostBase
 
 #: float32 weight, gradient, AdamW's two moments and the moving average.
-BYTES_A_WEIGHT = 20
+BYTES_PER_WEIGHT = 20
 #: AdamW's square roots of all second moments at once; nothing of the backward pass is kept any more then.
 BYTES_OF_UPDATE = 4
-#: Residual streams that one item's backward pass keeps for each block of the generator, at the least.
-STREAMS_A_BLOCK = 4
+#: Hidden states that one item's backward pass keeps for each block of the generator, at the least.
+STATES_PER_BLOCK = 4
 
 
 class HeldNetwork(HyperNetwork):
@@ -87,8 +87,8 @@ def check_weights(config: GeneratorConfig, device: torch.device, items: int) -> 
     """Bytes that training the generator's weights takes; HYWUError when they can't fit at all."""
     with torch.device("meta"):
         count = sum(p.numel() for p in ParameterGenerator(config).parameters())
-    stream = 4 * items * config.num_positions * config.d_model
-    least = _bytes(count, config.num_blocks * STREAMS_A_BLOCK * stream)
+    states = 4 * items * config.num_positions * config.d_model
+    least = _bytes(count, config.num_blocks * STATES_PER_BLOCK * states)
     total = mm.get_total_memory(device)
     if least > total:
         raise HYWUError(_too_much("at least", least, total, device, f"{count:,} weights"))
@@ -97,7 +97,7 @@ def check_weights(config: GeneratorConfig, device: torch.device, items: int) -> 
 
 def _bytes(weights: int, activations: int) -> int:
     """The most of a step: at the end of the backward pass, or in the update after it."""
-    return BYTES_A_WEIGHT * weights + max(activations, BYTES_OF_UPDATE * weights)
+    return BYTES_PER_WEIGHT * weights + max(activations, BYTES_OF_UPDATE * weights)
 
 
 def check_step(strategy: HyperNetwork, batch: Batch, items: int, recompute: bool) -> int:

@@ -1,4 +1,4 @@
-"""A generator short of memory inside ComfyUI: precision, the estimate, and weights that are streamed.
+"""A generator short of memory inside ComfyUI: precision, the estimate, and weights that are offloaded.
 
 Memory runs out where the test says so: the exception of CUDA's allocator is raised in the middle of a
 block, or while weights are loaded.
@@ -112,7 +112,7 @@ def test_out_of_memory_once_streams_and_gives_the_same_lora(made, generate, capl
         assert torch.equal(generate(made), expected)
     warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     (said,) = [text for text in warnings if text.startswith("HY-WU")]
-    assert "streamed from host memory" in said
+    assert "offloaded to host memory" in said
     # nothing but norms and embeddings was on the device; ComfyUI marks the layers that it leaves
     layers = [m for m in made.patcher.model.modules() if isinstance(m, torch.nn.Linear)]
     assert len(layers) > 30
@@ -127,14 +127,14 @@ def test_out_of_memory_twice_is_an_error_that_says_what_to_do(made, generate):
     expected = generate(made)
     with trouble(made, 2, "block"), pytest.raises(HYWUError, match="fewer images") as caught:
         generate(made)
-    assert "even with the generator's weights streamed" in str(caught.value)
+    assert "even with the generator's weights offloaded" in str(caught.value)
     assert torch.equal(generate(made), expected)
 
 
 def test_other_errors_are_not_tried_again(made, generate, caplog):
     with trouble(made, 1, "block", RuntimeError), pytest.raises(RuntimeError, match="other"):
         generate(made)
-    assert "streamed" not in caplog.text
+    assert "offloaded" not in caplog.text
 
 
 @pytest.mark.parametrize(

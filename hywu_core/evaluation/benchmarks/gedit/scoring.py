@@ -1,7 +1,7 @@
 """GEdit-Bench's questions, answers, aggregation and files.
 
 Follows the authors' published description and scripts (stepfun-ai/Step1X-Edit, GEdit-Bench, scored
-with VIEScore's task "tie"): two questions an item, each answered by a JSON object with a list of
+with VIEScore's task "tie"): two questions per item, each answered by a JSON object with a list of
 scores from 0 to 10; the minimum of a list counts; overall = sqrt(semantics * quality); the mean over
 tasks of the means over items. One difference is deliberate: where the authors' parser gives up it
 draws a random number, ours counts the answer as unparsable and leaves it out.
@@ -57,7 +57,7 @@ SEMANTICS, QUALITY = "semantics", "quality"
 
 
 class GEditQuestions(Questionnaire):
-    """Two questions an item: semantics on both images, quality on the edited one."""
+    """Two questions per item: semantics on both images, quality on the edited one."""
 
     name = "gedit"
     heading = "GEdit-Bench"
