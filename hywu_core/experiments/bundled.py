@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..bases.bundled.checkpoint import bundled, load_editor
-from ..bases.bundled.training import ONE_IMAGE, EditorBase
+from ..bases.bundled.training import AT_START, ONE_IMAGE, EditorBase
 from ..errors import HYWUError
 from ..files import folder_lock, read_header
 from ..generator.config import GeneratorConfig
@@ -99,7 +99,7 @@ class Training:
     def __init__(self, request: Request, say: Callable[[str], None]) -> None:
         self.request, self.say = request, say
         editor = load_editor(request.editor or bundled("editor"))
-        self.base = EditorBase(editor, error=_error(request))
+        self.base = EditorBase(editor, error=_error(request), at_start=_at_start(request))
         self.data = _data(request, self.base.module.config.train_size, say)
         self.config = self._config()
         torch.manual_seed(request.seed + 1)
@@ -254,9 +254,18 @@ def _error(request: Request) -> str:
     return begun
 
 
+def _at_start(request: Request) -> float:
+    """Of the recipe; a run that was begun keeps its own, and former ones had none at t = 1."""
+    state = request.out / STATE
+    return (
+        read_header(state).get("identity", {}).get("at_start", 0.0) if state.exists() else AT_START
+    )
+
+
 def _made_of(request: Request, base: EditorBase, strategy: Strategy) -> dict[str, Any]:
     """What a run can't go on without, beside its data and settings."""
     made: dict[str, Any] = {"editor": base.encoder["editor"], "error": base.error}
+    made |= {"at_start": base.at_start} if base.at_start else {}
     if isinstance(strategy, HyperNetwork):
         config = strategy.trained.config
         made |= {"rank": config.layout.rank, "d_model": config.d_model, "blocks": config.num_blocks}

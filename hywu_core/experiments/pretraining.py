@@ -12,7 +12,7 @@ import torch
 
 from ..bases.bundled.checkpoint import save_editor
 from ..bases.bundled.model import Editor
-from ..bases.bundled.training import EditorBase
+from ..bases.bundled.training import AT_START, EditorBase, at_start
 from ..training.base import Batch, Draws
 from ..training.schedule import TrainConfig
 from ..training.strategies import FullFineTuning
@@ -69,9 +69,7 @@ class PretrainingBase(EditorBase):
     def draw(self, batch: Batch, seed: int) -> Draws:
         draws = super().draw(batch, seed)
         t = draws["t"].sqrt().clamp_min(1e-3)
-        generator = torch.Generator().manual_seed(seed + 1)
-        begin = torch.rand(len(batch), generator=generator) < 0.5
-        return {**draws, "t": torch.where(begin, torch.ones_like(t), t)}
+        return {**draws, "t": t.masked_fill(at_start(len(batch), AT_START, seed), 1)}
 
 
 class PretrainingBatches:

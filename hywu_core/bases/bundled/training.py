@@ -29,6 +29,9 @@ ONE_IMAGE = (
 )
 #: Added before the logarithm, in units of -1..1: at 39 dB an edit is good enough to count little.
 SMALLEST = 5e-4
+#: Share of an adapter's draws at t = 1 in the recipe: below it the noisy image shows the edit, and what is
+#: asked for need not be read; sampling starts there.
+AT_START = 0.5
 
 
 class EditorBase:
@@ -36,8 +39,8 @@ class EditorBase:
 
     sampling_steps: Euler steps of `edit`. error: "mse" of an item, or its logarithm ("log"), by which
     each item counts by its own measure: a mean of squares hardly sees a task whose edits are small, such as
-    a blur, beside one that changes every pixel. smallest: added before the logarithm. Images must be no
-    larger than one window.
+    a blur, beside one that changes every pixel. smallest: added before the logarithm. at_start: share of the
+    draws at t = 1. Images must be no larger than one window.
     """
 
     def __init__(
@@ -46,11 +49,12 @@ class EditorBase:
         sampling_steps: int = 4,
         error: str = "mse",
         smallest: float = SMALLEST,
+        at_start: float = 0.0,
     ) -> None:
         if error not in ERRORS:
             raise HYWUError(f"training: error '{error}'; it is one of {', '.join(ERRORS)}.")
         self.module, self.sampling_steps = editor.requires_grad_(False), sampling_steps
-        self.smallest = smallest
+        self.smallest, self.at_start = smallest, at_start
         self.name, self.error = NAMES[architecture(editor)], error
         # no training step waits for the device, nor hashes what is seen once
         self._encoder = EditorEncoder(editor, editor_identity(editor), fingerprints=False)
@@ -75,12 +79,13 @@ class EditorBase:
         return self._encoder(source, instruction)
 
     def draw(self, batch: Batch, seed: int) -> Draws:
-        """noise ``[B, 3, H, W]``; t ``[B]`` in (0, 1], one stratum of it an item."""
+        """noise ``[B, 3, H, W]``; t ``[B]`` in (0, 1], one stratum of it per item but for those at 1."""
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(batch.source.shape, generator=generator)
         count = len(batch)
         order = torch.randperm(count, generator=generator)
-        return {"noise": noise, "t": (order + 1 - torch.rand(count, generator=generator)) / count}
+        t = (order + 1 - torch.rand(count, generator=generator)) / count
+        return {"noise": noise, "t": t.masked_fill(at_start(count, self.at_start, seed), 1)}
 
     def loss(self, module: nn.Module, batch: Batch, draws: Draws) -> Tensor:
         t = draws["t"][:, None, None, None]
@@ -89,10 +94,19 @@ class EditorBase:
         text, mask = module.encode_text(batch.instruction)
         clean = module.predict(x, draws["t"], source, text, mask)
         squared = (clean.float() - target).square().mean(dim=(1, 2, 3))
-        # a hundredth of the negative PSNR in dB, but for a constant
-        return squared if self.error == "mse" else 0.1 * (squared + self.smallest).log10()
+        return squared if self.error == "mse" else logarithmic(squared, self.smallest)
 
     @torch.no_grad()
     def edit(self, module: nn.Module, batch: Batch, seed: int) -> Tensor:
         steps = self.sampling_steps
         return edit(module, batch.source, batch.instruction, steps=steps, seed=seed)
+
+
+def at_start(count: int, share: float, seed: int) -> Tensor:
+    """bool ``[count]``: the draws of a seed that are put at t = 1, a `share` of them on average."""
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed + 1)) < share
+
+
+def logarithmic(squared: Tensor, smallest: float = SMALLEST) -> Tensor:
+    """Mean squares of -1..1 as a hundredth of the negative PSNR in dB, but for a constant."""
+    return 0.1 * (squared + smallest).log10()

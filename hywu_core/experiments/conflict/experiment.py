@@ -165,7 +165,7 @@ def make_experiment(
 
     path, editor_file = folder / "plan.json", editor_file or bundled("editor")
     editor = load_editor(editor_file)
-    base = EditorBase(editor, plan.sampling_steps, plan.error)
+    base = EditorBase(editor, plan.sampling_steps, plan.error, at_start=plan.at_start)
     mine = {"plan": as_json(plan.to_json()), "editor": dict(base.encoder), "tasks": VERSION}
     if path.exists():
         found = {"tasks": 1, **read_json(path, dict, finite=False)}

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
+from ...bases.bundled.training import AT_START
 from ...errors import HYWUError
 from ...training.schedule import TrainConfig
 from ..tasks import CONFLICT
@@ -22,7 +23,7 @@ from ..tasks import CONFLICT
 LEARNING_RATES: Mapping[str, Mapping[str, tuple[float, ...]]] = MappingProxyType(
     {
         "muon": {
-            "hywu": (4e-4, 6e-4, 9e-4),
+            "hywu": (6e-4, 9e-4, 1.4e-3),
             "shared": (9e-4, 1.4e-3, 2e-3),
             "shared_large": (1e-4, 3e-4, 1e-3),
             "sft": (1e-4, 3e-4, 1e-3),
@@ -58,15 +59,17 @@ class ConflictPlan:
     seeds: in all, of HY-WU, Shared and Single; those after `seed`, which begin with other weights and have other
     crops, phrasings and noise, are trained for seed_steps with its learning rates.
     tune_steps: length of a run that tries a learning rate, 0 to take the middle one untried.
-    precision, optimizer: of all trainings. error: of an item (see `EditorBase`). written_steps: over so many steps the
+    precision, optimizer: of all trainings. error: of an item, at_start: share of the draws at t = 1 (see
+    `EditorBase`). written_steps: over so many steps the
     composed phrasings come in, from none to all (see `make_batch`); 0: all from the start.
     crops: crops of each evaluation image, each edited once per task.
     """
 
-    steps: int = 2000
+    steps: int = 4000
     precision: str = "bf16"
     optimizer: str = "muon"
     error: str = "log"
+    at_start: float = AT_START
     written_steps: int = 600
     sweep_steps: int = 600
     seeds: int = 3

@@ -156,7 +156,7 @@ class Runs:
 
 def _trained_by(plan: ConflictPlan, run: Run) -> dict[str, Any]:
     """The part of a plan that a run's weights depend on, as JSON gives it back."""
-    keys = ["batch_size", "tasks", "seed", "precision", "optimizer", "error"]
+    keys = ["batch_size", "tasks", "seed", "precision", "optimizer", "error", "at_start"]
     keys += ["written_steps"]
     keys += ["generator"] if run.strategy in ("hywu", "shared_large") else []
     return files.as_json({key: plan.to_json()[key] for key in keys})

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ....hywu_core.bases.bundled.checkpoint import architecture
-from ....hywu_core.bases.bundled.training import NAMES
+from ....hywu_core.bases.bundled.training import AT_START, NAMES, at_start, logarithmic
 from ....hywu_core.condition import Condition
 from ....hywu_core.training.base import Batch, Draws
 from ..bundled_editor import HostEditor
@@ -111,12 +111,15 @@ class HostBase:
         return stack([self.graph_encoder.condition(*row) for row in rows]).to(source.device)
 
     def draw(self, batch: Batch, seed: int) -> Draws:
-        """noise ``[B, *latent]``; u ``[B]`` in [0, 1), one stratum of the schedule per item."""
+        """noise ``[B, *latent]``; u ``[B]`` in [0, 1], one stratum of the schedule per item."""
         generator = torch.Generator().manual_seed(seed)
         count, shape = len(batch), self.latent(batch.source[:1].cpu()).shape[1:]
         noise = torch.randn(count, *shape, generator=generator)
         order = torch.randperm(count, generator=generator)
-        return {"noise": noise, "u": (order + torch.rand(count, generator=generator)) / count}
+        u = (order + torch.rand(count, generator=generator)) / count
+        if self.predicts_clean:  # the recipe of `hywu train`; the schedule's last entry is t = 1
+            u.masked_fill_(at_start(count, AT_START, seed), 1)
+        return {"noise": noise, "u": u}
 
     def loss(self, module: nn.Module, batch: Batch, draws: Draws) -> Tensor:
         device = batch.source.device
@@ -130,9 +133,10 @@ class HostBase:
         x = sampling.noise_scaling(sigma, noise.clone(), clean)
         denoised = self.denoise(module, x, sigma, batch.instruction, source)
         error = denoised.float() - clean
-        if not self.predicts_clean:
-            ones = torch.ones_like(x)
-            error = error / sampling.calculate_denoised(sigma, ones, torch.zeros_like(x))
+        if self.predicts_clean:
+            return logarithmic(error.square().flatten(1).mean(1))
+        ones = torch.ones_like(x)
+        error = error / sampling.calculate_denoised(sigma, ones, torch.zeros_like(x))
         return error.square().flatten(1).mean(1)
 
     @torch.no_grad()

@@ -18,24 +18,31 @@ _INK, _GRID, _RAW, _SMOOTH = "#222222", "#dddddd", "#b9c7d6", "#1f5fa8"
 
 
 def loss_plot(rows: Sequence[Mapping[str, float]], steps: int) -> Image.Image:
-    """Loss (logarithmic) over steps, raw and smoothed; rows with "step" and "loss"."""
+    """Loss over steps, raw and smoothed; rows with "step" and "loss". The axis is logarithmic unless the loss
+    is a logarithm itself (the bundled editor's) and so below 0."""
     image = Image.new("RGB", (WIDTH, HEIGHT), "white")
     draw = ImageDraw.Draw(image)
     draw.text((_LEFT, 9), "loss", _INK, font(15))
     draw.text((WIDTH - _RIGHT, HEIGHT - 8), f"step, of {steps:,}", _INK, font(12), anchor="rb")
-    losses = [max(float(row["loss"]), 1e-12) for row in rows]
+    losses = [float(row["loss"]) for row in rows]
     if not losses:
         return image
-    low, high = math.log10(min(losses)), math.log10(max(losses))
+    logarithmic = min(losses) >= 0
+
+    def height(loss: float) -> float:
+        return math.log10(max(loss, 1e-12)) if logarithmic else loss
+
+    low, high = height(min(losses)), height(max(losses))
     low, high = low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3
 
     def place(step: float, loss: float) -> tuple[float, float]:
         x = _LEFT + (WIDTH - _LEFT - _RIGHT) * step / max(1, steps)
-        y = _TOP + (HEIGHT - _TOP - _BOTTOM) * (high - math.log10(loss)) / (high - low)
+        y = _TOP + (HEIGHT - _TOP - _BOTTOM) * (high - height(loss)) / (high - low)
         return x, y
 
     for i in range(5):
-        value = 10 ** (low + (high - low) * i / 4)
+        value = low + (high - low) * i / 4
+        value = 10**value if logarithmic else value
         y = place(0, value)[1]
         draw.line((_LEFT, y, WIDTH - _RIGHT, y), _GRID)
         draw.text((_LEFT - 8, y), f"{value:.3g}", _INK, font(12), anchor="rm")
