@@ -37,7 +37,7 @@ const TEXTS = {
   },
   zh: {
     layers: "层", largest: "最大", took: (s) => `${s} 秒`, cached: "来自缓存",
-    previous: "上一张图", next: "下一张图", norm: "强度为 1 时的范数",
+    previous: "上一幅范数图", next: "下一幅范数图", norm: "强度为 1 时的范数",
   },
 };
 
