@@ -17,7 +17,7 @@ class Linear(torch.nn.Linear, comfy.ops.CastWeightBiasOp):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # [out, 1] float32 where the weight is rounded to e4m3: the weight is about their product
+        # [out, 1] float32 where the weight is quantized to e4m3: the weight is about their product
         self.register_buffer("weight_scale", None)
 
     def resolve(self, like: Tensor) -> tuple[Tensor, Tensor | None]:
