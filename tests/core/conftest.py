@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 from collections.abc import Iterator
 
+import judge_stub
 import numpy as np
 import pytest
 from PIL import Image
@@ -19,6 +21,18 @@ def bundled_weights():
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv(VARIABLE, raising=False)
         yield
+
+
+@pytest.fixture
+def judge_key(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", judge_stub.KEY)
+
+
+@pytest.fixture
+def stub():
+    """behave -> a judge's endpoint on loopback, stopped after the test."""
+    with contextlib.ExitStack() as stack:
+        yield lambda behave: stack.enter_context(judge_stub.Stub(behave))
 
 
 @pytest.fixture

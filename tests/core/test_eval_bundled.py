@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from eval_weights import make_weights
 from PIL import Image
+from random_weights import make_random
 
 from hywu_core.bases.bundled.checkpoint import VARIABLE
 from hywu_core.bases.bundled.engine import BundledEditor
@@ -20,8 +20,8 @@ from hywu_core.files import read_header, read_tensors, save_tensors
 
 @pytest.fixture
 def weights(tmp_path, monkeypatch):
-    """A tiny random editor, its generator, and LoRAs of that generator as `shared` and singles."""
-    folder = make_weights(tmp_path / "weights", ("blur",))
+    """A tiny random editor, its generator, and random LoRAs as `shared` and single."""
+    folder = make_random(tmp_path / "weights", ("blur",))
     monkeypatch.setenv(VARIABLE, str(folder))
     return folder
 

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 import pytest
-from judge_stub import GOOD, KEY, Stub, benchmark, completion, request_for
+from judge_stub import GOOD, KEY, benchmark, completion, request_for
 
 from hywu_core.cli import main
 from hywu_core.errors import HYWUError
@@ -20,23 +20,7 @@ from hywu_core.evaluation.judges.openai import OpenAIJudge
 from hywu_core.evaluation.run import judge as run_judge
 from hywu_core.evaluation.store import FAILED, REFUSED
 
-
-@pytest.fixture
-def stub():
-    made = []
-
-    def make(behave):
-        made.append(Stub(behave))
-        return made[-1]
-
-    yield make
-    for server in made:
-        server.close()
-
-
-@pytest.fixture(autouse=True)
-def key(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+pytestmark = pytest.mark.usefixtures("judge_key")
 
 
 def judge_at(url: str, **options) -> OpenAIJudge:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from judge_stub import GOOD, KEY, Stub, benchmark, completion, request_for
+from judge_stub import GOOD, KEY, benchmark, completion, request_for
 from PIL import Image, ImageFilter
 
 from hywu_core.errors import HYWUError
@@ -29,23 +29,7 @@ from hywu_core.evaluation.scores import score_results, summarize
 from hywu_core.evaluation.store import ANSWERED, FAILED, REFUSED, JudgementStore, choose_store
 from hywu_core.images import write_image
 
-
-@pytest.fixture
-def stub():
-    made = []
-
-    def make(behave):
-        made.append(Stub(behave))
-        return made[-1]
-
-    yield make
-    for server in made:
-        server.close()
-
-
-@pytest.fixture(autouse=True)
-def key(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+pytestmark = pytest.mark.usefixtures("judge_key")
 
 
 def judge_at(url: str, **options) -> OpenAIJudge:

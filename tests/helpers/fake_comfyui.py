@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import threading
 
 from aiohttp import web
-
-from hywu_core.headless.local import free_port
+from app_server import AppServer
 
 #: Events after which a prompt is done, "PROMPT" standing for its id.
 DONE = [("execution_success", {"prompt_id": "PROMPT"})]
@@ -16,8 +14,8 @@ DONE = [("execution_success", {"prompt_id": "PROMPT"})]
 INTERRUPTED = [["queue", {"delete": ["PROMPT"]}], ["interrupt", {"prompt_id": "PROMPT"}]]
 
 
-class FakeComfyUI:
-    """A server in a thread of its own; the attributes say what it answers, `asked` what it was asked.
+class FakeComfyUI(AppServer):
+    """A server; the attributes say what it answers, `asked` what it was asked.
 
     events: sent over the websocket once a prompt is queued. closes: the websocket is closed then; mute:
     it isn't even accepted, with this status. status: the history record's. late: looks at the history
@@ -44,22 +42,9 @@ class FakeComfyUI:
         self.sockets = 0
         self.asked: list[tuple[str, object]] = []
         self.prompt = ""
-        self._ready = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
 
-    def __enter__(self) -> FakeComfyUI:
-        self._thread.start()
-        assert self._ready.wait(30)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(30)
-
-    async def _serve(self) -> None:
-        self._loop, self._stop, self._queued = (
-            asyncio.get_running_loop(), asyncio.Event(), asyncio.Event(),
-        )  # fmt: skip
+    def app(self) -> web.Application:
+        self._queued = asyncio.Event()
         app = web.Application(middlewares=[self._checked])
         app.add_routes([
             web.get("/ws", self._ws), web.post("/prompt", self._queue),
@@ -68,14 +53,7 @@ class FakeComfyUI:
             web.get("/object_info/{kind}", self._info),
             web.post("/upload/image", self._upload), web.post("/{command}", self._command),
         ])  # fmt: skip
-        runner = web.AppRunner(app, shutdown_timeout=1)
-        await runner.setup()
-        port = free_port()
-        await web.TCPSite(runner, "127.0.0.1", port).start()
-        self.url = f"http://127.0.0.1:{port}"
-        self._ready.set()
-        await self._stop.wait()
-        await runner.cleanup()
+        return app
 
     @web.middleware
     async def _checked(self, request, handler):

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import threading
+from collections.abc import AsyncIterator
 
 import aiohttp
 from aiohttp import web
+from app_server import AppServer
 
-from hywu_core.headless.local import free_port
 
-
-class Proxy:
-    """`with Proxy(url, …) as proxy:` in a thread of its own; `proxy.url` is its address.
+class Proxy(AppServer):
+    """`with Proxy(url, …) as proxy:`; `proxy.url` is its address.
 
     prefix: path below which the server lies. token: the bearer token that is wanted. socket: "drop" cuts each
     websocket after `seconds`, "mute" passes nothing on from then, "" leaves it alone.
@@ -23,31 +22,16 @@ class Proxy:
     ) -> None:  # fmt: skip
         self.upstream, self.prefix, self.token = upstream, prefix, token
         self.socket, self.seconds, self.sockets = socket, seconds, 0
-        self._ready = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
 
-    def __enter__(self) -> Proxy:
-        self._thread.start()
-        assert self._ready.wait(30)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(30)
-
-    async def _serve(self) -> None:
-        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+    def app(self) -> web.Application:
         app = web.Application(client_max_size=1 << 30)
         app.router.add_route("*", "/{path:.*}", self._handle)
-        runner = web.AppRunner(app, shutdown_timeout=1)
-        await runner.setup()
-        port = free_port()
-        await web.TCPSite(runner, "127.0.0.1", port).start()
-        self.url = f"http://127.0.0.1:{port}{self.prefix}"
+        app.cleanup_ctx.append(self._client)
+        return app
+
+    async def _client(self, app: web.Application) -> AsyncIterator[None]:
         async with aiohttp.ClientSession() as self._session:
-            self._ready.set()
-            await self._stop.wait()
-        await runner.cleanup()
+            yield
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         if self.token and request.headers.get("Authorization") != f"Bearer {self.token}":

@@ -1,9 +1,10 @@
-"""Random weights of a small editor in place of the bundled ones: the tests of nodes and graphs run in a
-fraction of the time, and what the real ones do is seen in test_workflows.py.
+"""Random weights of a small editor in place of the bundled ones: the tests of nodes, graphs and evaluation
+run in a fraction of the time, and what the real ones do is seen in test_workflows.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,14 +19,13 @@ from hywu_core.lora import GeneratedLoRA
 
 BASE = "hywu-bundled-editor-2"
 TASKS = ("blur", "deblur", "age", "restore")
-NAMES = ("editor", "generator", "shared", *(f"single_{task}" for task in TASKS))
 
 
-def make_random(folder: Path) -> Path:
-    """A small editor, its generator and LoRAs: random, but all of them change the image."""
-    torch.manual_seed(0)
+def make_editor(path: Path, seed: int = 0, width: int = 8) -> Editor:
+    """An editor that changes images, written to `path`; width: channels at full resolution."""
+    torch.manual_seed(seed)
     config = EditorConfig(
-        widths=(8, 16, 32),
+        widths=(width, 2 * width, 4 * width),
         encode=(0, 1, 0),
         decode=(1, 1, 2),
         steer=32,
@@ -39,8 +39,14 @@ def make_random(folder: Path) -> Path:
     for name, value in editor.named_parameters():
         if name.endswith("film.weight"):
             torch.nn.init.normal_(value, std=0.05)
-    save_editor(editor, folder / "editor.safetensors", {})
-    editor = load_editor(folder / "editor.safetensors")
+    save_editor(editor, path, {})
+    return load_editor(path)
+
+
+def make_random(folder: Path, tasks: Sequence[str] = TASKS) -> Path:
+    """editor, generator, shared, and single_<task>: random, but all of them change the image."""
+    folder.mkdir(exist_ok=True)
+    editor = make_editor(folder / "editor.safetensors")
     layout = LoRALayout.of(editor, 2)
     config = GeneratorConfig(
         layout, editor.config.condition_parts, 16, 2, 32, 16, 2, base=BASE,
@@ -52,7 +58,7 @@ def make_random(folder: Path) -> Path:
     torch.nn.init.normal_(generator.model.proj_out_A.weight, std=0.05)
     torch.nn.init.normal_(generator.model.proj_out_B.weight, std=0.05)
     save_generator(generator, folder / "generator.safetensors")
-    for name in NAMES[2:]:
+    for name in ("shared", *(f"single_{task}" for task in tasks)):
         _lora(layout).save(folder / f"{name}.safetensors")
     return folder
 

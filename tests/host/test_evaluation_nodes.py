@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import http.server
 import json
 import shutil
-import threading
 
 import pytest
+from judge_stub import GOOD, Stub
 from PIL import Image, ImageStat
 
 import dev
@@ -145,43 +144,16 @@ def test_mistakes_are_one_sentence_and_the_next_prompt_works(server):
     assert "2 scored of 2 items" in text(record, "table")
 
 
-class _Model(http.server.BaseHTTPRequestHandler):
-    """Answers WU-Eval once, then garbage; keeps the Authorization headers."""
-
-    keys: list[str] = []
-
-    def do_POST(self):
-        self.rfile.read(int(self.headers["Content-Length"]))
-        scores = ("instruction_alignment", "content_consistency")
-        scores += ("structural_rationality", "image_quality")
-        whole = json.dumps({**dict.fromkeys(scores, 4), "reason": "fine"})
-        content = "I'd rather not say" if self.keys else whole
-        self.keys.append(self.headers["Authorization"])
-        choices = [{"message": {"content": content}, "finish_reason": "stop"}]
-        body = json.dumps({"model": "tiny-vlm", "choices": choices}).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass
-
-
 @pytest.fixture
 def endpoint():
-    """The URL of an OpenAI-compatible endpoint on loopback."""
-    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Model)
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{httpd.server_port}/v1"
-    httpd.shutdown()
-    httpd.server_close()
+    """A judge's endpoint on loopback that answers WU-Eval once, then garbage."""
+    with Stub(lambda prompt, n: GOOD if len(stub.keys) == 1 else "I'd rather not say") as stub:
+        yield stub
 
 
 def test_a_model_judges_at_the_operators_endpoint(comfyui, tmp_path, endpoint, monkeypatch):
     """A server of its own, since the endpoint comes from its environment; a garbled answer is counted."""
-    monkeypatch.setenv("HYWU_JUDGE_URL", endpoint)
+    monkeypatch.setenv("HYWU_JUDGE_URL", endpoint.url)
     monkeypatch.setenv("OPENAI_API_KEY", "secret-for-the-test")
     asked = graph(method="judged_by_model")
     asked["judge"]["inputs"].update(judge="openai", model="tiny-vlm")
@@ -189,7 +161,7 @@ def test_a_model_judges_at_the_operators_endpoint(comfyui, tmp_path, endpoint, m
         record, _ = run_sync(own.url, asked, timeout=180)
         log = own.log.read_text()
     assert "1 scored, 1 unparsable of 2 items" in text(record, "table")
-    assert _Model.keys == ["Bearer secret-for-the-test"] * 2
+    assert endpoint.keys == ["Bearer secret-for-the-test"] * 2
     written = [p for p in (tmp_path / "comfyui" / "output").rglob("*") if p.is_file()]
     assert all(b"secret-for-the-test" not in p.read_bytes() for p in written)
     assert "secret-for-the-test" not in log + json.dumps(record)

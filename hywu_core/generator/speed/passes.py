@@ -31,6 +31,10 @@ log = get_logger(__name__)
 
 EPS = 1e-6
 
+#: Weight and bias of a product that adds to the hidden states, and none.
+Product = tuple[Any, Tensor | None]
+NONE: Product = (None, None)
+
 #: Attention kernels take no more sequences at once: a CUDA grid's second and third dimensions end there.
 MOST_SEQUENCES = 65535
 
@@ -103,6 +107,11 @@ def even_step(length: int, most: int) -> int:
     return -(-length // chunks)
 
 
+def _slices(length: int, step: int) -> Iterator[slice]:
+    for start in range(0, length, step):
+        yield slice(start, min(length, start + step))
+
+
 def wave_rows(multiprocessors: int, columns: int) -> int:
     """The least rows whose product with so many columns has as many tiles as fill whole waves."""
     across = max(1, columns // TILE_COLUMNS)
@@ -121,26 +130,17 @@ class Passes:
     def chunks(self, length: int, rows_each: int, most: int | None = None) -> Iterator[slice]:
         """Slices of a dimension of `length`, of whose indices each holds `rows_each` rows."""
         fitting = self.chunk_rows // rows_each
-        step = self.step(length, rows_each, fitting if most is None else min(fitting, most))
-        for start in range(0, length, step):
-            yield slice(start, min(length, start + step))
+        most = fitting if most is None else min(fitting, most)
+        return _slices(length, self.step(length, rows_each, most))
 
     def step(self, length: int, rows_each: int, most: int) -> int:
         return even_step(length, most)
 
     def head_chunks(self, layers: int, rows_each: int) -> Iterator[slice]:
         """As `chunks`, for the output projections, whose intermediates are a quarter as wide."""
-        step = even_step(layers, 4 * self.chunk_rows // rows_each)
-        for start in range(0, layers, step):
-            yield slice(start, min(layers, start + step))
+        return _slices(layers, even_step(layers, 4 * self.chunk_rows // rows_each))
 
-    def norm(
-        self,
-        norm: nn.Module,
-        x: Tensor,
-        out: tuple[Any, Tensor | None] = (None, None),
-        to: Any = None,
-    ) -> Any:
+    def norm(self, norm: nn.Module, x: Tensor, out: Product = NONE, to: Any = None) -> Any:
         """``norm(x)``. out: weight and bias of the product that will add to x. to: what multiplies it."""
         return norm(x)
 
@@ -162,7 +162,7 @@ class Passes:
     def silu(self, x: Tensor, to: Any) -> Any:
         return F.silu(x, inplace=self.in_place)
 
-    def accumulate(self, states: Tensor, x: Any, out: tuple[Any, Tensor | None]) -> None:
+    def accumulate(self, states: Tensor, x: Any, out: Product) -> None:
         """Add ``linear(x, *out)`` to a chunk of the hidden states, in place."""
         weight, bias = out
         if states.is_contiguous() and _multiplies(states, x, weight):
@@ -199,13 +199,7 @@ class FusedPasses(Passes):
         unit = 0 if self._wave is None else self._wave // rows_each
         return most - most % unit if 0 < unit <= most < length else even_step(length, most)
 
-    def norm(
-        self,
-        norm: nn.Module,
-        x: Tensor,
-        out: tuple[Any, Tensor | None] = (None, None),
-        to: Any = None,
-    ) -> Any:
+    def norm(self, norm: nn.Module, x: Tensor, out: Product = NONE, to: Any = None) -> Any:
         weight, bias = out
         if self.switches.pending_bias or not self._accumulates(x, weight):
             bias = None
@@ -234,7 +228,7 @@ class FusedPasses(Passes):
             return Quantized(*self._kernels.quantize_rows(rows, silu=True), x.shape, x.dtype)
         return super().silu(x, to)
 
-    def accumulate(self, states: Tensor, x: Any, out: tuple[Any, Tensor | None]) -> None:
+    def accumulate(self, states: Tensor, x: Any, out: Product) -> None:
         weight, bias = out
         if not (self._accumulates(states, weight) and _multiplies(states, x, weight)):
             # a bias that waits is settled, one that doesn't was left for here (see `norm`)
