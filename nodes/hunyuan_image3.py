@@ -5,6 +5,7 @@ from __future__ import annotations
 from . import ui
 from .host import paths
 from .host.hunyuan_image3 import load, prompt
+from .host.page import Page
 from .ui import CATEGORY
 
 HUNYUAN = "HYWU_HUNYUAN"
@@ -198,14 +199,14 @@ class HYWUHunyuanThink:
                 "0 always takes the likeliest word; -1 is the checkpoint's own, with its top-k and top-p.",
             ),
         }  # fmt: skip
-        return {"required": required, "optional": _images()}
+        return {"required": required, "optional": _images(), "hidden": {"node": "UNIQUE_ID"}}
 
     def think(
         self, model, instruction, size, seed, task, max_tokens, temperature,
-        image=None, image2=None, image3=None,
+        image=None, image2=None, image3=None, node=None,
     ):  # fmt: skip
         reader = load.model_of(model).reader
         requests = prompt.requests_of(reader, instruction, (image, image2, image3), "", size, seed)
         sampler = None if temperature < 0 else prompt.Sampler(temperature, 1024, 0.95)
-        text = prompt.thoughts(model, requests, task, max_tokens, sampler)
+        text = prompt.thoughts(model, requests, task, max_tokens, sampler, Page(node))
         return ui.shown(text, (text,), [])

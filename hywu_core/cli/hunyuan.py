@@ -222,7 +222,18 @@ def _thought(args: argparse.Namespace, pipeline: Any, request: Any) -> Any:
         return request
     if request.cot:
         raise HYWUError("--think writes a chain of thought and --cot gives one; use one of them.")
-    request = pipeline.think(request, on_token=_bar("think"))
+    bar, written = _bar("think"), [""]
+
+    def told(done: int, most: int, text: str) -> None:
+        written[0] = text
+        bar(done, most)
+
+    try:
+        request = pipeline.think(request, on_token=told)
+    except BaseException:
+        if written[0]:  # minutes of work, which can be completed and given to --cot
+            say(f"Ended early; written so far: {written[0]}")
+        raise
     say(request.cot)
     return request
 

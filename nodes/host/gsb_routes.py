@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from ...hywu_core.errors import HYWUError, get_logger
+from .page import server
 
 log = get_logger(__name__)
 
 
 def register() -> None:
     """Add the routes to ComfyUI's server, where there is one. Never keeps the nodes from loading."""
-    instance = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+    instance = server()
     if instance is None:
         return
     try:

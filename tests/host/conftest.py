@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,8 +36,11 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def server(
     comfyui: dev.Host, weights: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[LocalServer]:
-    """A running server with this extension in it and folders of its own."""
-    with dev.server_of(comfyui, tmp_path_factory.mktemp("comfyui")) as running:
+    """A running server with this extension in it, the golden pack, and folders of its own."""
+    base = tmp_path_factory.mktemp("comfyui")
+    pack = dev.ROOT / "tests" / "helpers" / "golden_pack"
+    shutil.copytree(pack, base / "custom_nodes" / "golden_pack")
+    with dev.server_of(comfyui, base) as running:
         yield running
 
 

@@ -1,38 +1,52 @@
 """HunyuanImage-3 on a real server: load, think, condition, LoRA, apply, sample, decode, by stock nodes.
 
-Figures stand against the engine alone; tests/host/inside/test_hunyuan.py has the stages against the
-official code.
+Against the engine alone, and against the official code's values, whose noise and forced words the server
+has from tests/helpers/golden_pack.
 """
 
 from __future__ import annotations
 
+import asyncio
+import json
 import shutil
 
+import aiohttp
 import edit_graph as g
+import numpy as np
 import pytest
 import torch
 from hunyuan_golden import (
     BASE,
+    CONDITION,
     GENERATOR,
+    LATENTS,
     SYSTEM,
     distance,
+    distilled_folder,
     edit_json,
     generator,
+    golden,
     other_image,
     pipeline,
     source,
 )
-from safetensors.torch import load_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import dev
 from hywu_core.bases.hunyuan_image3 import Request, Sampler
 from hywu_core.cli import main
+from hywu_core.condition import Condition
+from hywu_core.formats import load_lora
 from hywu_core.headless.graph import find_node, read_graph
 from hywu_core.images import write_image
 
 EQUAL = 1e-4
 INSTRUCTION = "make the other one brighter, and keep the sky"
 STEPS, SEED, NOISE = 3, 42, 7
+#: Seeds that the golden pack knows: a case's initial noise; its text's noise and words; the letter a, always.
+GIVEN = {"edit": 9001, "distilled": 9002, "text_to_image": 9003, "auto": 9004, "256x256": 9005}
+ALWAYS_A = 9006
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +60,20 @@ def folders(server):
     for name, image in (("one", source()), ("two", other_image())):
         (server.base / "input").mkdir(exist_ok=True)
         write_image(image, server.base / "input" / f"hunyuan_{name}.png")
+    distilled_folder(models / "hunyuan_image_3" / "distilled")
+    known = {
+        GIVEN["edit"]: {"noise": golden("edit")["sample.noise.2"]},
+        GIVEN["distilled"]: {"noise": golden("distilled")["sample.noise.2"]},
+        GIVEN["text_to_image"]: {"noise": golden("text_to_image")["sample.noise.0"]},
+        ALWAYS_A: {"push": torch.tensor([[-1, 64]])},
+    }
+    for run in golden("cot").facts["runs"]:
+        push = [[int(step), token] for step, token in run["bias_at_new_token"].items()]
+        noise = golden("cot")[f"{run['image_size']}.vae_noise"]
+        known[GIVEN[run["image_size"]]] = {"vae_noise": noise, "push": torch.tensor(push)}
+    (server.base / "golden").mkdir()
+    for seed, values in known.items():
+        save_file(values, server.base / "golden" / f"{seed}.safetensors")
     return server
 
 
@@ -138,20 +166,196 @@ def test_a_second_run_with_another_seed_thinks_and_generates_nothing_anew(folder
     assert not {"sample", "sample_lora"} & set(kept)
 
 
+def golden_graph(name: str) -> dict[str, dict]:
+    """A case of the official code's, with and without a LoRA: its chain of thought, seed and noise."""
+    facts = golden(name).facts
+    asked = graph(cot=g.node("PrimitiveStringMultiline", value=facts["cot"] or ""))
+    del asked["think"], asked["two"], asked["prompt"]["inputs"]["image2"]
+    asked["prompt"]["inputs"] |= {
+        "instruction": facts["prompt"], "size": facts["image_size"], "seed": facts["seed"], "cot": ["cot", 0],
+    }  # fmt: skip
+    for tag in ("", "_lora"):
+        asked[f"sample{tag}"]["inputs"] |= {"seed": GIVEN[name], "steps": facts["steps"]}
+    return asked
+
+
+def check_golden(server, outputs, name: str, tags=("", "_lora")) -> None:
+    """Latents and images of a case's last step."""
+    values = golden(name)
+    for tag in tags:
+        kind = "lora" if tag else "plain"
+        made = latent(server, outputs, tag) * pipeline().config.vae.scaling_factor
+        values.check(f"{kind}.step.{values.facts['steps'] - 1}.next", made, LATENTS)
+        image = g.images(server, outputs, f"save{tag}")[0].movedim(0, -1).mul(255).round().byte()
+        values.check_image(f"{kind}.image", Image.fromarray(image.numpy()))
+
+
+def test_the_official_edit(folders, tmp_path):
+    """Condition, LoRA, latents and images; the LoRA also of a condition that was made by a command."""
+    asked, edit = golden_graph("edit"), golden("edit")
+    facts = edit.facts
+    folder, image = tmp_path / "golden", tmp_path / "one.png"
+    shutil.copytree(BASE, folder)
+    write_image(source(), image)
+    made = folders.base / "models" / "hywu_conditions" / "golden.safetensors"
+    made.parent.mkdir(exist_ok=True)
+    command = [
+        "hunyuan",
+        "condition",
+        str(folder),
+        "--image",
+        str(image),
+        "--instruction",
+        facts["prompt"],
+    ]
+    command += ["--cot", facts["cot"], "--size", "256x256", "--seed", str(facts["seed"])]
+    command += ["--system-prompt", SYSTEM, "--precision", "float32", "--out", str(made)]
+    assert main(command) == 0
+    asked |= {
+        "condition": g.node("HYWUSaveCondition", condition=["encode", 0], filename_prefix="golden"),
+        "lora": g.node("HYWUSaveLoRA", lora=["generate", 0], filename_prefix="golden", format="native"),
+        "brought": g.node("HYWULoadCondition", condition="golden.safetensors"),
+        "generate2": g.node("HYWUGenerateLoRA", generator=["generator", 0], condition=["brought", 0]),
+        "lora2": g.node("HYWUSaveLoRA", lora=["generate2", 0], filename_prefix="brought", format="native"),
+    }  # fmt: skip
+    outputs = g.run(folders, asked)
+    check_golden(folders, outputs, "edit")
+    condition = Condition.load(folders.base / "output" / outputs["condition"]["text"][0])
+    edit.check("condition", condition.parts["hidden_states"], CONDITION)
+    for name in ("lora", "lora2"):
+        lora = load_lora(folders.base / "output" / outputs[name]["text"][0])
+        for key in (k for k in edit.values if k.startswith("lora.model.")):
+            pair = lora[key.removeprefix("lora.").rpartition(".lora_")[0]]
+            edit.check(key, pair.A if key.endswith("A") else pair.B, CONDITION)
+
+
+@pytest.mark.parametrize("run", [0, 1])
+def test_the_official_text(folders, run):
+    facts = golden("cot").facts
+    wanted, asked = facts["runs"][run], graph()
+    size = wanted["image_size"]
+    asked = {name: asked[name] for name in ("base", "one", "think")}
+    asked["think"]["inputs"] |= {"instruction": facts["prompt"], "size": size, "seed": GIVEN[size]}
+    del asked["think"]["inputs"]["image2"]
+    asked["state"] = g.node("GoldenState", after=["think", 0])
+    outputs = g.run(folders, asked)
+    assert g.said(outputs, "state")["tokens"] == wanted["new_tokens"]
+    end = "<img_ratio_4>" if size == "auto" else ""
+    assert outputs["think"]["text"][0] == wanted["cot_text"] + end
+
+
 def test_text_to_image(folders):
-    asked = graph()
-    for name in ("think", "encode", "generate", "apply", "one", "two"):
+    asked, facts = golden_graph("text_to_image"), golden("text_to_image").facts
+    for name in ("encode", "generate", "apply", "one", "generator"):
         del asked[name]
     asked = {k: v for k, v in asked.items() if not k.endswith("_lora")}
-    for name in ("image", "image2", "cot"):
-        del asked["prompt"]["inputs"][name]
+    del asked["prompt"]["inputs"]["image"]
     outputs = g.run(folders, asked)
-    noise = torch.randn(1, 8, 16, 16, generator=torch.manual_seed(NOISE))
+    check_golden(folders, outputs, "text_to_image", ("",))
     alone = pipeline().sample(
-        [Request(INSTRUCTION, [], size="256x256", seed=SEED)],
-        steps=STEPS, guidance=2.5, flow_shift=3.0, noise=noise,
+        [Request(facts["prompt"], [], size="256x256", seed=facts["seed"])],
+        steps=2, guidance=2.5, flow_shift=3.0, noise=golden("text_to_image")["sample.noise.0"],
     )  # fmt: skip
     assert distance(latent(folders, outputs, ""), pipeline().vae.unscaled(alone)) < EQUAL
+
+
+def test_the_distilled_model(folders):
+    """No negative branch: cfg 1, and the guidance is a token."""
+    asked = golden_graph("distilled")
+    asked["base"]["inputs"]["folder"] = "distilled"
+    for tag in ("", "_lora"):
+        asked[f"sample{tag}"]["inputs"]["cfg"] = 1.0
+    check_golden(folders, g.run(folders, asked), "distilled")
+
+
+def test_a_batch_of_two_with_two_sources_each(folders):
+    """Different images, instructions, lengths, seeds and LoRAs: each as the engine makes it alone."""
+    cot = "<think>in the end</think><recaption>an other thing</recaption>"
+    first = source()
+    second = Image.fromarray(255 - np.array(first))
+    write_image(second, folders.base / "input" / "hunyuan_three.png")
+    reference = other_image()
+    requests = [
+        Request("make it red", [first, reference], "", "256x256", 5),
+        Request("the other one, and keep the sky as it was", [second, reference], cot, "256x256", 6),
+    ]  # fmt: skip
+    asked = graph(
+        three=g.node("LoadImage", image="hunyuan_three.png"),
+        batch=g.node("ImageBatch", image1=["one", 0], image2=["three", 0]),
+        # of the first an empty thought, of the second its own
+        cot=g.node("PrimitiveStringMultiline", value=f"\n---\n{cot}"),
+    )
+    del asked["think"]
+    lines = "\n".join(request.instruction for request in requests)
+    asked["prompt"]["inputs"] |= {
+        "instruction": lines,
+        "seed": 5,
+        "image": ["batch", 0],
+        "cot": ["cot", 0],
+    }
+    asked["encode"]["inputs"] |= {"image": ["batch", 0], "instruction": "-"}
+    outputs = g.run(folders, asked)
+    noise = torch.randn(2, 8, 16, 16, generator=torch.manual_seed(NOISE))
+    for tag in ("", "_lora"):
+        made = latent(folders, outputs, tag)
+        assert made.shape[0] == 2
+        for i, request in enumerate(requests):
+            lora = generator()(pipeline().condition([request])) if tag else None
+            alone = pipeline().sample(
+                [request], lora, steps=STEPS, guidance=2.5, flow_shift=3.0, noise=noise[i : i + 1]
+            )
+            assert distance(made[i : i + 1], pipeline().vae.unscaled(alone)) < EQUAL
+
+
+async def interrupted(server, asked: dict, at: int) -> tuple[int, list[dict]]:
+    """Interrupt Think at a token; returns the last that was told, and what its node was given to show."""
+    last, shown, sent = 0, [], False
+    async with (
+        aiohttp.ClientSession(server.url) as session,
+        session.ws_connect("/ws", params={"clientId": "watcher"}) as socket,
+    ):
+        await session.post("/prompt", json={"prompt": asked, "client_id": "watcher"})
+        async for message in socket:
+            event = json.loads(message.data) if message.type is aiohttp.WSMsgType.TEXT else {}
+            kind, data = event.get("type"), event.get("data") or {}
+            assert kind not in ("execution_success", "execution_error"), data
+            if kind == "progress" and data["node"] == "think":
+                last = data["value"]
+                if last >= at and not sent:
+                    await session.post("/interrupt", json={})
+                    sent = True
+            if kind == "hywu_text":
+                shown.append(data)
+            if kind == "execution_interrupted":
+                assert data["node_id"] == "think"
+                return last, shown
+    raise AssertionError("the server closed the socket")
+
+
+def test_a_thought_is_interrupted(folders):
+    """Within a token, its memory freed, its text on the node, in the log and in a file; the next one works."""
+    asked = {name: node for name, node in graph().items() if name in ("base", "one", "think")}
+    asked["think"]["inputs"] |= {"seed": ALWAYS_A, "max_tokens": 3000, "task": "think"}
+    del asked["think"]["inputs"]["image2"]
+    asked["state"] = g.node("GoldenState", after=["think", 0])
+    last, shown = asyncio.run(interrupted(folders, asked, 20))
+    state = g.said(g.run(folders, {"state": g.node("GoldenState")}), "state")
+    assert state["kept"] == 0
+    assert state["late"] <= 1
+    written = len(state["tokens"])
+    assert 20 <= last <= written <= last + 1 < 3000
+    assert {data["node"] for data in shown} == {"think"}
+    texts = [data["output"]["text"][0] for data in shown]
+    assert all(one.startswith("<think>a") for one in texts)
+    text, (said,) = texts[-1], shown[-1]["output"]["hywu_warnings"]
+    assert text == f"<think>{'a' * written}</think>"
+    assert f"after {written} tokens" in said
+    name = said.partition("kept in ")[2].partition(" of the output")[0]
+    assert (folders.base / "output" / name).read_text("utf-8") == text
+    assert text in folders.log.read_text("utf-8")
+    # the text goes on as a thought, and nothing of the interrupted one is kept by ComfyUI
+    asked["think"]["inputs"]["max_tokens"] = 3
+    assert g.run(folders, asked)["think"]["text"][0] == "<think>aaa</think>"
 
 
 def test_the_shipped_workflow(folders):

@@ -292,6 +292,8 @@ app.registerExtension({
   setup() {
     sortTemplates();
     api.addEventListener("executed", ({ detail }) => notice(detail?.node, detail?.output));
+    // what a node is writing (HunyuanImage-3 Think), or had written when it was stopped
+    api.addEventListener("hywu_text", ({ detail }) => notice(detail?.node, detail?.output));
     api.addEventListener("execution_cached", ({ detail }) => {
       recall(detail?.nodes ?? []).catch((error) => console.warn("HY-WU: no norm maps:", error));
     });

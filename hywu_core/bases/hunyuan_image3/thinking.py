@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...errors import HYWUError
 from .attention import KVCache, Rows, Segment
-from .model import HunyuanImage3
+from .model import HunyuanImage3, Progress
 from .passes import prefill
 from .prompts import Prompts, Request
 from .sequence import TAGS, TokenSequence
@@ -81,12 +81,13 @@ def think(
     sampler: Sampler | None = None,
     most: int | None = None,
     on_token: OnToken | None = None,
+    progress: Progress | None = None,
 ) -> Thought:
     """Write a chain of thought for a request without one; with an automatic size, choose the ratio.
 
     task: see TASKS. sampler: greedy without one. most: tokens to write at most, or all that the
-    checkpoint reads. The same for the request's seed. Raises HYWUError on an unknown task or a
-    request too long.
+    checkpoint reads. progress: called in every pass, token by token. The same for the request's seed.
+    Raises HYWUError on an unknown task or a request too long.
     """
     if task not in TASKS:
         raise HYWUError(f"Task '{task}' is unknown; choose one of {', '.join(TASKS)}.")
@@ -98,7 +99,7 @@ def think(
     with_text = _Text(tokens, sequence, most, on_token)
     cache = KVCache(model.config, 1, len(sequence) + min(most, ROOM))
     try:
-        hidden = prefill(model, [sequence], [sources], cache=cache)[:, -1:]
+        hidden = prefill(model, [sequence], [sources], None, cache, progress)[:, -1:]
         while with_text.count < most and not stages.done:
             token = stages.forced()
             if token is None:
@@ -107,21 +108,32 @@ def think(
             stages.wrote(token)
             with_text.add(token)
             if not stages.done and with_text.count < most:
-                hidden = _one(model, token, len(sequence) + with_text.count - 1, cache)
+                index = len(sequence) + with_text.count - 1
+                hidden = _one(model, token, index, cache, progress)
     finally:
         cache.close()
     ids = tuple(with_text.ids)
     return Thought(stages.cot(ids), stages.ratio, ids, stages.done)
 
 
-def _one(model: HunyuanImage3, token: int, index: int, cache: KVCache) -> Tensor:
+def closed(text: str) -> str:
+    """A text that was cut off as a chain of thought: with the closing tags that it lacks."""
+    for name in TAGS:
+        if f"<{name}>" in text and f"</{name}>" not in text:
+            text += f"</{name}>"
+    return text
+
+
+def _one(
+    model: HunyuanImage3, token: int, index: int, cache: KVCache, progress: Progress | None
+) -> Tensor:
     """Hidden state ``[1, 1, hidden]`` of one more token, which sees all before it."""
     if index >= cache.capacity:
         cache.grow(cache.capacity + ROOM)
     device = model.model.wte.weight.device
     x = model.model.wte(torch.tensor([[token]], device=device))
     yx = torch.full((1, 1, 2), index)
-    return model.decode(x, yx, [Rows((Segment(index, index + 1, True),))], cache)
+    return model.decode(x, yx, [Rows((Segment(index, index + 1, True),))], cache, progress)
 
 
 class _Stages:
@@ -165,11 +177,7 @@ class _Stages:
         if last in ids:
             return f"<{tag}>{tokens.decode(ids[: ids.index(last) + 1])}"
         ends = {tokens.eos, *tokens.ratios}
-        text = f"<{tag}>{tokens.decode([i for i in ids if i not in ends])}"
-        for name in TAGS:
-            if f"<{name}>" in text and f"</{name}>" not in text:
-                text += f"</{name}>"
-        return text
+        return closed(f"<{tag}>{tokens.decode([i for i in ids if i not in ends])}")
 
 
 class _Text:

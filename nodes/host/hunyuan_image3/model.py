@@ -192,10 +192,11 @@ class Sessions:
             if id(row) not in made:
                 made[id(row)] = row.sequence(height * factor, width * factor)
         sequences = [made[id(row)] for row in rows]
-        return Denoiser(model, sequences, [row.sources for row in rows], progress=_interruptible)
+        return Denoiser(model, sequences, [row.sources for row in rows], progress=interruptible)
 
 
-def _interruptible(*_: int) -> None:
+def interruptible(*_: int) -> None:
+    """Ends a pass between two layers."""
     mm.throw_exception_if_processing_interrupted()
 
 

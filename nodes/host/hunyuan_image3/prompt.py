@@ -16,18 +16,19 @@ from ....hywu_core.bases.hunyuan_image3.images import nearest
 from ....hywu_core.bases.hunyuan_image3.passes import prefill
 from ....hywu_core.bases.hunyuan_image3.prompts import Request
 from ....hywu_core.bases.hunyuan_image3.sources import Source
-from ....hywu_core.bases.hunyuan_image3.thinking import Sampler, think
-from ....hywu_core.errors import HYWUError, get_logger
+from ....hywu_core.bases.hunyuan_image3.thinking import Sampler, closed, think
+from ....hywu_core.errors import HYWUError
 from ....hywu_core.images import to_pillow
 from ..bundled_editor import rgb
 from ..instructions import nonempty
+from ..page import Page
 from .load import Reader, model_of
-from .model import KEY, Row
-
-log = get_logger(__name__)
+from .model import KEY, Row, interruptible
 
 #: How a chain of thought says which ratio the model chose.
 RATIO = "<img_ratio_{}>"
+#: Between the chains of thought of a batch.
+DIVIDER = "\n---\n"
 
 
 def requests_of(
@@ -188,11 +189,13 @@ def hidden_states(
 
 
 def thoughts(
-    model: Any, requests: Sequence[Request], task: str, most: int, sampler: Sampler | None
-) -> str:
+    model: Any, requests: Sequence[Request], task: str, most: int, sampler: Sampler | None,
+    page: Page,
+) -> str:  # fmt: skip
     """Chains of thought of a batch, divided by lines of dashes; each ends in the ratio that was chosen.
 
-    sampler: None takes the checkpoint's settings. What was written before an interruption is logged.
+    sampler: None takes the checkpoint's settings. page: where the text is read while it is written, and
+    kept when the writing ends early.
     """
     inner = model_of(model)
     reader = inner.reader
@@ -203,23 +206,25 @@ def thoughts(
     mm.load_models_gpu(
         [model], memory_required=inner.memory_required([1, 1, 1, settings.max_length])
     )
-    made, written = [], [""]
+    made: list[str] = []
     for request, given in zip(requests, sources, strict=True):
-        bar = comfy.utils.ProgressBar(most)
+        bar, text, count = comfy.utils.ProgressBar(most), "", 0
 
-        def told(done: int, _: int, text: str, bar: Any = bar) -> None:
-            written[0] = text
+        def told(done: int, _: int, written: str, bar: Any = bar) -> None:
+            nonlocal text, count
+            text, count = written, done
             mm.throw_exception_if_processing_interrupted()
             bar.update_absolute(done)
+            page.grows(DIVIDER.join((*made, text)))
 
         try:
             thought = think(
                 inner.diffusion_model, reader.prompts, replace(request, cot="", ratio=None), given,
-                task=task, sampler=sampler, most=most, on_token=told,
+                task=task, sampler=sampler, most=most, on_token=told, progress=interruptible,
             )  # fmt: skip
         except BaseException:
-            log.warning("HY-WU: thinking ended early; written so far: %s", written[0])
+            page.cut_off(DIVIDER.join([*made, *([closed(text)] if text else [])]), count)
             raise
         end = "" if thought.ratio is None else RATIO.format(thought.ratio)
         made.append(thought.cot + end)
-    return "\n---\n".join(made)
+    return DIVIDER.join(made)
