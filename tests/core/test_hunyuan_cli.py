@@ -11,7 +11,8 @@ from hunyuan_golden import BASE, GENERATOR, GOLDEN, SYSTEM, golden
 from PIL import Image
 
 from hywu_core import Condition
-from hywu_core.bases.hunyuan_image3 import checkpoint
+from hywu_core.bases.hunyuan_image3 import Sampler, checkpoint
+from hywu_core.bases.hunyuan_image3.attention import KVCache
 from hywu_core.cli.main import main
 from hywu_core.formats import load_lora
 from hywu_core.generator.checkpoints import open_checkpoint
@@ -110,6 +111,19 @@ def test_think_and_text_to_image_on_a_tiny_folder(tmp_path, capsys):
     assert main(command) == 0
     assert "<think>" in capsys.readouterr().out
     assert Image.open(out).size == (128, 128)
+
+
+def test_a_thought_that_is_stopped_is_said(tmp_path, monkeypatch, capsys):
+    def stopped(self, step, logits, generator):
+        if step == 3:
+            raise KeyboardInterrupt
+        return 64  # the letter a
+
+    monkeypatch.setattr(Sampler, "__call__", stopped)
+    command = ["--instruction", "red", "--system-prompt", SYSTEM, "--think", "--out", "x.png"]
+    assert main(["hunyuan", "edit", str(BASE), *command]) == 130
+    assert "written so far: <think>aaa\n" in capsys.readouterr().out
+    assert KVCache.live() == 0
 
 
 @pytest.mark.parametrize(

@@ -20,11 +20,9 @@ from hunyuan_golden import (
     SYSTEM,
     copy_folder,
     distance,
-    distilled_folder,
     edit_json,
     generator,
     golden,
-    other_image,
     pipeline,
     source,
 )
@@ -165,70 +163,6 @@ def test_banks_elsewhere_are_copied_in_chunks():
     ends = torch.tensor([0, 3, 3] + [5] * 6 + [15] * 5 + [22] * 5 + [30], dtype=torch.int32)
     wanted = bank.bfloat16()(x, ends)
     assert torch.equal(wanted, bank.float()(x, ends))
-
-
-def test_text_to_image(call, loaded):
-    model, _, hunyuan = loaded
-    g = golden("text_to_image")
-    positive, negative, latent, _ = asked(call, hunyuan, "text_to_image")
-    made = run(model, positive, negative, latent, g["sample.noise.0"], steps=2)
-    g.check("plain.step.1.next", made * pipeline().config.vae.scaling_factor, LATENTS)
-
-
-@pytest.mark.parametrize("kind", ["plain", "lora"])
-def test_distilled(call, base, hypernetwork, kind):
-    """No negative branch: cfg 1, and the guidance is a token."""
-    g = golden("distilled")
-    model, _, hunyuan = call.HYWULoadHunyuanImage3(
-        install(base, "distilled", distilled_folder), "float32", "float32", SYSTEM
-    )
-    positive, negative, latent, _ = asked(call, hunyuan, "distilled")
-    if kind == "lora":
-        condition = call.HYWUConditionEncode(
-            hypernetwork, pixels(source()), "-", model=model, conditioning=positive
-        )[0]
-        lora = call.HYWUGenerateLoRA(hypernetwork, condition)[0]
-        model = call.HYWUApplyLoRA(model, lora, 1.0, "auto")[0]
-    made = run(model, positive, negative, latent, g["sample.noise.2"], cfg=1.0)
-    g.check(f"{kind}.step.2.next", made * pipeline().config.vae.scaling_factor, LATENTS)
-
-
-def two_requests():
-    cot = "<think>in the end</think><recaption>an other thing</recaption>"
-    return [
-        Request("make it red", [source(), other_image()], "", "256x256", 5),
-        Request("the other one, and keep the sky as it was before", [source(), other_image()], cot, "256x256", 6),
-    ]  # fmt: skip
-
-
-def test_a_batch_of_two_with_two_sources_each(call, loaded, hypernetwork):
-    """Different instructions, lengths, seeds and LoRAs: each as the engine makes it alone."""
-    model, _, hunyuan = loaded
-    requests = two_requests()
-    # of the first an empty thought, of the second its own
-    positive, negative, latent, report = call.HYWUHunyuanEditPrompt(
-        hunyuan, "\n".join(r.instruction for r in requests), "256x256", 5,
-        image=pixels(source()).repeat(2, 1, 1, 1), image2=pixels(other_image()),
-        cot=f"\n---\n{requests[1].cot}",
-    )  # fmt: skip
-    assert " and " in report
-    assert latent["samples"].shape[0] == 2
-    condition = call.HYWUConditionEncode(
-        hypernetwork, pixels(source()), "-", model=model, conditioning=positive
-    )[0]
-    loras = call.HYWUGenerateLoRA(hypernetwork, condition)[0]
-    assert loras.batch_size == 2
-    applied = call.HYWUApplyLoRA(model, loras, 1.0, "auto")[0]
-    noise = torch.randn(2, 8, 16, 16, generator=torch.Generator().manual_seed(9))
-    made = run(applied, positive, negative, latent, noise, steps=2)
-    plain = run(model, positive, negative, latent, noise, steps=2)
-    for i, request in enumerate(requests):
-        lora = generator()(pipeline().condition([request]))
-        how = {"steps": 2, "guidance": 2.5, "flow_shift": 3.0, "noise": noise[i : i + 1]}
-        alone = pipeline().sample([request], lora, **how)
-        assert distance(made[i : i + 1], unscaled(alone)) < EQUAL
-        alone = pipeline().sample([request], None, **how)
-        assert distance(plain[i : i + 1], unscaled(alone)) < EQUAL
 
 
 def test_a_lora_on_the_positive_branch_or_a_part_of_the_sampling(call, loaded, hypernetwork):
