@@ -25,7 +25,7 @@ from ..training.schedule import RATES, TrainConfig, chosen_precision, refuse_dif
 from ..training.strategies import FullFineTuning, HyperNetwork, StaticLoRA, Strategy
 from ..training.trainer import STATE, Trainer
 from ..training.validation import Validation
-from .conflict.plan import GeneratorSize
+from .conflict.plan import ConflictPlan, GeneratorSize
 from .conflict.runs import EXCLUDE
 from .images import PACKAGES, ImagePool, split_files
 from .tasks import CONFLICT, VERSION, TaskBatches, get_task
@@ -100,7 +100,9 @@ class Training:
         self.request, self.say = request, say
         editor = load_editor(request.editor or bundled("editor"))
         self.base = EditorBase(editor, error=_error(request), at_start=_at_start(request))
-        self.data = _data(request, self.base.module.config.train_size, say)
+        self.data = _data(
+            request, getattr(editor.config, "train_size", ConflictPlan.crop_size), say
+        )
         self.config = self._config()
         torch.manual_seed(request.seed + 1)
         strategy = _strategy(request, self.base)

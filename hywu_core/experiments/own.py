@@ -32,7 +32,7 @@ from ..files import atomic_path, read_json, read_json_lines, read_tensors, slug,
 from ..fingerprint import of_files
 from ..images import write_image
 from .conflict.evaluate import EvaluationSet, evaluation_set
-from .conflict.experiment import edits_path
+from .conflict.experiment import BEFORE, edits_path
 from .conflict.plan import ConflictPlan
 from .images import photographs
 from .tasks import VERSION
@@ -72,8 +72,8 @@ def experiment_plan(folder: Path | None) -> ConflictPlan:
         return ConflictPlan()
     found = read_json(folder / "plan.json")
     try:
-        plan, made_for = found["plan"], found["editor"]["editor"]
-        names = ("crops", "max_images", "sampling_steps", "seed", "main_rank")
+        plan, made_for = {**BEFORE, **found["plan"]}, found["editor"]["editor"]
+        names = ("crops", "max_images", "sampling_steps", "seed", "main_rank", "evaluation_size")
         chosen = {name: int(plan[name]) for name in names}
         ranks = tuple(plan["ranks"])
         result = replace(ConflictPlan(), tasks=tuple(plan["tasks"]), ranks=ranks, **chosen)

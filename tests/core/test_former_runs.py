@@ -20,8 +20,8 @@ from PIL import Image
 
 from hywu_core.cli import main
 from hywu_core.experiments import images as data
-from hywu_core.experiments.conflict import evaluate, report
-from hywu_core.experiments.conflict.plan import ConflictPlan, GeneratorSize
+from hywu_core.experiments.conflict import evaluate, report, runs
+from hywu_core.experiments.conflict.plan import LEARNING_RATES, ConflictPlan, GeneratorSize
 from hywu_core.files import read_header, read_tensors
 from hywu_core.training.logs import read_log
 from hywu_core.training.schedule import TrainConfig
@@ -74,6 +74,9 @@ def conflict(tmp_path_factory):
     images = {"coffee": "coffee", "camera": "camera", "drawing.png": "drawing"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ConflictPlan, "quick", lambda: PLAN)
+        # a run that was not begun tries today's rates
+        rates = {**LEARNING_RATES["muon"], "hywu": (4e-4, 6e-4, 9e-4)}
+        patch.setattr(runs, "LEARNING_RATES", {"muon": rates})
         patch.setattr(data, "split_files", lambda side: [FORMER / "train.png"])
         shown = {name: pixels(file) for name, file in images.items()}
         patch.setattr(evaluate, "held_out_images", lambda: shown)
@@ -108,6 +111,8 @@ def test_its_report_has_the_same_figures(conflict):
         run.pop("seconds")
     # what came later: a plan has seeds, and with one only there is nothing to compare
     assert (found["plan"].pop("seeds"), found["plan"].pop("seed_steps")) == (1, 1000)
+    came = {"at_start": 0.0, "crop_size": 64, "evaluation_size": 64}  # later too, as it was before
+    assert {key: found["plan"].pop(key) for key in came} == came
     for part in ("all_images", "photographs_only"):
         assert list(found[part].pop("seeds")) == ["0"]
     assert_alike({key: found[key] for key in wanted}, wanted, "figures")
@@ -145,10 +150,10 @@ def test_settings_are_stored_as_ever():
         '"seed": 0, "optimizer": "adamw"}'
     )
     assert json.dumps(ConflictPlan().to_json()) == (
-        '{"steps": 2000, "precision": "bf16", "optimizer": "muon", "error": "log", '
+        '{"steps": 4000, "precision": "bf16", "optimizer": "muon", "error": "log", "at_start": 0.5, '
         '"written_steps": 600, "sweep_steps": 600, "seeds": 3, "seed_steps": 1000, "batch_size": 24, "tasks": ["blur", "deblur", '
         '"age", "restore", "darken", "brighten", "fog", "dehaze"], "main_rank": 4, "ranks": [1, 2, '
         '4, 8], "generator": {"token_dim": 192, "d_model": 384, "head_dim": 64, "num_blocks": 1, '
-        '"lora_a_scale": 0.05, "lora_b_scale": 0.6}, "tune_steps": 120, "crops": 2, '
-        '"sampling_steps": 4, "max_images": 0, "seed": 0}'
+        '"lora_a_scale": 0.05, "lora_b_scale": 0.6}, "tune_steps": 120, "crop_size": 64, '
+        '"crops": 1, "evaluation_size": 128, "sampling_steps": 4, "max_images": 0, "seed": 0}'
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 from statistics import fmean
@@ -32,6 +33,8 @@ from .runs import VALIDATION, Runs, write_json
 
 #: Batches of training images over which the mean LoRAs are taken.
 MEAN_BATCHES = 8
+#: Settings that came later: what they were in folders that don't say them.
+BEFORE = {"at_start": 0.0, "crop_size": 64, "evaluation_size": 64}
 
 
 class Experiment:
@@ -165,6 +168,9 @@ def make_experiment(
 
     path, editor_file = folder / "plan.json", editor_file or bundled("editor")
     editor = load_editor(editor_file)
+    if path.exists():
+        begun = read_json(path, dict, finite=False)["plan"]
+        plan = replace(plan, **{key: begun.get(key, value) for key, value in BEFORE.items()})
     base = EditorBase(editor, plan.sampling_steps, plan.error, at_start=plan.at_start)
     mine = {"plan": as_json(plan.to_json()), "editor": dict(base.encoder), "tasks": VERSION}
     if path.exists():
@@ -175,7 +181,7 @@ def make_experiment(
                 "make other images; go on with the program that began it, or use another folder."
             )
         # a folder that was begun before there were runs of other seeds gets them now
-        later = {key: mine["plan"][key] for key in ("seeds", "seed_steps")}
+        later = {key: mine["plan"][key] for key in ("seeds", "seed_steps", *BEFORE)}
         if {**found, "plan": {**later, **found["plan"]}} != mine:
             raise HYWUError(
                 f"{path}: this folder holds an experiment with another plan or editor; use its options, "
@@ -188,6 +194,8 @@ def make_experiment(
         "data": dict(PACKAGES.values()),
         "editor": read_header(editor_file).get("provenance", {}),
     }
-    size = editor.config.train_size
+    # the transformer's tiles are as large as its crops
+    window = getattr(editor.config, "train_size", plan.evaluation_size)
+    size = min(plan.crop_size, window)
     runs = Runs(base, ImagePool(split_files("train")), size, plan, folder, provenance, device)
-    return Experiment(runs, base, size, say)
+    return Experiment(runs, base, min(plan.evaluation_size, window), say)

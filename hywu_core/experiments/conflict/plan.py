@@ -62,7 +62,8 @@ class ConflictPlan:
     precision, optimizer: of all trainings. error: of an item, at_start: share of the draws at t = 1 (see
     `EditorBase`). written_steps: over so many steps the
     composed phrasings come in, from none to all (see `make_batch`); 0: all from the start.
-    crops: crops of each evaluation image, each edited once per task.
+    crop_size: side of the crops that are trained on, in pixels. crops: of each evaluation image, of evaluation_size
+    pixels, each edited once per task.
     """
 
     steps: int = 4000
@@ -80,7 +81,9 @@ class ConflictPlan:
     ranks: tuple[int, ...] = (1, 2, 4, 8)
     generator: GeneratorSize = GeneratorSize()
     tune_steps: int = 120
-    crops: int = 2
+    crop_size: int = 64
+    crops: int = 1
+    evaluation_size: int = 128
     sampling_steps: int = 4
     max_images: int = 0
     seed: int = 0

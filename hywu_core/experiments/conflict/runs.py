@@ -156,8 +156,9 @@ class Runs:
 
 def _trained_by(plan: ConflictPlan, run: Run) -> dict[str, Any]:
     """The part of a plan that a run's weights depend on, as JSON gives it back."""
-    keys = ["batch_size", "tasks", "seed", "precision", "optimizer", "error", "at_start"]
+    keys = ["batch_size", "tasks", "seed", "precision", "optimizer", "error"]
     keys += ["written_steps"]
+    keys += ["at_start"] if plan.at_start else []
     keys += ["generator"] if run.strategy in ("hywu", "shared_large") else []
     return files.as_json({key: plan.to_json()[key] for key in keys})
 
