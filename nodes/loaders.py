@@ -29,7 +29,8 @@ class HYWULoadGenerator:
         checkpoint = ui.choice(
             paths.generator_names(),
             "'bundled', or a checkpoint in models/hywu (and in the folders of extra_model_paths.yaml under "
-            "'hywu'). Everything else about it is in the file.",
+            "'hywu'). Everything else about it is in the file. 'auto' takes the one that fits the connected "
+            "model.",
         )
         precision = ui.choice(
             PRECISIONS,
@@ -39,13 +40,20 @@ class HYWULoadGenerator:
             "with.",
             "auto",
         )
-        return {"required": {"checkpoint": checkpoint, "precision": ui.advanced(precision)}}
+        model = ui.socket(
+            "MODEL",
+            "The base model, where checkpoint is 'auto': its layers say which generator fits.",
+        )
+        required = {"checkpoint": checkpoint, "precision": ui.advanced(precision)}
+        return {"required": required, "optional": {"model": model}}
 
     @classmethod
-    def IS_CHANGED(cls, checkpoint, precision):
+    def IS_CHANGED(cls, checkpoint, **_):
         return paths.generator_stamp(checkpoint)
 
-    def load(self, checkpoint, precision):
+    def load(self, checkpoint, precision, model=None):
+        if checkpoint == paths.FITTING:
+            checkpoint = generators.fitting(model)
         return (generators.load(checkpoint, precision),)
 
 

@@ -29,7 +29,7 @@ from ...hywu_core.generator.speed.prefix import PREFIX_CACHE_BYTES
 from ...hywu_core.lora import GeneratedLoRA
 from . import operations
 from .cache import CACHE
-from .paths import generator_path
+from .paths import FITTING, generator_names, generator_path
 from .resident import keep, to_host
 
 log = get_logger(__name__)
@@ -180,6 +180,40 @@ def weights_digest(network: nn.Module) -> Future[str]:
 
     threading.Thread(target=run, name="hywu-digest", daemon=True).start()
     return digest
+
+
+def fitting(model: Any) -> str:
+    """Name of the one checkpoint that was made for a MODEL's layers. Raises HYWUError on none, and on several."""
+    if model is None:
+        raise HYWUError(
+            f"checkpoint is '{FITTING}', which takes the generator that fits a model; connect the MODEL, or "
+            "choose a checkpoint."
+        )
+    network, fits, others = model.model.diffusion_model, [], []
+    for name in generator_names():
+        if name == FITTING:
+            continue
+        try:
+            layout = open_checkpoint(generator_path(name)).config.layout
+        except HYWUError as error:
+            log.warning("HY-WU: '%s' is no generator that can be read: %s", name, error)
+            continue
+        try:
+            layout.check(network)
+            fits.append(name)
+        except HYWUError:
+            others.append(name)
+    if len(fits) == 1:
+        return fits[0]
+    if fits:
+        raise HYWUError(
+            f"{len(fits)} generators fit the connected MODEL: {', '.join(fits)}; choose one of them in "
+            f"checkpoint instead of '{FITTING}'."
+        )
+    raise HYWUError(
+        f"No generator fits the connected MODEL ({type(network).__name__}); there are "
+        f"{', '.join(others) or 'none'}. Put the one that was trained for it into models/hywu and press R."
+    )
 
 
 def load(name: str, precision: str) -> HostGenerator:

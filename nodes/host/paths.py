@@ -15,6 +15,8 @@ log = get_logger(__name__)
 
 #: The first entry of the list of generators: the one that comes with the extension.
 BUNDLED = "bundled"
+#: The second: the one that fits the MODEL that is connected.
+FITTING = "auto"
 #: Before the names of bundled LoRAs, as in "bundled: single blur".
 BUNDLED_LORA = "bundled: "
 #: A PEFT adapter is a folder with this file in it.
@@ -51,13 +53,13 @@ register()
 
 
 def generator_names() -> list[str]:
-    """ "bundled", single files, and official folders (those with a config.json) once each."""
+    """ "bundled", "auto", single files, and official folders (those with a config.json) once each."""
     names = []
     for name in folder_paths.get_filename_list("hywu"):
         folder = os.path.dirname(name)
         official = folder and _find(_generator_folders(), os.path.join(folder, "config.json"))
         names.append(folder if official else name)
-    return list(dict.fromkeys([BUNDLED, *names]))
+    return list(dict.fromkeys([BUNDLED, FITTING, *names]))
 
 
 def condition_names() -> list[str]:
@@ -136,6 +138,8 @@ def lora_path(name: str) -> Path:
 
 def generator_stamp(name: str) -> str:
     """Changes when the file does, so that ComfyUI loads it again; so do the others."""
+    if name == FITTING:
+        return "|".join(generator_stamp(other) for other in generator_names() if other != FITTING)
     return bundled_stamp("generator") if name == BUNDLED else _stamp(_generator_folders(), name)
 
 

@@ -38,6 +38,7 @@ from hywu_core.bases.hunyuan_image3 import Request, Sampler
 from hywu_core.cli import main
 from hywu_core.condition import Condition
 from hywu_core.formats import load_lora
+from hywu_core.headless.client import NodeFailed
 from hywu_core.headless.graph import find_node, read_graph
 from hywu_core.images import write_image
 
@@ -67,7 +68,7 @@ def folders(server):
         GIVEN["text_to_image"]: {"noise": golden("text_to_image")["sample.noise.0"]},
         ALWAYS_A: {"push": torch.tensor([[-1, 64]])},
     }
-    for run in golden("cot").facts["runs"]:
+    for run in golden("cot").metadata["runs"]:
         push = [[int(step), token] for step, token in run["bias_at_new_token"].items()]
         noise = golden("cot")[f"{run['image_size']}.vae_noise"]
         known[GIVEN[run["image_size"]]] = {"vae_noise": noise, "push": torch.tensor(push)}
@@ -168,14 +169,14 @@ def test_a_second_run_with_another_seed_thinks_and_generates_nothing_anew(folder
 
 def golden_graph(name: str) -> dict[str, dict]:
     """A case of the official code's, with and without a LoRA: its chain of thought, seed and noise."""
-    facts = golden(name).facts
-    asked = graph(cot=g.node("PrimitiveStringMultiline", value=facts["cot"] or ""))
+    metadata = golden(name).metadata
+    asked = graph(cot=g.node("PrimitiveStringMultiline", value=metadata["cot"] or ""))
     del asked["think"], asked["two"], asked["prompt"]["inputs"]["image2"]
     asked["prompt"]["inputs"] |= {
-        "instruction": facts["prompt"], "size": facts["image_size"], "seed": facts["seed"], "cot": ["cot", 0],
+        "instruction": metadata["prompt"], "size": metadata["image_size"], "seed": metadata["seed"], "cot": ["cot", 0],
     }  # fmt: skip
     for tag in ("", "_lora"):
-        asked[f"sample{tag}"]["inputs"] |= {"seed": GIVEN[name], "steps": facts["steps"]}
+        asked[f"sample{tag}"]["inputs"] |= {"seed": GIVEN[name], "steps": metadata["steps"]}
     return asked
 
 
@@ -185,7 +186,7 @@ def check_golden(server, outputs, name: str, tags=("", "_lora")) -> None:
     for tag in tags:
         kind = "lora" if tag else "plain"
         made = latent(server, outputs, tag) * pipeline().config.vae.scaling_factor
-        values.check(f"{kind}.step.{values.facts['steps'] - 1}.next", made, LATENTS)
+        values.check(f"{kind}.step.{values.metadata['steps'] - 1}.next", made, LATENTS)
         image = g.images(server, outputs, f"save{tag}")[0].movedim(0, -1).mul(255).round().byte()
         values.check_image(f"{kind}.image", Image.fromarray(image.numpy()))
 
@@ -193,7 +194,7 @@ def check_golden(server, outputs, name: str, tags=("", "_lora")) -> None:
 def test_the_official_edit(folders, tmp_path):
     """Condition, LoRA, latents and images; the LoRA also of a condition that was made by a command."""
     asked, edit = golden_graph("edit"), golden("edit")
-    facts = edit.facts
+    metadata = edit.metadata
     folder, image = tmp_path / "golden", tmp_path / "one.png"
     shutil.copytree(BASE, folder)
     write_image(source(), image)
@@ -206,9 +207,9 @@ def test_the_official_edit(folders, tmp_path):
         "--image",
         str(image),
         "--instruction",
-        facts["prompt"],
+        metadata["prompt"],
     ]
-    command += ["--cot", facts["cot"], "--size", "256x256", "--seed", str(facts["seed"])]
+    command += ["--cot", metadata["cot"], "--size", "256x256", "--seed", str(metadata["seed"])]
     command += ["--system-prompt", SYSTEM, "--precision", "float32", "--out", str(made)]
     assert main(command) == 0
     asked |= {
@@ -231,11 +232,15 @@ def test_the_official_edit(folders, tmp_path):
 
 @pytest.mark.parametrize("run", [0, 1])
 def test_the_official_text(folders, run):
-    facts = golden("cot").facts
-    wanted, asked = facts["runs"][run], graph()
+    metadata = golden("cot").metadata
+    wanted, asked = metadata["runs"][run], graph()
     size = wanted["image_size"]
     asked = {name: asked[name] for name in ("base", "one", "think")}
-    asked["think"]["inputs"] |= {"instruction": facts["prompt"], "size": size, "seed": GIVEN[size]}
+    asked["think"]["inputs"] |= {
+        "instruction": metadata["prompt"],
+        "size": size,
+        "seed": GIVEN[size],
+    }
     del asked["think"]["inputs"]["image2"]
     asked["state"] = g.node("GoldenState", after=["think", 0])
     outputs = g.run(folders, asked)
@@ -245,7 +250,7 @@ def test_the_official_text(folders, run):
 
 
 def test_text_to_image(folders):
-    asked, facts = golden_graph("text_to_image"), golden("text_to_image").facts
+    asked, metadata = golden_graph("text_to_image"), golden("text_to_image").metadata
     for name in ("encode", "generate", "apply", "one", "generator"):
         del asked[name]
     asked = {k: v for k, v in asked.items() if not k.endswith("_lora")}
@@ -253,7 +258,7 @@ def test_text_to_image(folders):
     outputs = g.run(folders, asked)
     check_golden(folders, outputs, "text_to_image", ("",))
     alone = pipeline().sample(
-        [Request(facts["prompt"], [], size="256x256", seed=facts["seed"])],
+        [Request(metadata["prompt"], [], size="256x256", seed=metadata["seed"])],
         steps=2, guidance=2.5, flow_shift=3.0, noise=golden("text_to_image")["sample.noise.0"],
     )  # fmt: skip
     assert distance(latent(folders, outputs, ""), pipeline().vae.unscaled(alone)) < EQUAL
@@ -358,20 +363,32 @@ def test_a_thought_is_interrupted(folders):
     assert g.run(folders, asked)["think"]["text"][0] == "<think>aaa</think>"
 
 
-def test_the_shipped_workflow(folders):
-    """On the folders that `hywu hunyuan tiny --comfyui` writes; fewer tokens and steps."""
-    shipped = read_graph(dev.ROOT / "workflows" / "api" / "hunyuan_image3.json")
-    assert main(["hunyuan", "tiny", "--comfyui", str(folders.base), "--overwrite"]) == 0
-    g.put_photo(folders.base / "input", "hywu_coffee.png", size=256)
-    shipped[find_node(shipped, "Think")]["inputs"]["max_tokens"] = 10
-    shipped[find_node(shipped, "Sample")]["inputs"]["steps"] = 2
-    outputs = g.run(folders, shipped)
-    (ident,) = (i for i, n in shipped.items() if n["class_type"] == "SaveImage")
-    assert g.images(folders, outputs, ident).shape[0] == 1
-
-
 def test_a_wrong_folder_is_one_sentence(folders):
     asked = graph()
     asked["base"]["inputs"]["system_prompt"] = ""
     with pytest.raises(Exception, match=r"no system_prompt\.py, which holds the system prompt"):
         g.run(folders, asked)
+
+
+def test_the_shipped_workflow(folders):
+    """On the folders that `hywu hunyuan tiny --comfyui` writes; fewer tokens and steps.
+
+    Another model needs one widget: the generator is the one that fits it.
+    """
+    shipped = read_graph(dev.ROOT / "workflows" / "api" / "hunyuan_image3.json")
+    assert main(["hunyuan", "tiny", "--comfyui", str(folders.base), "--overwrite"]) == 0
+    g.put_photo(folders.base / "input", "hywu_coffee.png", size=256)
+    shipped[find_node(shipped, "Think")]["inputs"]["max_tokens"] = 10
+    shipped[find_node(shipped, "Sample")]["inputs"]["steps"] = 2
+    (ident,) = (i for i, n in shipped.items() if n["class_type"] == "SaveImage")
+    with pytest.raises(
+        NodeFailed, match="2 generators fit .*: golden-hunyuan, tiny-hunyuan; choose"
+    ):
+        g.run(folders, shipped)
+    shutil.rmtree(folders.base / "models" / "hywu" / "golden-hunyuan")
+    for folder in ("tiny", "golden"):
+        shipped[find_node(shipped, "HunyuanImage-3")]["inputs"]["folder"] = folder
+        if folder == "golden":  # its folder has no system_prompt.py
+            shipped[find_node(shipped, "HunyuanImage-3")]["inputs"]["system_prompt"] = SYSTEM
+        outputs = g.run(folders, shipped)
+        assert g.images(folders, outputs, ident).shape[0] == 1

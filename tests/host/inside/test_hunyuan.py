@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import shutil
 import time
+import types
 
 import comfy.model_management as mm
 import comfy.sample
@@ -366,6 +367,21 @@ def test_refused(call, loaded, hypernetwork, base):
         "system prompt 'en_unified'", lambda: call.HYWULoadHunyuanImage3("tiny", "auto", "float32")
     )
     refuses("no such file", lambda: call.HYWULoadHunyuanImage3("../..", "auto", "float32"))
+
+
+def test_the_generator_that_fits(call, loaded, hypernetwork):
+    """'auto' reads it off the model's layers."""
+    editor, other = call.HYWULoadBundledEditor()[0], types.SimpleNamespace()
+    for model in (loaded[0], editor):
+        made = call.HYWULoadGenerator("auto", "float32", model)[0]
+        made.config.layout.check(model.model.diffusion_model)
+    other.model = types.SimpleNamespace(diffusion_model=torch.nn.Linear(2, 2))
+    for model, said in (
+        (None, "connect the MODEL"),
+        (other, "No generator fits .*Linear.* bundled"),
+    ):
+        with pytest.raises(HYWUError, match=said):
+            call.HYWULoadGenerator("auto", "float32", model)
 
 
 def test_chains_of_thought_are_divided_by_lines_of_dashes():
