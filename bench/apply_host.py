@@ -43,7 +43,10 @@ Seconds = dict[str, float]
 
 @dataclass
 class Case:
-    """A MODEL with what its sampler needs. inputs: batch -> (positive, negative, latent)."""
+    """A MODEL with what its sampler needs.
+
+    inputs: batch -> (positive, negative, latent).
+    """
 
     name: str
     about: str

@@ -102,7 +102,10 @@ def errors_of(names: list[str], args: argparse.Namespace, device: torch.device) 
 
 
 def report(name: str, size: Size, figures: dict[str, dict], rate: float) -> None:
-    """The table of one size. rate: sustained TFLOP/s of matrix products."""
+    """The table of one size.
+
+    rate: sustained TFLOP/s of matrix products.
+    """
     eager = figures.get("eager", {}).get("median_s")
     rows = []
     for variant_name, f in figures.items():

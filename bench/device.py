@@ -99,12 +99,12 @@ def rates(
 ) -> dict[str, float]:
     """The device's own rates in TFLOP/s and GB/s.
 
-    matmul_tflops, fp8_matmul_tflops: the fastest of short bursts. sustained_tflops,
-    fp8_sustained_tflops: in the second half of `sustained_s` seconds without a pause, when clocks have
-    come to what the power allows; a generation takes seconds, so this is what it is judged by. copy_gbs
-    (read + written), upload_gbs, download_gbs (page-locked host memory), pageable_gbs (ordinary).
-    size: edge of the square matrices; buffers have as many bytes as one of them. What the device
-    can't do is left out.
+    matmul_tflops, fp8_matmul_tflops: the fastest of short bursts. sustained_tflops, fp8_sustained_tflops: in
+    the second half of `sustained_s` seconds without a pause, when clocks have come to what the power allows;
+    a generation takes seconds, so this is what it is judged by. copy_gbs (read + written), upload_gbs,
+    download_gbs (page-locked host memory), pageable_gbs (ordinary).
+    size: edge of the square matrices; buffers have as many bytes as one of them.
+    What the device can't do is left out.
     """
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     flops = 2 * size**3 / 1e12

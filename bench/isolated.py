@@ -19,9 +19,10 @@ def call(
 ) -> dict[str, Any]:
     """The JSON of ``python -m bench.MODULE ARGUMENTS --json FILE``, as far as it got.
 
-    seconds: after so many it is ended. blocking: errors come where they happen
-    (CUDA_LAUNCH_BLOCKING), which is slow. Where it fails, "failed" tells how, with the end of what it
-    wrote to standard error under "trace"; "process_s" is how long it took, start included.
+    seconds: after so many it is ended.
+    blocking: errors come where they happen (CUDA_LAUNCH_BLOCKING), which is slow.
+    Where it fails, "failed" tells how, with the end of what it wrote to standard error under "trace";
+    "process_s" is how long it took, start included.
     """
     started = time.perf_counter()
     environment = {**os.environ, **({"CUDA_LAUNCH_BLOCKING": "1"} if blocking else {})}

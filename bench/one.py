@@ -83,8 +83,10 @@ def measure(
 ) -> dict[str, Any]:
     """Figures of one size and variant; "skipped" has the reason where there are none, "failed" the error.
 
-    seconds: no call is begun after so many. sample: file with a sample of eager's result, which eager
-    writes. off, chunk_rows: see the module. show: is called with the figures as far as they have come.
+    seconds: no call is begun after so many.
+    sample: file with a sample of eager's result, which eager writes.
+    off, chunk_rows: see the module.
+    show: is called with the figures as far as they have come.
     """
     config = size.config()
     condition = random_condition(config, size.condition_tokens, device, dtype)

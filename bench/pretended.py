@@ -59,10 +59,12 @@ class HostCopy(AssertionError):
 class Ledger(TorchDispatchMode):
     """Counts what runs inside it.
 
-    flops: of products and attention, by dtype of the operands. product_bytes, other_bytes: read and
-    written by them and by everything else. launches: operations, by name. peak_bytes: most bytes of
-    tensors on the device at once, of those made inside. host_copies: whether copies to the host, and
-    those to the device that the host waits for, are allowed; they raise HostCopy where not.
+    flops: of products and attention, by dtype of the operands.
+    product_bytes, other_bytes: read and written by them and by everything else.
+    launches: operations, by name.
+    peak_bytes: most bytes of tensors on the device at once, of those made inside.
+    host_copies: whether copies to the host, and those to the device that the host waits for, are allowed;
+        they raise HostCopy where not.
     """
 
     def __init__(self, host_copies: bool = True) -> None:

@@ -15,7 +15,8 @@ from hywu_core.layout import Module, Stack
 class Size:
     """One size: how it is made, the condition's length in all, and how much time it may take.
 
-    share: part of the time left that it may use. least_s: with less left a variant isn't begun.
+    share: part of the time left that it may use.
+    least_s: with less left a variant isn't begun.
     """
 
     words: str

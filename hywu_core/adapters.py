@@ -17,8 +17,10 @@ from .grouped import grouped_delta
 def linear_delta(x: Tensor, a: Tensor, b: Tensor, s: float, index: Tensor | None = None) -> Tensor:
     """``s·B(A x)`` for the input of a Linear.
 
-    x: ``[n, ..., in]``; a: ``[K, r, in]``, b: ``[K, out, r]``; one LoRA (K = 1) serves all items, else
-    `index` (int64 ``[n]``) names each item's, and without it K must be n. Returns ``[n, ..., out]``.
+    x: ``[n, ..., in]``.
+    a: ``[K, r, in]``, b: ``[K, out, r]``; one LoRA (K = 1) serves all items, else `index` (int64 ``[n]``)
+        names each item's, and without it K must be n.
+    Returns ``[n, ..., out]``.
     """
     if a.shape[0] == 1:
         return F.linear(F.linear(x, a[0]) * s, b[0])
@@ -222,7 +224,8 @@ def expert_hooks(
 ) -> list[tuple[nn.Module, Callable]]:
     """Hooks for experts that aren't called as `GroupedLinear`: a list of modules, or a bank.
 
-    pair: one LoRA's ``[1, E, r, in]`` and ``[1, E, out, r]``. Raises HYWUError on several.
+    pair: one LoRA's ``[1, E, r, in]`` and ``[1, E, out, r]``.
+    Raises HYWUError on several.
     """
     place, (a, b) = find_experts(model, path), pair
     if place is None:

@@ -41,9 +41,10 @@ def reason(error: BaseException) -> str:
 def atomic_path(path: str | Path, overwrite: bool = False, durable: bool = True) -> Iterator[Path]:
     """A temporary path beside `path`, moved onto it when the block ends well, else removed.
 
-    durable: wait until the disk has it, so that a loss of power leaves the old file or the new one; off
-    for what can be made again. Raises HYWUError when the file exists and `overwrite` is False, also when
-    it came meanwhile, or when the folder can't be written.
+    durable: wait until the disk has it, so that a loss of power leaves the old file or the new one; off for
+        what can be made again.
+    Raises HYWUError when the file exists and `overwrite` is False, also when it came meanwhile, or when the
+    folder can't be written.
     """
     path = Path(path)
     _refuse_existing(path, overwrite)

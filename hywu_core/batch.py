@@ -17,7 +17,8 @@ Items = int | slice | Sequence[int] | Tensor
 def batch_index(items: Items, size: int, what: str) -> tuple[Any, list[int]]:
     """What to index a tensor's batch dimension with, which it keeps, and the numbers of the items.
 
-    what: whose batch it is, for the error. Raises HYWUError when an item isn't there, or none is chosen.
+    what: whose batch it is, for the error.
+    Raises HYWUError when an item isn't there, or none is chosen.
     """
     index = slice(items, items + 1 or None) if isinstance(items, int) else items
     try:

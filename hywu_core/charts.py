@@ -28,7 +28,10 @@ def _save(figure: Any, path: Path) -> Path:
 
 
 def draw_loss(rows: Sequence[Mapping[str, float]], path: Path) -> Path:
-    """Loss over steps, raw and smoothed; rows: of a training's log, at least one."""
+    """Loss over steps, raw and smoothed.
+
+    rows: of a training's log, at least one.
+    """
     steps, losses = [r["step"] for r in rows], [r["loss"] for r in rows]
     smooth, value = [], losses[0]
     for loss in losses:

@@ -33,8 +33,9 @@ FUSED_EXPERTS: dict[str, tuple[tuple[str, int | None], ...]] = {
 class ExpertPlace:
     """Where a model keeps the matrices of a grouped target.
 
-    modules: one per expert, or one for all. parameter: its name there, ``[out, in]`` of one expert or
-    ``[experts, out, in]`` of all. half: which half of its rows is meant, or None for all of them.
+    modules: one per expert, or one for all.
+    parameter: its name there, ``[out, in]`` of one expert or ``[experts, out, in]`` of all.
+    half: which half of its rows is meant, or None for all of them.
     """
 
     modules: tuple[nn.Module, ...]

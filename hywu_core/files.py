@@ -94,8 +94,9 @@ def save_tensors(
 ) -> Path:
     """Write a safetensors file through a temporary one beside it, so that none is ever half there.
 
-    header: JSON-safe, stored under the key ``hywu``; metadata: further string entries. durable: see
-    `atomic_path`.
+    header: JSON-safe, stored under the key ``hywu``.
+    metadata: further string entries.
+    durable: see `atomic_path`.
     Raises HYWUError when the file exists and `overwrite` is False, or the folder can't be written.
     """
     from safetensors.torch import save_file  # torch only where tensors are
@@ -114,8 +115,10 @@ def save_tensors(
 def read_json(path: str | Path, kind: type | None = None, way_out: str = "", finite: bool = True):
     """A JSON file's content, with or without a byte order mark.
 
-    kind: dict or list, where only that will do. way_out: what the user can do about a damaged file.
-    finite: NaN and Infinity are errors. Raises HYWUError naming the file.
+    kind: dict or list, where only that will do.
+    way_out: what the user can do about a damaged file.
+    finite: NaN and Infinity are errors.
+    Raises HYWUError naming the file.
     """
     try:
         data = Path(path).read_bytes()
@@ -134,7 +137,8 @@ def parse_json(
 ):
     """JSON text -> Python values; see `read_json`.
 
-    name: whose text it is, for the error; unique: a key that an object gives twice is an error.
+    name: whose text it is, for the error.
+    unique: a key that an object gives twice is an error.
     """
     way_out = f"; {way_out}" if way_out else ""
     try:
@@ -182,7 +186,10 @@ def read_json_lines(path: str | Path) -> list[tuple[int, Any]]:
 def write_json(
     path: str | Path, data: Any, indent: int | None = 2, ascii: bool = False, end: str = "\n"
 ) -> Path:
-    """Write JSON through a temporary file, replacing one. ascii: other characters are escaped."""
+    """Write JSON through a temporary file, replacing one.
+
+    ascii: other characters are escaped.
+    """
     return write_text(path, json.dumps(data, indent=indent, ensure_ascii=ascii) + end)
 
 
@@ -202,8 +209,9 @@ def check_fields(
 ) -> None:
     """Raise HYWUError unless every field that is there is of its kind; what a file says may be anything.
 
-    kinds: field -> type or types; a field that is absent is not looked at. name: whose fields they are, for
-    the error. null: whether a field may be null.
+    kinds: field -> type or types; a field that is absent is not looked at.
+    name: whose fields they are, for the error.
+    null: whether a field may be null.
     """
     for field, kind in kinds.items():
         if field not in data or (null and data[field] is None):

@@ -43,8 +43,9 @@ def of_values(
 ) -> str:
     """Hash of nested mappings, lists, tensors and plain values, whatever else they hold.
 
-    whole: all values of tensors, not `SAMPLE` of each. unfold: object -> what it stands for, for objects
-    that are hashed by what is in them; any other counts by the name of its class.
+    whole: all values of tensors, not `SAMPLE` of each.
+    unfold: object -> what it stands for, for objects that are hashed by what is in them; any other counts by
+        the name of its class.
     """
     return digest(_pieces(value, whole, unfold), digits)
 

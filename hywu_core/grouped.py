@@ -13,9 +13,11 @@ from torch import Tensor, nn
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """``x[start_e:end_e] @ weight[e].T`` for every group e.
 
-    x: ``[T, in]`` with rows sorted by group; weight: ``[E, out, in]``; ends: int32 ``[E]``, cumulative
-    ends of the groups. Returns ``[T, out]``. One grouped product without waiting for the device where
-    torch has one for the dtype, else a loop over the groups that aren't empty.
+    x: ``[T, in]`` with rows sorted by group.
+    weight: ``[E, out, in]``.
+    ends: int32 ``[E]``, cumulative ends of the groups.
+    Returns ``[T, out]``. One grouped product without waiting for the device where torch has one for the
+    dtype, else a loop over the groups that aren't empty.
     """
     if _has_grouped_product(x, weight):
         out = torch._grouped_mm(x, weight.mT, offs=ends.to(torch.int32))
@@ -45,8 +47,10 @@ def _has_grouped_product(x: Tensor, weight: Tensor) -> bool:
 def item_groups(items: Tensor, ends: Tensor, num_items: int) -> tuple[Tensor, Tensor]:
     """Regroup rows sorted by expert into groups (item, expert), item-major.
 
-    items: int64 ``[T]``, the batch item of each row; ends: ``[E]``. Returns the order of rows (int64
-    ``[T]``) and the ends of the ``num_items * E`` groups (int32). Never waits for the device.
+    items: int64 ``[T]``, the batch item of each row.
+    ends: ``[E]``.
+    Returns the order of rows (int64 ``[T]``) and the ends of the ``num_items * E`` groups (int32). Never
+    waits for the device.
     """
     experts = ends.numel()
     rows = torch.arange(items.numel(), device=items.device)

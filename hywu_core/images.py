@@ -97,7 +97,9 @@ def to_pillow(image: Tensor) -> Image.Image:
 def write_image(image: Tensor | Image.Image, path: str | Path, quality: int = 95) -> None:
     """A tensor (see `to_pillow`) or a Pillow image to a PNG, JPEG or WebP by the suffix.
 
-    Atomically, replacing a file. quality: of JPEG and WebP, 1 to 100. Raises HYWUError.
+    Atomically, replacing a file.
+    quality: of JPEG and WebP, 1 to 100.
+    Raises HYWUError.
     """
     kind = WRITABLE.get(Path(path).suffix.lower())
     if kind is None:
@@ -108,7 +110,10 @@ def write_image(image: Tensor | Image.Image, path: str | Path, quality: int = 95
 
 
 def encode_image(image: Image.Image, kind: str = "PNG", quality: int = 95) -> bytes:
-    """A file's bytes of a Pillow image. kind: Pillow's name of the format."""
+    """A file's bytes of a Pillow image.
+
+    kind: Pillow's name of the format.
+    """
     buffer = io.BytesIO()
     image.save(buffer, kind, quality=quality)
     return buffer.getvalue()
@@ -157,8 +162,9 @@ def _check_size(opened: Image.Image) -> None:
 def _alpha_of_colour(image: Image.Image, packed: str) -> np.ndarray | None:
     """uint8 ``[H, W]`` where one gray or colour is transparent, else None.
 
-    packed: how the file holds its samples. The transparent colour counts as the file does, and Pillow
-    gives pixels of 8 bits for samples of less and, in colour, of more.
+    packed: how the file holds its samples.
+    The transparent colour counts as the file does, and Pillow gives pixels of 8 bits for samples of less and,
+    in colour, of more.
     """
     colour = image.info.get("transparency")
     if image.mode not in ("1", "L", "I", "I;16", "RGB") or not isinstance(colour, (int, tuple)):

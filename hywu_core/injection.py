@@ -78,9 +78,10 @@ def merge(
 ) -> Merged:
     """Add ``s·B·A`` to the base weights. Returns what `unmerge` needs to restore them bit by bit.
 
-    The LoRA must be a single one. skip_missing: see `inject`. Raises HYWUError, before anything is changed, on a batch, a
-    missing or misshapen target, or a weight that isn't floating point (quantized). The originals rest in
-    host memory.
+    The LoRA must be a single one.
+    skip_missing: see `inject`.
+    Raises HYWUError, before anything is changed, on a batch, a missing or misshapen target, or a weight that
+    isn't floating point (quantized). The originals rest in host memory.
     """
     if lora.batch_size != 1:
         raise HYWUError(

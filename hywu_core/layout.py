@@ -186,8 +186,8 @@ class LoRALayout:
     ) -> LoRALayout:
         """Find the repeated blocks of any torch model and the Linear and 1x1-conv modules in them.
 
-        include, exclude: shell patterns over full module paths (``"*.attn.*"``). A module outside
-        every repeated block takes part only when a pattern of `include` matches it.
+        include, exclude: shell patterns over full module paths (``"*.attn.*"``). A module outside every
+            repeated block takes part only when a pattern of `include` matches it.
         Raises HYWUError when nothing is found.
         """
         from .discovery import find_stacks

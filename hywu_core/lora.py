@@ -90,8 +90,9 @@ class GeneratedLoRA:
     ) -> GeneratedLoRA:
         """A LoRA from single matrices: target path -> (A ``[B, (E,) r, in]``, B ``[B, (E,) out, r]``).
 
-        conv: paths whose base module is a 1x1 convolution. layers: path -> the path of its layer;
-        without it a path is split behind its first number. Layers with equal modules share a stack.
+        conv: paths whose base module is a 1x1 convolution.
+        layers: path -> the path of its layer; without it a path is split behind its first number.
+        Layers with equal modules share a stack.
         """
         ranks = {a.shape[-2] for a, _ in pairs.values()} | {b.shape[-1] for _, b in pairs.values()}
         if len(ranks) != 1:

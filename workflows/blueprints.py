@@ -113,7 +113,8 @@ def used(name: str) -> list[str]:
 def flatten(name: str, path: str, given: dict[str, Any]) -> tuple[dict[str, dict], dict[str, list]]:
     """(nodes by their path, outputs by their name) of a blueprint at `path`.
 
-    given: values of its inputs, an [id, output] for a link. Those that are missing stay ["in", NAME].
+    given: values of its inputs, an [id, output] for a link.
+    Those that are missing stay ["in", NAME].
     """
     blueprint = source(name)
     flat: dict[str, dict] = {}

@@ -58,8 +58,8 @@ class Folding:
     """An API graph with some of its nodes folded into instances of blueprints.
 
     graph: the API file. Afterwards `nodes` has what remains: nodes of classes and, by the instances' ids,
-    nodes of the class `blueprint:NAME`. A loader that stands inside an instance may also be placed outside.
-    A text node that is not placed is written into the widgets it is linked with.
+        nodes of the class `blueprint:NAME`. A loader that stands inside an instance may also be placed
+        outside. A text node that is not placed is written into the widgets it is linked with.
     Raises HYWUError where layout and API file disagree.
     """
 

@@ -76,8 +76,8 @@ def thumbnail_and_sheet(
 ) -> tuple[bytes, bytes | None]:
     """The thumbnail, and the documentation's image where the layout names one, as JPEG.
 
-    inputs: the folder of the images that come along. The layout's `sheet` are the rows of the latter,
-    where they aren't those of the thumbnail.
+    inputs: the folder of the images that come along.
+    The layout's `sheet` are the rows of the latter, where they aren't those of the thumbnail.
     """
     results = asyncio.run(run(server, with_stand_in(graph)))
 

@@ -52,7 +52,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def add_generator_options(parser: argparse.ArgumentParser, prefix: str = "") -> None:
-    """How a generator is loaded; see `load`. prefix: of the options' names, such as "generator-"."""
+    """How a generator is loaded; see `load`.
+
+    prefix: of the options' names, such as "generator-".
+    """
     parser.add_argument(
         f"--{prefix}dtype",
         choices=(*DTYPES, FP8),

@@ -25,7 +25,8 @@ Images = Tensor | Sequence[Tensor]
 class Reads:
     """What a generator reads, as its checkpoint says it.
 
-    parts: name -> width, in order. identity: of the encoder, with its "type".
+    parts: name -> width, in order.
+    identity: of the encoder, with its "type".
     """
 
     parts: Mapping[str, int]

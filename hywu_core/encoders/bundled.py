@@ -34,7 +34,10 @@ ONE_IMAGE = (
 
 
 class Config(Protocol):
-    """What the encoder asks of an editor's config. pool: at most ``pool x pool`` tokens per image."""
+    """What the encoder asks of an editor's config.
+
+    pool: at most ``pool x pool`` tokens per image.
+    """
 
     pool: int
 
@@ -59,11 +62,13 @@ class HiddenStateModel(Protocol):
 class EditorEncoder:
     """(images, instructions) -> Condition: ``image`` ``[B, L, C]``, ``words`` ``[B, T, C]``.
 
-    An image larger than the editor reads at once is looked at through up to 4 x 4 windows, of each of
-    which a share of the tokens is taken: as many tokens as in training, each of detail at the scale of
-    training, spread over the whole image. identity: which editor it is. rows: images that go through the
-    editor at once. on_window: called as (done, total) before each of them and at the end, for progress
-    and interruption. fingerprints: False leaves conditions without; a fingerprint waits for the device.
+    An image larger than the editor reads at once is looked at through up to 4 x 4 windows, of each of which a
+    share of the tokens is taken: as many tokens as in training, each of detail at the scale of training,
+    spread over the whole image.
+    identity: which editor it is.
+    rows: images that go through the editor at once.
+    on_window: called as (done, total) before each of them and at the end, for progress and interruption.
+    fingerprints: False leaves conditions without; a fingerprint waits for the device.
     """
 
     def __init__(

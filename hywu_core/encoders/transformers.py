@@ -63,12 +63,14 @@ class TransformersEncoder:
     """(images, instructions, further images) -> Condition with the parts `vision` and `text`, those that
     are asked for.
 
-    parts: name -> width, in order: a GeneratorConfig's `condition`. vision_model, text_model: folders
-    with config.json and safetensors; the text model's also holds its tokenizer, the vision model's may
-    hold a preprocessor_config.json, of which mean and deviation are taken. text_padding: a T5's text is
-    filled up to this many tokens, which count (77 in ComfyUI for SD3, 256 for Flux); 0 for ComfyUI's
-    others, which mask the filling or have none. Runs in float32; nothing is downloaded, no code of a
-    folder runs. Raises HYWUError on a folder that doesn't fit, before weights are read where possible.
+    parts: name -> width, in order: a GeneratorConfig's `condition`.
+    vision_model, text_model: folders with config.json and safetensors; the text model's also holds its
+        tokenizer, the vision model's may hold a preprocessor_config.json, of which mean and deviation are
+        taken.
+    text_padding: a T5's text is filled up to this many tokens, which count (77 in ComfyUI for SD3, 256 for
+        Flux); 0 for ComfyUI's others, which mask the filling or have none. Runs in float32; nothing is
+        downloaded, no code of a folder runs.
+    Raises HYWUError on a folder that doesn't fit, before weights are read where possible.
     """
 
     def __init__(

@@ -22,10 +22,11 @@ from ..files import is_file, read_json, read_json_lines
 class Item:
     """One edit to make.
 
-    source: the image given to the editor; shown_source: the one given to the judge, where a
-    benchmark keeps the two apart (GEdit-Bench), else None; target: the image wanted, if known;
-    intersection: GEdit's mark of the items that every compared system answered; photograph: what
-    the source was cut or made from, where several sources share one.
+    source: the image given to the editor.
+    shown_source: the one given to the judge, where a benchmark keeps the two apart (GEdit-Bench), else None.
+    target: the image wanted, if known.
+    intersection: GEdit's mark of the items that every compared system answered.
+    photograph: what the source was cut or made from, where several sources share one.
     """
 
     key: str

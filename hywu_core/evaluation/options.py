@@ -15,8 +15,8 @@ Made = TypeVar("Made")
 class Option:
     """One choice: ``--name`` of a command.
 
-    needed: what it is, where it can't be left out ("" where the name says it); else None. type: bool is a
-    switch.
+    needed: what it is, where it can't be left out ("" where the name says it); else None.
+    type: bool is a switch.
     """
 
     name: str
@@ -35,8 +35,9 @@ class Option:
 class Kind(Generic[Made]):
     """One kind of editor or judge: its name, a summary, its options, and what makes it of them.
 
-    what: the option that chooses it ("--editor"). make: takes the options by name. Kinds may share
-    options, which are then the same.
+    what: the option that chooses it ("--editor").
+    make: takes the options by name.
+    Kinds may share options, which are then the same.
     """
 
     what: str

@@ -41,8 +41,9 @@ def in_threads(
 ) -> Iterator[tuple[Job, Outcome]]:
     """Each job with what ``work(job)`` gave, as they are done; `parallel` of them at once.
 
-    stop: called when the run ends early (an error in a job, an interruption), so that jobs in their
-    midst can give up. No further job is begun then.
+    stop: called when the run ends early (an error in a job, an interruption), so that jobs in their midst can
+        give up.
+    No further job is begun then.
     """
     waiting = iter(jobs)
     running: dict[Future[Outcome], Job] = {}
@@ -88,10 +89,11 @@ def generate(
 ) -> GenerationCount:
     """Make every result that is missing; what is there stays as it is.
 
-    items: all of the benchmark's; selection: keyword arguments of ItemList.select, kept in the
-    manifest. tries: how often an item is tried in this run. Items that still fail stand in
-    ``failures.jsonl`` and are tried again by the next run. Interrupted or killed, finished results
-    are kept and none is half there. Raises HYWUError when the folder holds another editor's results.
+    items: all of the benchmark's.
+    selection: keyword arguments of ItemList.select, kept in the manifest.
+    tries: how often an item is tried in this run. Items that still fail stand in ``failures.jsonl`` and are
+        tried again by the next run. Interrupted or killed, finished results are kept and none is half there.
+    Raises HYWUError when the folder holds another editor's results.
     """
     selection = {name: value for name, value in (selection or {}).items() if value is not None}
     chosen = items.select(**selection)
@@ -140,8 +142,9 @@ def generate(
 class JudgingCount:
     """What one run did: questions answered, refused and failed now, found answered, and no result.
 
-    refused_before: how many of `kept` are refusals; reasons: why questions got no answer, as
-    "failed: ..." or "refused: ...", with how many did; what differs by numbers alone counts as one.
+    refused_before: how many of `kept` are refusals.
+    reasons: why questions got no answer, as "failed: ..." or "refused: ...", with how many did; what differs
+        by numbers alone counts as one.
     """
 
     answered: int = 0
@@ -164,7 +167,10 @@ class JudgingCount:
 
 @dataclass(frozen=True)
 class _Asked:
-    """One question to ask; images: hash of the images judged."""
+    """One question to ask.
+
+    images: hash of the images judged.
+    """
 
     item: Item
     question: Question
@@ -186,9 +192,10 @@ def judge(
 ) -> JudgingCount:
     """Ask every question that has no answer yet about every result there is.
 
-    again: statuses that are asked once more (by default only failures: a refusal is an answer).
-    An item without a result is not asked about; scoring counts it as missing. Interrupted or
-    killed, everything answered so far is kept. Raises HYWUError when no request can succeed.
+    again: statuses that are asked once more (by default only failures: a refusal is an answer). An item
+        without a result is not asked about; scoring counts it as missing. Interrupted or killed, everything
+        answered so far is kept.
+    Raises HYWUError when no request can succeed.
     """
     check_answerable(judge)
     count = JudgingCount()

@@ -26,8 +26,11 @@ OUTCOMES = (SCORED, UNPARSABLE, REFUSED, FAILED, UNJUDGED, MISSING)
 
 @dataclass(frozen=True)
 class ItemScore:
-    """One item's outcome. values: the questionnaire's numbers and "overall", empty unless scored;
-    answers: raw text by question."""
+    """One item's outcome.
+
+    values: the questionnaire's numbers and "overall", empty unless scored.
+    answers: raw text by question.
+    """
 
     item: Item
     outcome: str
@@ -92,8 +95,8 @@ def score_results(
     """Parse the stored answers about the images as they are now.
 
     model: count only answers of this model, where an endpoint served several under one name.
-    Raises HYWUError when answers of several models would be mixed, or the prompts are not those
-    that the answers were given to.
+    Raises HYWUError when answers of several models would be mixed, or the prompts are not those that the
+    answers were given to.
     """
     if (name.questionnaire, name.questionnaire_version) != (
         questionnaire.name,
@@ -176,8 +179,10 @@ def open_scores(
 ) -> MethodScores:
     """One method's scores from its stored answers.
 
-    benchmark, data: see `open_results`; questionnaire, judged_by: which answers, where there are several
-    judges'; prompts: the questionnaire's file, where it isn't ours. Raises HYWUError.
+    benchmark, data: see `open_results`.
+    questionnaire, judged_by: which answers, where there are several judges'.
+    prompts: the questionnaire's file, where it isn't ours.
+    Raises HYWUError.
     """
     results, items = open_results(root, benchmark, data)
     chosen = questionnaire or results.benchmark.usual

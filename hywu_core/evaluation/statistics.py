@@ -40,7 +40,10 @@ class Estimate:
         return f"{self.mean:.2f}{self.interval('')}"
 
     def interval(self, sign: str) -> str:
-        """ " [low, high]", or nothing when there is none; sign: "+" to show signs."""
+        """ " [low, high]", or nothing when there is none.
+
+        sign: "+" to show signs.
+        """
         return "" if math.isnan(self.low) else f" [{self.low:{sign}.2f}, {self.high:{sign}.2f}]"
 
 
@@ -67,8 +70,9 @@ def bootstrap_mean(
 ) -> Estimate:
     """Mean and percentile bootstrap interval.
 
-    clusters: one label a value; whole clusters are drawn, so that several instructions on one
-    photograph don't count as independent. Default: each value by itself.
+    clusters: one label a value; whole clusters are drawn, so that several instructions on one photograph
+        don't count as independent.
+    Default: each value by itself.
     """
     return bootstrap_mean_of_means([values], [clusters], resamples, seed)
 

@@ -26,7 +26,11 @@ ANSWERED, REFUSED, FAILED = "answered", "refused", "failed"
 
 @dataclass(frozen=True)
 class Judgement:
-    """One answer to one question. pictures: hash of the images judged; prompt: of the prompt."""
+    """One answer to one question.
+
+    pictures: hash of the images judged.
+    prompt: of the prompt.
+    """
 
     item: str
     question: str

@@ -29,9 +29,10 @@ def save_lora(
     """Write a LoRA and return where it lies; nothing is ever half there.
 
     format: "native" keeps batch, layout and provenance in one file; "peft" makes a folder for
-    ``peft.PeftModel.from_pretrained``; "comfyui" makes a file for ComfyUI's stock LoRA loader. The
-    last two hold one LoRA. Raises HYWUError on an unknown format, an existing path, a folder that
-    can't be written, a batch where the format holds one, and values that are not finite.
+        ``peft.PeftModel.from_pretrained``; "comfyui" makes a file for ComfyUI's stock LoRA loader. The last
+        two hold one LoRA.
+    Raises HYWUError on an unknown format, an existing path, a folder that can't be written, a batch where the
+    format holds one, and values that are not finite.
     """
     if format not in _WRITERS:
         raise HYWUError(f"Unknown LoRA format '{format}'; choose one of {', '.join(FORMATS)}.")
@@ -52,9 +53,11 @@ def load_lora(
 ) -> GeneratedLoRA:
     """Read a LoRA in any format, told apart by the file itself.
 
-    base: the base model or its layout; resolves names of other programs, of the ``lora_unet_*`` kind too,
-    and is checked against the LoRA when given. skip_missing: leave out what the base lacks and what can't
-    be read; the log and the provenance (``left_out``) say it. Raises HYWUError naming the file.
+    base: the base model or its layout; resolves names of other programs, of the ``lora_unet_*`` kind too, and
+        is checked against the LoRA when given.
+    skip_missing: leave out what the base lacks and what can't be read; the log and the provenance
+        (``left_out``) say it.
+    Raises HYWUError naming the file.
     """
     path = Path(path)
     try:

@@ -44,7 +44,8 @@ class Scales:
     def of(self, name: str, resolved: str, rank: int, alpha: Tensor | None) -> float:
         """Scale of the module called `name` in the file and `resolved` in the base.
 
-        alpha: the file's tensor, which rules. Raises HYWUError where a configuration beside it says another.
+        alpha: the file's tensor, which rules.
+        Raises HYWUError where a configuration beside it says another.
         """
         told = self._told(name, resolved, rank)
         if alpha is None:

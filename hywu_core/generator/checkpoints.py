@@ -155,7 +155,10 @@ def save_generator(
     overwrite: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Path:
-    """Write one of our .safetensors files, atomically. dtype: None keeps the parameters'."""
+    """Write one of our .safetensors files, atomically.
+
+    dtype: None keeps the parameters'.
+    """
     tensors = {name: value.detach().to(dtype=dtype) for name, value in file_tensors(generator)}
     config = generator.config
     header = {"format": FORMAT, "generator": config.without_identity().to_json()}

@@ -25,14 +25,16 @@ SIZES: Mapping[str, tuple[int, int]] = MappingProxyType(
 class GeneratorConfig:
     """Everything that fixes a generator's parameters and function.
 
-    layout: the LoRAs it writes. condition: part name -> width, in the order of the tokens.
+    layout: the LoRAs it writes.
+    condition: part name -> width, in the order of the tokens.
     token_dim: columns of a token (a token is ``rank x token_dim`` LoRA values).
     dim_accumulation: rank rows of a token that share one position of the sequence.
-    num_blocks: transformer blocks. rope_precision: in which the position tables are computed; the
-    official pipeline runs with "bfloat16". lora_a_scale, lora_b_scale: factors on every
-    lora_A and lora_B (1 officially); small ones keep early training steps small.
-    encoder, base, provenance: JSON-safe, what conditions come from, which base model the LoRAs
-    fit, how the weights came about.
+    num_blocks: transformer blocks.
+    rope_precision: in which the position tables are computed; the official pipeline runs with "bfloat16".
+    lora_a_scale, lora_b_scale: factors on every lora_A and lora_B (1 officially); small ones keep early
+        training steps small.
+    encoder, base, provenance: JSON-safe, what conditions come from, which base model the LoRAs fit, how the
+        weights came about.
     """
 
     layout: LoRALayout
@@ -87,7 +89,8 @@ class GeneratorConfig:
     ) -> GeneratorConfig:
         """One of the `SIZES`, whatever the rank, ready to be trained: first steps are small.
 
-        more: other fields. Raises HYWUError on another size.
+        more: other fields.
+        Raises HYWUError on another size.
         """
         if size not in SIZES:
             raise HYWUError(f"generator size '{size}': it is one of {', '.join(SIZES)}.")

@@ -25,8 +25,11 @@ from .speed.passes import EPS, Passes, linear
 class Context:
     """What blocks need beside the hidden states.
 
-    condition: ``[B, L, d]``. mask: bool ``[B, 1, 1, L]`` or None. tables: position tables per stack. keys:
-    tables per stack to turn the condition's keys by. passes: what happens between matrix products.
+    condition: ``[B, L, d]``.
+    mask: bool ``[B, 1, 1, L]`` or None.
+    tables: position tables per stack.
+    keys: tables per stack to turn the condition's keys by.
+    passes: what happens between matrix products.
     """
 
     condition: Tensor
@@ -258,9 +261,11 @@ def _residual(
 ) -> Tensor:
     """``x + linear(branch(norm(x)))`` over ``x [B, M, L, d]``, in chunks along M when in place.
 
-    first: the product that the norm goes into. branch: takes the norm as a function (so that its result
-    lives no longer than it must), the chunk and the chunk's start. rows_each: rows of d values that
-    one index of M holds. most: indices of M that a chunk may hold at most, where not only memory says.
+    first: the product that the norm goes into.
+    branch: takes the norm as a function (so that its result lives no longer than it must), the chunk and the
+        chunk's start.
+    rows_each: rows of d values that one index of M holds.
+    most: indices of M that a chunk may hold at most, where not only memory says.
     """
     if not context.in_place:
         return x + linear(branch(lambda: norm(x), x, 0), *out)

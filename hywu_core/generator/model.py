@@ -35,14 +35,17 @@ if TYPE_CHECKING:
 class ParameterGenerator(nn.Module):
     """Hypernetwork of a `GeneratorConfig`.
 
-    operations: a namespace with ``Linear`` (default torch.nn), so that a host can bring layers that
-    it moves and casts itself. checkpointing: recompute each block in the backward pass.
+    operations: a namespace with ``Linear`` (default torch.nn), so that a host can bring layers that it moves
+        and casts itself.
+    checkpointing: recompute each block in the backward pass.
     chunk_bytes: size of the widest intermediate in inference, None for the device's default.
-    prefix_cache_bytes: the most that the kept constant prefix may take, None for what the device has
-    room for. kernels: the fast path's Triton kernels, "auto" where the device has them. switches: the
-    fast path's parts. memory_budget: bytes that weights and intermediates may take on the generator's
-    device in inference, None for no limit; chunk sizes and which blocks are offloaded to host memory
-    follow from it at each call. residency: where the blocks' weights rest.
+    prefix_cache_bytes: the most that the kept constant prefix may take, None for what the device has room
+        for.
+    kernels: the fast path's Triton kernels, "auto" where the device has them.
+    switches: the fast path's parts.
+    memory_budget: bytes that weights and intermediates may take on the generator's device in inference, None
+        for no limit; chunk sizes and which blocks are offloaded to host memory follow from it at each call.
+    residency: where the blocks' weights rest.
     Threads may share a generator; where blocks are offloaded they take turns.
     """
 
@@ -73,10 +76,11 @@ class ParameterGenerator(nn.Module):
         """Write a LoRA for every item of the condition.
 
         condition: a Condition, or a tensor ``[B, L, C]`` where there is one part. It is moved to the
-        generator's device and dtype. on_block: called after each block with (done, total), for
-        progress; what it raises ends the generation.
-        Returns a GeneratedLoRA on the generator's device. Never waits for the device.
-        Raises HYWUError when the condition's parts or widths are not the checkpoint's.
+            generator's device and dtype.
+        on_block: called after each block with (done, total), for progress; what it raises ends the
+            generation.
+        Returns a GeneratedLoRA on the generator's device. Never waits for the device. Raises HYWUError when
+        the condition's parts or widths are not the checkpoint's.
         """
         condition = Condition.of(condition, next(iter(self.config.condition)))
         return self.lora(condition, self.generate_grids(condition, on_block))

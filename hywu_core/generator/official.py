@@ -40,8 +40,8 @@ _WEIGHTS_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors|" + re.escape(INDE
 def read_config(config: Mapping[str, Any]) -> GeneratorConfig:
     """The generator of an official ``config.json``, read in file order.
 
-    config: from a reader that keeps file order (``json.load`` does). Official checkpoints run with
-    bfloat16 position tables unless the file names ``rope_precision`` itself (ours do).
+    config: from a reader that keeps file order (``json.load`` does). Official checkpoints run with bfloat16
+        position tables unless the file names ``rope_precision`` itself (ours do).
     Raises HYWUError on keys it lacks, values of another type, and a reordered ``pg_mapping``.
     """
     if not isinstance(config, Mapping):

@@ -37,7 +37,8 @@ def axis_table(
 class Axes(NamedTuple):
     """A table for ``x [M, L, H, hd]`` as its two halves of pairs, each broadcastable along M and L.
 
-    first, second: ``[M or 1, L or 1, hd/4, 2]``. Kernels read the halves where they are.
+    first, second: ``[M or 1, L or 1, hd/4, 2]``.
+    Kernels read the halves where they are.
     """
 
     first: Tensor

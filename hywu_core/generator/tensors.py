@@ -91,8 +91,8 @@ def read_into(
 ) -> tuple[dict[str, Tensor], MappedBlocks | None]:
     """The generator's parameters, filled from the checkpoint's files; one file open at a time.
 
-    blocks: where the parameters of the transformer's blocks go; the others go to `device`. On "meta"
-    they are looked at, left in the files, and read by the second result.
+    blocks: where the parameters of the transformer's blocks go; the others go to `device`.
+    On "meta" they are looked at, left in the files, and read by the second result.
     """
     wanted = slots(generator)
     shapes = {name: tuple(p.shape) for name, p in generator.named_parameters()}
@@ -192,8 +192,9 @@ def _check_finite(
 class MappedBlocks:
     """Reads the weights of blocks from a checkpoint's files; nothing stays open between reads.
 
-    slots: tensor name in files -> its place among the generator's parameters. files: tensor name ->
-    the file that holds it. Raises HYWUError when a file is no longer the one that was loaded.
+    slots: tensor name in files -> its place among the generator's parameters.
+    files: tensor name -> the file that holds it.
+    Raises HYWUError when a file is no longer the one that was loaded.
     """
 
     def __init__(self, slots: Mapping[str, Slot], files: Mapping[str, Path]) -> None:

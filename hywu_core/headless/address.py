@@ -18,9 +18,9 @@ SHORTEST = 4
 class Address:
     """``http(s)://[user:password@]host[:port][/path][?token=…]``; without a scheme it is http.
 
-    token: sent as ``Authorization: Bearer …``; a user and password in the address as Basic; what the
-    address asks (``?token=…``) goes along with every request. Raises HYWUError on another scheme, on
-    no host, and on a token beside a user.
+    token: sent as ``Authorization: Bearer …``; a user and password in the address as Basic; what the address
+        asks (``?token=…``) goes along with every request.
+    Raises HYWUError on another scheme, on no host, and on a token beside a user.
     """
 
     def __init__(self, url: str, token: str | None = None) -> None:

@@ -49,9 +49,11 @@ Progress = Callable[["str | None", int, int], None]
 class Client:
     """`async with Client(url) as client:`, then `await client.run(graph)`.
 
-    url: see `Address`; token: sent as a bearer token. timeout: seconds that a prompt may take. patience:
-    seconds without any answer after which the server counts as gone. Every failure is a ServerError
-    with one readable sentence, in which no secret stands. Needs aiohttp.
+    url: see `Address`.
+    token: sent as a bearer token.
+    timeout: seconds that a prompt may take.
+    patience: seconds without any answer after which the server counts as gone.
+    Every failure is a ServerError with one readable sentence, in which no secret stands. Needs aiohttp.
     """
 
     def __init__(

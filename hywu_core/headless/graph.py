@@ -164,7 +164,9 @@ def _splits(assignment: str) -> Iterator[tuple[str, str, str]]:
 
 
 def set_input(graph: Graph, assignment: str, declared: Mapping[str, Any] | None = None) -> None:
-    """Apply `NODE.input=value`. declared: input -> declaration of that node's class (/object_info).
+    """Apply `NODE.input=value`.
+
+    declared: input -> declaration of that node's class (/object_info).
 
     Raises HYWUError where the node or the input doesn't exist, or the value is of another type.
     """

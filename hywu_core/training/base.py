@@ -18,9 +18,10 @@ from ..fingerprint import of_weights
 class Batch:
     """Examples of one step: what to edit, how, and what it should become.
 
-    source, target: float32 ``[B, 3, H, W]`` in 0..1. instruction, task: one string per item.
-    references: each item's further images, float32 ``[3, h, w]`` in 0..1 of any sizes, on the CPU,
-    which only the condition sees; empty where items have none.
+    source, target: float32 ``[B, 3, H, W]`` in 0..1.
+    instruction, task: one string per item.
+    references: each item's further images, float32 ``[3, h, w]`` in 0..1 of any sizes, on the CPU, which only
+        the condition sees; empty where items have none.
     """
 
     source: Tensor

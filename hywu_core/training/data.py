@@ -61,7 +61,8 @@ class Images:
 class Ahead:
     """A source of batches that makes the next step's batch while this one's is trained on.
 
-    batches: step -> batch, called from another thread. Which step is made ahead changes no batch.
+    batches: step -> batch, called from another thread.
+    Which step is made ahead changes no batch.
     """
 
     def __init__(self, batches: BatchSource) -> None:
@@ -77,10 +78,11 @@ class Ahead:
 
 
 class PairBatches:
-    """Batches from a user's own pairs: random crops, the same place in source and target, mirrored
-    by chance. Images smaller than a crop are enlarged. An epoch shows each pair once. References are
-    seen whole. only: train on the pairs of this task alone. Raises HYWUError unless every pair has as many
-    references.
+    """Batches from a user's own pairs: random crops, the same place in source and target, mirrored by chance.
+    Images smaller than a crop are enlarged. An epoch shows each pair once. References are seen whole.
+
+    only: train on the pairs of this task alone.
+    Raises HYWUError unless every pair has as many references.
     """
 
     def __init__(

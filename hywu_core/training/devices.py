@@ -38,7 +38,8 @@ def started_processes() -> int:
 def make_accelerator(device: str | None, precision: str) -> Any:
     """accelerate's `Accelerator` on the device named (see `chosen_device`), in a group of all started processes.
 
-    precision: "no", "bf16" or "fp16". Raises HYWUError where device or processes are not as asked.
+    precision: "no", "bf16" or "fp16".
+    Raises HYWUError where device or processes are not as asked.
     """
     accelerate = need("accelerate", "to train")
     chosen, count = chosen_device(device), started_processes()

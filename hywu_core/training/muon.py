@@ -41,7 +41,10 @@ def orthogonalized(matrices: Tensor) -> Tensor:
 
 
 def _orthogonalized(matrices: Tensor, add_product: Callable[..., Tensor]) -> Tensor:
-    """Of ``[..., rows, columns]``; add_product: ``addmm`` or ``baddbmm``, as fits."""
+    """Of ``[..., rows, columns]``.
+
+    add_product: ``addmm`` or ``baddbmm``, as fits.
+    """
     a, b, c = QUINTIC
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
@@ -85,7 +88,10 @@ def adamw(
     betas: tuple[float, float] = (0.9, 0.99),
     fused: bool = False,
 ) -> torch.optim.AdamW:
-    """AdamW as all trainings here use it: alone, or beside Muon. fused: one kernel, for CUDA."""
+    """AdamW as all trainings here use it: alone, or beside Muon.
+
+    fused: one kernel, for CUDA.
+    """
     return torch.optim.AdamW(
         parameters, lr=lr, betas=betas, weight_decay=weight_decay, foreach=not fused, fused=fused
     )

@@ -30,7 +30,11 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 @dataclass(frozen=True)
 class Stored:
-    """An image inside another file. name: for messages; read: its bytes."""
+    """An image inside another file.
+
+    name: for messages.
+    read: its bytes.
+    """
 
     name: str
     read: Callable[[], bytes]
@@ -45,7 +49,10 @@ Source = Path | Stored
 
 @dataclass(frozen=True)
 class Pair:
-    """One example of a user: images and what was asked. references: images for the condition only."""
+    """One example of a user: images and what was asked.
+
+    references: images for the condition only.
+    """
 
     source: Source
     target: Source

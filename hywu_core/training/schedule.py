@@ -35,12 +35,14 @@ class TrainConfig:
     """Everything that the trained weights depend on, but for the data and the model.
 
     batch_size: examples of one optimizer step over all processes and accumulated parts.
-    accumulation: parts that a process splits its share into. warmup: steps of linear warm-up, then
-    a cosine down to `final_lr` times the peak. ema: decay of the moving average, 0 for none; early
-    on it averages over what there is. clip: largest norm of the gradient. precision: "bf16" runs
-    under autocast with float32 weights. optimizer: "muon" orthogonalizes the steps of matrices (see
-    `muon`); lr is that of all other weights then. betas: AdamW's. schedule: "constant" stays at the
-    peak after the warm-up.
+    accumulation: parts that a process splits its share into.
+    warmup: steps of linear warm-up, then a cosine down to `final_lr` times the peak.
+    ema: decay of the moving average, 0 for none; early on it averages over what there is.
+    clip: largest norm of the gradient.
+    precision: "bf16" runs under autocast with float32 weights.
+    optimizer: "muon" orthogonalizes the steps of matrices (see `muon`); lr is that of all other weights then.
+    betas: AdamW's.
+    schedule: "constant" stays at the peak after the warm-up.
     """
 
     steps: int

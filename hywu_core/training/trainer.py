@@ -56,13 +56,17 @@ class Objective(nn.Module):
 class Trainer:
     """Trains a strategy on a base model; `folder` holds the state, logs, plot and samples.
 
-    batches: step -> whole batch. samples: examples whose edits are drawn now and then. device: a name that
-    torch knows; None is the machine's accelerator, else the CPU. channels_last: memory format of all
-    images and convolutions. identity: JSON-safe; what a run can't go on without (data, tasks, rank): a state
-    of another one is refused by name. extra: JSON-safe, kept in the state's header. on_step: called
-    after each step with (steps done, loss); True keeps a state and stops. on_save: called with the steps done
-    after a state was written, on the main process. validation: see `Validation`. Call `run`; call it again, or in
-    a new process, to go on. Raises HYWUError on a device that isn't there and a batch that can't be split.
+    batches: step -> whole batch.
+    samples: examples whose edits are drawn now and then.
+    device: a name that torch knows; None is the machine's accelerator, else the CPU.
+    channels_last: memory format of all images and convolutions.
+    identity: JSON-safe; what a run can't go on without (data, tasks, rank): a state of another one is refused
+        by name.
+    extra: JSON-safe, kept in the state's header.
+    on_step: called after each step with (steps done, loss); True keeps a state and stops.
+    on_save: called with the steps done after a state was written, on the main process.
+    validation: see `Validation`. Call `run`; call it again, or in a new process, to go on.
+    Raises HYWUError on a device that isn't there and a batch that can't be split.
     """
 
     def __init__(

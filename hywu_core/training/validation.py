@@ -18,9 +18,10 @@ FIELDS = ("step", "loss")
 class Validation:
     """Mean loss of examples that aren't trained on, with the averaged weights, at every state that is kept.
 
-    batches: the same examples each time, with the same draws. patience: measurements without a better one
-    after which the run is over; 0 for never. on_best: called when a measurement is the lowest so far, on
-    the main process. ``validation.csv`` in the run's folder has a row for each measurement.
+    batches: the same examples each time, with the same draws.
+    patience: measurements without a better one after which the run is over; 0 for never.
+    on_best: called when a measurement is the lowest so far, on the main process.
+    ``validation.csv`` in the run's folder has a row for each measurement.
     """
 
     def __init__(

@@ -38,9 +38,10 @@ MAX_STRENGTH = 10_000.0
 class Scope:
     """Where and when a LoRA acts.
 
-    negative: whether on the negative branch of guidance too. start, end: share of the sampling from
-    which on and up to which, 0 to 1. modules: lines of ``pattern = strength`` over module paths, as
-    shell patterns; the last match counts, and what none matches has 1.
+    negative: whether on the negative branch of guidance too.
+    start, end: share of the sampling from which on and up to which, 0 to 1.
+    modules: lines of ``pattern = strength`` over module paths, as shell patterns; the last match counts, and
+        what none matches has 1.
     """
 
     negative: bool = True
@@ -320,7 +321,10 @@ class Unmerged:
         self, model: nn.Module, paths: list[str], branch_on: list[bool], rows: int,
         item: int | None = None,
     ) -> Iterator[None]:  # fmt: skip
-        """Hooks for the block's length. item: the one LoRA that counts; None is each item its own."""
+        """Hooks for the block's length.
+
+        item: the one LoRA that counts; None is each item its own.
+        """
         handles = []
 
         def placed(x: Tensor) -> GeneratedLoRA:

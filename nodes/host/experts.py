@@ -37,8 +37,9 @@ def grouped(model: nn.Module, path: str) -> nn.Module | None:
 class GroupedHook:
     """Adds the branch to rows sorted by expert: item i of a branch gets LoRA i, branches that are off none.
 
-    placed: the LoRA on a tensor's device in its dtype. active: whether each branch is on. rows: of the
-    model's batch, branch by branch.
+    placed: the LoRA on a tensor's device in its dtype.
+    active: whether each branch is on.
+    rows: of the model's batch, branch by branch.
     """
 
     def __init__(
@@ -90,7 +91,8 @@ def row_by_row(
 ) -> Tensor:  # fmt: skip
     """``apply_model`` for one row of its batch after another.
 
-    count: rows per branch. around: (branch's place, item) -> a context manager for that row's call.
+    count: rows per branch.
+    around: (branch's place, item) -> a context manager for that row's call.
     """
     rows, made = args[0].shape[0], []
     for row in range(rows):

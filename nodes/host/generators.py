@@ -56,7 +56,8 @@ def activation_bytes(config: GeneratorConfig, batch: int, tokens: int, itemsize:
 class HostGenerator:
     """What the HYWU_GENERATOR socket carries. `patcher` is what ComfyUI loads and evicts.
 
-    dtype: in what it computes. fp8: whether its weights are kept in 8 bits.
+    dtype: in what it computes.
+    fp8: whether its weights are kept in 8 bits.
     """
 
     def __init__(self, path: Path, dtype: torch.dtype, fp8: bool = False) -> None:

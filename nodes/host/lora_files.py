@@ -57,8 +57,9 @@ def load_lora(
 ) -> tuple[GeneratedLoRA, list[str]]:
     """(a bundled LoRA or one of the listed files, warnings). Raises HYWUError naming the file.
 
-    model: the MODEL it is for. With it, names of every kind that ComfyUI's own loader knows are
-    translated, slices of fused layers too. skip_missing: leave out what isn't the model's.
+    model: the MODEL it is for. With it, names of every kind that ComfyUI's own loader knows are translated,
+        slices of fused layers too.
+    skip_missing: leave out what isn't the model's.
     """
     path = paths.lora_path(name)
     header = read_header(path) if path.is_file() else {"layout": None}

@@ -33,7 +33,8 @@ THEIRS = "Published by the authors of HY-WU, with their judge and data; not meas
 class Benchmark(ABC):
     """Where items come from and where an editor's results go, as the benchmark's authors lay them out.
 
-    name: of ``--benchmark``; usual: name of the questionnaire that is asked unless another is given;
+    name: of ``--benchmark``.
+    usual: name of the questionnaire that is asked unless another is given.
     sample: folder of two items of our own in the benchmark's layout.
     """
 
@@ -43,7 +44,11 @@ class Benchmark(ABC):
 
     @abstractmethod
     def read(self, path: Path, beside: Path | None = None) -> ItemList:
-        """The items. beside: a folder that packed data may be unpacked into. Raises HYWUError."""
+        """The items.
+
+        beside: a folder that packed data may be unpacked into.
+        Raises HYWUError.
+        """
 
     def locate(self, data: str | Path) -> Path:
         """The path of ``--data``; "samples" stands for our own."""
@@ -90,9 +95,9 @@ def no_form(shares: Mapping[str, float], reason: str) -> str:
 class Question:
     """One question about one item.
 
-    roles: the images shown, in order: "source", "edited"; answer: a computing judge's shares (WU-Eval
-    dimension -> 0..1, how much of the way from source to target was gone) and its reason, as text in the
-    form that the prompt asks for.
+    roles: the images shown, in order: "source", "edited".
+    answer: a computing judge's shares (WU-Eval dimension -> 0..1, how much of the way from source to target
+        was gone) and its reason, as text in the form that the prompt asks for.
     """
 
     name: str
@@ -111,8 +116,8 @@ class Question:
 class Questionnaire(ABC):
     """What is asked about an edit, and what the answers count.
 
-    version: of our prompts ("ours-1"), or the hash of the file that holds the user's; prompts: key
-    (question, or ImgEdit's edit type) -> template.
+    version: of our prompts ("ours-1"), or the hash of the file that holds the user's.
+    prompts: key (question, or ImgEdit's edit type) -> template.
 
     A subclass says its name, title, the keys of its prompts (instructed: those that must hold the
     instruction), the numbers of one item's score ("overall" last), their scale, and a published table.
@@ -218,7 +223,8 @@ class Questionnaire(ABC):
     def their_tables(cls, path: Path, data: str | None) -> list[Table]:
         """Tables of files that other programs scored; empty where the path is none of them.
 
-        data: the user's ``--data``, for what the files don't say. Raises HYWUError naming the file.
+        data: the user's ``--data``, for what the files don't say.
+        Raises HYWUError naming the file.
         """
         return []
 

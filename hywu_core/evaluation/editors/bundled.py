@@ -35,12 +35,16 @@ TASK = "{task}"
 class EngineEditor:
     """Edits each item with a LoRA that is generated for it; or with `lora`, a static one.
 
-    lora: the name of a bundled LoRA (shared, single_blur, ...), a file or a PEFT folder, with
-    ``{task}`` in its name one for each task; "none" is the editor alone; None generates. fine_tuned:
-    a file of `hywu train` or `hywu conflict` with all of the editor's weights, to use in their place
-    (SFT; then there is no LoRA). generator: another one's file. steps: of the sampling; strength: of the LoRA; device: a torch
-    device; skip_missing: modules of the LoRA that the editor lacks are left out. One
-    edit at a time. Raises HYWUError when weights are missing or don't fit each other.
+    lora: the name of a bundled LoRA (shared, single_blur, ...), a file or a PEFT folder, with ``{task}`` in
+        its name one for each task; "none" is the editor alone; None generates.
+    fine_tuned: a file of `hywu train` or `hywu conflict` with all of the editor's weights, to use in their
+        place (SFT; then there is no LoRA).
+    generator: another one's file.
+    steps: of the sampling.
+    strength: of the LoRA.
+    device: a torch device.
+    skip_missing: modules of the LoRA that the editor lacks are left out. One edit at a time.
+    Raises HYWUError when weights are missing or don't fit each other.
     """
 
     parallel = 1

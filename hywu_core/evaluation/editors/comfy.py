@@ -25,10 +25,11 @@ from .base import ITEM_TIMEOUT, WORKERS, EditFailed
 class ComfyEditor:
     """Runs an API-format workflow for each item.
 
-    image, instruction, seed: ``NODE.input`` that takes the uploaded image's name, the text and
-    the seed (NODE by id, title or class; seed may be None); output: the node whose image counts,
-    None where only one gives any; timeout: seconds per item. Raises HYWUError when the workflow
-    lacks one of them.
+    image, instruction, seed: ``NODE.input`` that takes the uploaded image's name, the text and the seed (NODE
+        by id, title or class; seed may be None).
+    output: the node whose image counts, None where only one gives any.
+    timeout: seconds per item.
+    Raises HYWUError when the workflow lacks one of them.
     """
 
     def __init__(

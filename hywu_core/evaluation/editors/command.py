@@ -26,9 +26,10 @@ _PLACEHOLDER = re.compile(r"\{(source|out|instruction|seed)\}")
 class CommandEditor:
     """Runs a program for each item; no shell is involved.
 
-    command: words as for a shell, in which ``{source}`` and ``{out}`` (PNG paths),
-    ``{instruction}`` and ``{seed}`` are put in; the program writes ``{out}`` and exits with 0.
-    timeout: seconds per item. Raises HYWUError when a needed placeholder is missing.
+    command: words as for a shell, in which ``{source}`` and ``{out}`` (PNG paths), ``{instruction}`` and
+        ``{seed}`` are put in; the program writes ``{out}`` and exits with 0.
+    timeout: seconds per item.
+    Raises HYWUError when a needed placeholder is missing.
     """
 
     command: str

@@ -188,7 +188,8 @@ async def _body(request: Any, *names: str) -> dict[str, str]:
 def allowed_hosts(host: str, more: Iterable[str]) -> frozenset[str]:
     """The host names that requests may be addressed to, in lower case.
 
-    host: what is listened on; more: names that voters use, with or without scheme, port and capitals.
+    host: what is listened on.
+    more: names that voters use, with or without scheme, port and capitals.
     Raises HYWUError on a text that holds no host name.
     """
     found = {*LOOPBACK, host.lower()}
@@ -237,7 +238,8 @@ def serve(
 ) -> None:
     """Serve one session until interrupted.
 
-    ready: called with the link once the port is open; warn: called with what an operator should know.
+    ready: called with the link once the port is open.
+    warn: called with what an operator should know.
     Raises HYWUError when aiohttp is missing or an argument can't be used, OSError when the port is taken.
     """
     if not 0 <= port <= 65535:

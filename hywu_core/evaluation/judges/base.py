@@ -31,7 +31,11 @@ class JudgeRequest:
 
 @dataclass(frozen=True)
 class Reply:
-    """A judge's raw answer. model: what the endpoint says answered; tokens: as it counts them."""
+    """A judge's raw answer.
+
+    model: what the endpoint says answered.
+    tokens_in, tokens_out: as it counts them.
+    """
 
     text: str
     model: str = ""

@@ -80,7 +80,10 @@ class Fault:
 
 
 def read_fault(status: int, body: bytes, location: str | None = None) -> Fault:
-    """The fault in an answer. location: where a redirect leads, without what may be secret in it."""
+    """The fault in an answer.
+
+    location: where a redirect leads, without what may be secret in it.
+    """
     text = " ".join(body.decode("utf-8", "replace").split())
     if location:
         parts = urlsplit(location)
@@ -93,7 +96,10 @@ def read_fault(status: int, body: bytes, location: str | None = None) -> Fault:
 
 
 def fault_of(data: dict[str, Any], status: int) -> Fault | None:
-    """The fault that a JSON answer holds; None without one. status: unless it says another itself."""
+    """The fault that a JSON answer holds; None without one.
+
+    status: unless it says another itself.
+    """
     error = data.get("error", data.get("detail"))
     if isinstance(error, str):
         return Fault(status, error)

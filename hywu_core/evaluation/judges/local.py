@@ -20,8 +20,9 @@ from .base import MAX_TOKENS, Failure, JudgeRequest, Reply
 class LocalJudge:
     """Greedy answers of the model in `folder` (safetensors, with its processor and chat template).
 
-    Nothing is downloaded and no code from the folder runs. dtype: "auto" takes the checkpoint's.
-    The version is a hash of the folder's config and of its weights' names and sizes.
+    Nothing is downloaded and no code from the folder runs.
+    dtype: "auto" takes the checkpoint's. The version is a hash of the folder's config and of its weights'
+        names and sizes.
     Raises HYWUError when the folder holds no such model, or no chat template.
     """
 

@@ -73,11 +73,14 @@ class RateLimit:
 class OpenAIJudge:
     """Asks `model` at `url` (the base, usually ending in /v1).
 
-    key_env: environment variable with the key; unset means no Authorization header (a local
-    server). retries: further tries after the first; backoff: seconds before the first of them,
-    doubled each time, with jitter, unless the server's Retry-After says longer; per_minute: rate
-    limit, 0 for none; max_tokens: of an answer; timeout: seconds per request; temperature: of the
-    sampling; None is 0, or the model's own where it can't be set.
+    key_env: environment variable with the key; unset means no Authorization header (a local server).
+    retries: further tries after the first.
+    backoff: seconds before the first of them, doubled each time, with jitter, unless the server's Retry-After
+        says longer.
+    per_minute: rate limit, 0 for none.
+    max_tokens: of an answer.
+    timeout: seconds per request.
+    temperature: of the sampling; None is 0, or the model's own where it can't be set.
     Raises HYWUError on a URL that is not http(s), a key that would travel unencrypted, or none at all.
     """
 

@@ -45,7 +45,9 @@ class Report:
 
 
 def build_report(methods: Sequence[MethodScores], each: int = 2) -> Report:
-    """Compare methods judged alike. each: exhibits per place.
+    """Compare methods judged alike.
+
+    each: exhibits per place.
 
     Raises HYWUError when judges, questionnaires or items differ.
     """

@@ -215,9 +215,9 @@ def _places(generator: ParameterGenerator) -> list[tuple[dict, str, Tensor, int]
 def compile_blocks(generator: ParameterGenerator, **options: Any) -> ParameterGenerator:
     """Compile the generator's blocks with torch.compile, in place; returns the generator.
 
-    One compilation serves all blocks, at the first call with a shape. options: torch.compile's (mode,
-    backend, dynamic). Inductor needs a C++ compiler, and Triton on CUDA. Offloaded blocks run
-    uncompiled.
+    One compilation serves all blocks, at the first call with a shape.
+    options: torch.compile's (mode, backend, dynamic).
+    Inductor needs a C++ compiler, and Triton on CUDA. Offloaded blocks run uncompiled.
     """
     generator.kernels = None  # inductor fuses by itself
     for block in generator.model.blocks:

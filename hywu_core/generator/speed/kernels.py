@@ -177,9 +177,9 @@ def _rotate_wide(
 def rotate_(x: Tensor, first: Tensor, second: Tensor, wide: bool = True) -> Tensor:
     """Turn the interleaved pairs of ``x [M, L, H, hd]`` in place; any strides but the last, 1.
 
-    first, second: (cos, sin) of the first and the second half of the pairs, float32, each
-    broadcastable to ``[M, L, hd / 4, 2]``; they are read where they are, the table of both together
-    is never made. wide: load whole heads at once, where their size is a power of two.
+    first, second: (cos, sin) of the first and the second half of the pairs, float32, each broadcastable to
+        ``[M, L, hd / 4, 2]``; they are read where they are, the table of both together is never made.
+    wide: load whole heads at once, where their size is a power of two.
     """
     length, count, heads, dim = x.shape
     first = first.expand(length, count, dim // 4, 2)
@@ -233,7 +233,8 @@ def quantize_rows(
 ) -> tuple[Tensor, Tensor]:
     """Contiguous ``x [R, d]`` as float8_e4m3fn ``[R, d]`` and float32 scales ``[R, 1]``.
 
-    dtype: another one gives the values as they are before they are quantized. silu: of ``silu(x)``.
+    dtype: another one gives the values as they are before they are quantized.
+    silu: of ``silu(x)``.
     """
     rows, dim = x.shape
     out = torch.empty(rows, dim, dtype=dtype, device=x.device)

@@ -40,9 +40,11 @@ PRODUCT_SCRATCH = 1 << 15
 class MemoryPlan:
     """How a generation keeps to a budget; sizes in bytes, on the generator's device.
 
-    chunk_bytes: size of a chunk's widest intermediate. resident_blocks: how many of num_blocks stay
-    on the device, the others are offloaded. fixed_bytes: weights outside the blocks. block_bytes: one
-    block's weights. working_bytes: hidden states, condition and intermediates at their most.
+    chunk_bytes: size of a chunk's widest intermediate.
+    resident_blocks: how many of num_blocks stay on the device, the others are offloaded.
+    fixed_bytes: weights outside the blocks.
+    block_bytes: one block's weights.
+    working_bytes: hidden states, condition and intermediates at their most.
     keep_prefix: whether the constant prefix is kept between calls (counted in working_bytes).
     """
 
@@ -68,7 +70,8 @@ class MemoryPlan:
 class Sizes:
     """What a plan depends on beside the budget: the config, the weights' bytes, one call's shape.
 
-    element_size: bytes of a value of the hidden states. default_chunk_bytes: the device's.
+    element_size: bytes of a value of the hidden states.
+    default_chunk_bytes: the device's.
     prefix_cache_bytes: the most that a kept prefix may take.
     """
 

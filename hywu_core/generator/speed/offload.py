@@ -101,8 +101,8 @@ class OffloadedBlocks:
     def run(self, resident: int) -> Iterator[nn.Module]:
         """The blocks in turn, each on the device until the next is asked for.
 
-        resident: how many to keep on the device. Close the iterator (contextlib.closing) when it may
-        not be exhausted.
+        resident: how many to keep on the device.
+        Close the iterator (contextlib.closing) when it may not be exhausted.
         """
         with self._lock:
             with torch.inference_mode(False):  # tensors made there can't be written elsewhere

@@ -50,12 +50,14 @@ TILE_ROWS, TILE_COLUMNS = 128, 256
 class Switches:
     """Parts of the fast path on CUDA. None changes what is computed.
 
-    attention_by_shape: short and masked attention keeps away from cuDNN. across: RoPE and attention across
-    layers in one kernel. wide_rope: RoPE loads whole heads. pending_bias: output biases wait in one
-    vector that norms add on their way. strided_accumulate: the product of the attention across layers
-    adds to the hidden states as they lie. waves: chunks fill whole waves of tiles. keep_prefix: the
-    constant prefix is kept where memory is free. fp8_norm, fp8_silu, fp8_across: norms, SiLU and the
-    attention across layers write 8 bits themselves.
+    attention_by_shape: short and masked attention keeps away from cuDNN.
+    across: RoPE and attention across layers in one kernel.
+    wide_rope: RoPE loads whole heads.
+    pending_bias: output biases wait in one vector that norms add on their way.
+    strided_accumulate: the product of the attention across layers adds to the hidden states as they lie.
+    waves: chunks fill whole waves of tiles.
+    keep_prefix: the constant prefix is kept where memory is free.
+    fp8_norm, fp8_silu, fp8_across: norms, SiLU and the attention across layers write 8 bits themselves.
     """
 
     attention_by_shape: bool = True
@@ -119,7 +121,9 @@ def wave_rows(multiprocessors: int, columns: int) -> int:
 
 
 class Passes:
-    """Plain torch. in_place: hidden states are added to where they lie, chunk by chunk (inference).
+    """Plain torch.
+
+    in_place: hidden states are added to where they lie, chunk by chunk (inference).
 
     chunk_rows: rows of ``d_model`` values that one chunk holds at most, about.
     """
@@ -141,7 +145,11 @@ class Passes:
         return _slices(layers, even_step(layers, 4 * self.chunk_rows // rows_each))
 
     def norm(self, norm: nn.Module, x: Tensor, out: Product = NONE, to: Any = None) -> Any:
-        """``norm(x)``. out: weight and bias of the product that will add to x. to: what multiplies it."""
+        """``norm(x)``.
+
+        out: weight and bias of the product that will add to x.
+        to: what multiplies it.
+        """
         return norm(x)
 
     def rotate(self, x: Tensor, axes: Axes) -> Tensor:
@@ -186,7 +194,10 @@ class Passes:
 
 
 class FusedPasses(Passes):
-    """With Triton kernels, in inference. kernels: the module, or one that stands in for it."""
+    """With Triton kernels, in inference.
+
+    kernels: the module, or one that stands in for it.
+    """
 
     def __init__(
         self, chunk_rows: int, switches: Switches, kernels: ModuleType, wave: int | None = None

@@ -52,8 +52,11 @@ def encoder(reads: Reads, sockets: Mapping[str, Any]) -> HostEncoder:
 def encode(
     generator: Any, images: Mapping[str, Tensor | None], instruction: str, **sockets: Any
 ) -> tuple[Condition, str, list[str]]:
-    """(condition, report as JSON, warnings). images: of each item, by input; ComfyUI's ``[B, H, W, C]`` in
-    0..1, further ones also ``[1, ...]`` for all items. Raises HYWUError.
+    """(condition, report as JSON, warnings).
+
+    images: of each item, by input; ComfyUI's ``[B, H, W, C]`` in 0..1, further ones also ``[1, ...]`` for all
+        items.
+    Raises HYWUError.
     """
     start = time.perf_counter()
     make = encoder(generator.reads, sockets)

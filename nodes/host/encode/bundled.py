@@ -41,8 +41,8 @@ def own_editor() -> comfy.model_patcher.ModelPatcher:
 class BundledEncoder:
     """(images, instructions) -> Condition, by a copy of the editor of its own.
 
-    sockets: `model`, where it is connected, must be the same editor. Raises HYWUError on another one, or on
-    an editor that the generator wasn't trained for.
+    sockets: `model`, where it is connected, must be the same editor.
+    Raises HYWUError on another one, or on an editor that the generator wasn't trained for.
     """
 
     def __init__(self, reads: Reads, sockets: Mapping[str, Any]) -> None:

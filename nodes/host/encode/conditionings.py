@@ -78,7 +78,10 @@ def digest(made: Sequence[Entry]) -> str:
 
 
 def warnings(conditioning: Conditioning, clip: Any, read: bool) -> list[str]:
-    """What of the inputs is not looked at. read: whether the generator reads a text."""
+    """What of the inputs is not looked at.
+
+    read: whether the generator reads a text.
+    """
     if not read:
         return ["The generator reads no text; the conditioning is not looked at."]
     found = []

@@ -33,8 +33,8 @@ class GraphEncoder:
     """(images, instructions, further images) -> Condition, by what is connected to the node.
 
     sockets: by input; `conditioning` is the text in place of `clip`. Where latents and texts are kept they
-    bring `latent` (see `hidden_states`) and `said`, text -> entry of a CONDITIONING. Raises HYWUError on an
-    encoder that is missing or too wide.
+        bring `latent` (see `hidden_states`) and `said`, text -> entry of a CONDITIONING.
+    Raises HYWUError on an encoder that is missing or too wide.
     """
 
     def __init__(self, reads: Reads, sockets: Mapping[str, Any]) -> None:
@@ -79,7 +79,10 @@ class GraphEncoder:
     def tokens(
         self, part: str, rows: Sequence[Tensor], said: Sequence[Entry]
     ) -> tuple[Tensor, Tensor | None]:
-        """A part's tokens ``[B, L, C]`` on the CPU and their mask. said: each item's text."""
+        """A part's tokens ``[B, L, C]`` on the CPU and their mask.
+
+        said: each item's text.
+        """
         if part == "text":
             texts = [entry[0][:1].float().cpu() for entry in said]
             return padded(texts, [conditionings.mask(entry) for entry in said])

@@ -109,10 +109,11 @@ def encode(
 ) -> Tensor:  # fmt: skip
     """Tokens ``[B, L, C]`` of each item's images one after another, on the CPU.
 
-    C is the layer's width, or twice that with what the text changes (see `CONTRAST`). images: the items'
-    first ones, second ones and so on, ``[B, 3, H, W]`` in 0..1 or ``[1, ...]`` for all. said: each item's
-    text. The MODEL runs for each image under the text of its item, as it is given, with whatever lies
-    on it. Raises HYWUError.
+    C is the layer's width, or twice that with what the text changes (see `CONTRAST`).
+    images: the items' first ones, second ones and so on, ``[B, 3, H, W]`` in 0..1 or ``[1, ...]`` for all.
+    said: each item's text. The MODEL runs for each image under the text of its item, as it is given, with
+        whatever lies on it.
+    Raises HYWUError.
     """
     check(config, model)
     bar = comfy.utils.ProgressBar(sum(map(len, images)) + len(images) * len(said))
@@ -221,7 +222,8 @@ def _channels_first(features: Tensor, latent: Tensor) -> Tensor:
 def _run(model: Any, latent: Tensor, entry: Entry, sigma: float) -> bool:
     """One call of the MODEL at a noise level, by ComfyUI's sampler; whether all it gives is finite.
 
-    entry: of a CONDITIONING. Models that take the image as more channels get it so, too.
+    entry: of a CONDITIONING.
+    Models that take the image as more channels get it so, too.
     """
     sampling = model.get_model_object("model_sampling")
     sigma = min(max(sigma, float(sampling.sigma_min)), float(sampling.sigma_max))

@@ -16,7 +16,8 @@ from ..cache import TensorCache, digest
 def encode_latent(model: Any, vae: Any, image: Tensor) -> Tensor:
     """``[1, 3, H, W]`` in 0..1 -> ``[1, C, (1,) h, w]`` on the CPU, as the VAE gives it.
 
-    model: ComfyUI's BaseModel. Raises HYWUError when the VAE isn't one of this model.
+    model: ComfyUI's BaseModel.
+    Raises HYWUError when the VAE isn't one of this model.
     """
     latent = vae.encode(image.movedim(1, -1)).float().cpu()
     form = model.latent_format
@@ -35,7 +36,10 @@ def encode_latent(model: Any, vae: Any, image: Tensor) -> Tensor:
 
 
 class CachedLatents:
-    """`encode_latent`, each image once. weights: which VAE this is."""
+    """`encode_latent`, each image once.
+
+    weights: which VAE this is.
+    """
 
     def __init__(self, model: Any, vae: Any, cache: TensorCache) -> None:
         self.model, self.vae, self.cache = model, vae, cache

@@ -91,7 +91,10 @@ def image_tokens(
     network: nn.Module, layer: str, sequences: Sequence[Tensor], latent: Tensor,
     alone: Callable[[Place], bool],
 ) -> Place | None:  # fmt: skip
-    """Where the image's tokens are. alone: whether the MODEL's output needs no others than these."""
+    """Where the image's tokens are.
+
+    alone: whether the MODEL's output needs no others than these.
+    """
     key = (layer, tuple(s.shape[1] for s in sequences), tuple(latent.shape[2:]))
     known = _places.setdefault(network, {})
     if key not in known:

@@ -42,7 +42,8 @@ SOURCES = {
 class HostBase:
     """The `BaseModel` of a MODEL with its VAE; call `load` before anything runs through it.
 
-    source_input: a key of `SOURCES`. sample_steps: Euler steps of `edit`, at cfg 1.
+    source_input: a key of `SOURCES`.
+    sample_steps: Euler steps of `edit`, at cfg 1.
     """
 
     def __init__(

@@ -32,10 +32,11 @@ PROBE = torch.zeros(1, 3, 64, 64)
 class CachedEncoder:
     """What the generator reads: the bundled editor's hidden states, or what `reads` says.
 
-    reads: one of `READS`. For the MODEL's own hidden states it takes the VAE and the side of the
-    images that are trained on. images: images per item, its references among them. identity and
-    parts go into the checkpoint, by which Condition Encode makes the same conditions. Raises HYWUError
-    where nothing would look at the references.
+    reads: one of `READS`. For the MODEL's own hidden states it takes the VAE and the side of the images that
+        are trained on.
+    images: images per item, its references among them. identity and parts go into the checkpoint, by which
+        Condition Encode makes the same conditions.
+    Raises HYWUError where nothing would look at the references.
     """
 
     def __init__(

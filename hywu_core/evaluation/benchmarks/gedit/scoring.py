@@ -196,9 +196,10 @@ def aggregate(
 ) -> Aggregate:
     """Mean per task, then the mean of the task means (numpy's mean, as in the authors' script).
 
-    language: "en", "cn" or None for all; intersection: only items with ``intersection_exist``.
-    A task without items is left out of the average (the authors' script would give NaN); with no
-    item at all the average is NaN.
+    language: "en", "cn" or None for all.
+    intersection: only items with ``intersection_exist``.
+    A task without items is left out of the average (the authors' script would give NaN); with no item at all
+    the average is NaN.
     """
     chosen = [
         row

@@ -180,7 +180,11 @@ def item_score(answer: str) -> float | None:
 
 
 def type_scores(scores: Mapping[str, float], types: Mapping[str, str]) -> dict[str, float]:
-    """Mean per edit type, rounded to 2 decimals. scores: key -> score; types: key -> edit type."""
+    """Mean per edit type, rounded to 2 decimals.
+
+    scores: key -> score.
+    types: key -> edit type.
+    """
     groups: dict[str, list[float]] = {}
     for key, score in scores.items():
         if key in types:
@@ -203,7 +207,8 @@ def _item_scores(scores: MethodScores) -> dict[str, float]:
 def scores_table(method: str, items: Mapping[str, float], asked: ItemList) -> Table:
     """Edit types and the total, in the authors' roundings.
 
-    items: key -> score; asked: the benchmark's items, which know the types.
+    items: key -> score.
+    asked: the benchmark's items, which know the types.
     """
     of = {item.key: item.task for item in asked.items if item.key in items}
     types = type_scores(items, of)
