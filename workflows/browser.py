@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 from typing import Any
+
+from hywu_core.headless.local import get_json
 
 FLAGS = [
     "--no-sandbox",
@@ -25,12 +28,10 @@ SETTINGS = {
 }
 
 
-#: On a busy machine nodes are registered after the first workflow is there, one by one: true when no more come.
-ALL_NODES = """() => {
-    const count = Object.keys(window.LiteGraph?.registered_node_types ?? {}).length;
-    const all = count > 100 && count === window.countedNodes;
-    window.countedNodes = count;
-    return all;
+#: On a busy machine nodes are registered after the first workflow is there, one by one: true when all are.
+ALL_NODES = """(names) => {
+    const known = window.LiteGraph?.registered_node_types ?? {};
+    return names.every((name) => name in known);
 }"""
 
 
@@ -40,6 +41,12 @@ def find_chromium() -> str | None:
     return next((path for name in named if name and (path := shutil.which(name))), None)
 
 
+@functools.cache
+def node_classes(url: str) -> list[str]:
+    """Names of all classes of nodes that the server at `url` has."""
+    return list(get_json(f"{url}/object_info", timeout=60))
+
+
 def open_frontend(context: Any, url: str, settings: dict[str, Any]) -> Any:
     """A page of a Playwright `context` with the frontend at `url` loaded, for a user with these settings."""
     context.request.post(f"{url}/settings", data=settings)
@@ -47,6 +54,6 @@ def open_frontend(context: Any, url: str, settings: dict[str, Any]) -> Any:
     page.goto(url, timeout=120_000)  # a busy machine with two cores took more than 30 s
     page.wait_for_function("window.app?.extensionManager?.workflow?.activeWorkflow", timeout=90_000)
     page.wait_for_function("!document.querySelector('.p-blockui-mask')")  # the splash is gone
-    page.wait_for_function(ALL_NODES, polling=1000, timeout=90_000)
+    page.wait_for_function(ALL_NODES, arg=node_classes(url), polling=100, timeout=90_000)
     page.wait_for_timeout(500)
     return page

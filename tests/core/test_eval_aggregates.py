@@ -108,6 +108,20 @@ class Benchmark:
         assert scores.outcomes() == {**dict.fromkeys(scores.outcomes(), 0), **outcomes}
         return scores, said, outcomes
 
+    def check_tables(self, rows: Callable[[Sequence[Item], dict], list], read: Callable) -> None:
+        """Tables of random files have these rows, also those of the authors' files that `read` reads."""
+        getcontext().prec = 60
+        seen: Counter[str] = Counter()
+        for number in range(FILES):
+            scores, said, outcomes = self.random_file()
+            seen += outcomes
+            table = scores.questionnaire.table(scores)
+            assert list(table.rows) == rows(scores.items.items, said)
+            if number % 10 == 0 and said:
+                assert read(write_scores(scores), scores.items).rows == table.rows
+        assert len(seen) == 6
+        assert min(seen.values()) > 100
+
     def _ask(self, line: dict[str, str], rows: list[list[dict[str, str]]]) -> tuple[str, object]:
         """Add a question's lines; how it ended and what the answer says."""
         text, value = self.answer(self.rng)
@@ -216,18 +230,8 @@ def gedit_rows(items: Sequence[Item], said: dict[str, list]) -> list[tuple[str, 
 
 
 def test_gedit_agrees_on_random_files(tmp_path: Path):
-    getcontext().prec = 60
     benchmark = Benchmark(tmp_path, "gedit", gedit.TASKS, random_answer)
-    seen: Counter[str] = Counter()
-    for number in range(FILES):
-        scores, said, outcomes = benchmark.random_file()
-        seen += outcomes
-        table = scores.questionnaire.table(scores)
-        assert list(table.rows) == gedit_rows(scores.items.items, said)
-        if number % 10 == 0 and said:  # through the authors' files and back
-            assert gedit.their_tables(write_scores(scores))[0].rows == table.rows
-    assert len(seen) == 6
-    assert min(seen.values()) > 100
+    benchmark.check_tables(gedit_rows, lambda folder, items: gedit.their_tables(folder)[0])
 
 
 def test_gedit_csv_is_the_authors_layout(tmp_path: Path):
@@ -312,19 +316,10 @@ def imgedit_rows(items: Sequence[Item], said: dict[str, list]) -> list[tuple[str
 
 
 def test_imgedit_agrees_on_random_files(tmp_path: Path):
-    getcontext().prec = 60
     benchmark = Benchmark(tmp_path, "imgedit", imgedit.EDIT_TYPES, random_imgedit)
-    seen: Counter[str] = Counter()
-    for number in range(FILES):
-        scores, said, outcomes = benchmark.random_file()
-        seen += outcomes
-        table = scores.questionnaire.table(scores)
-        assert list(table.rows) == imgedit_rows(scores.items.items, said)
-        if number % 10 == 0:
-            file = write_scores(scores) / "result.json"
-            assert imgedit.their_table(file, scores.items).rows == table.rows
-    assert len(seen) == 6
-    assert min(seen.values()) > 100
+    benchmark.check_tables(
+        imgedit_rows, lambda folder, items: imgedit.their_table(folder / "result.json", items)
+    )
 
 
 def test_imgedit_counts_only_integers_after_the_only_colon():

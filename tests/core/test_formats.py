@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from layouts import LAYOUT
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -20,22 +21,6 @@ from hywu_core.formats import lora_header, save_lora
 from hywu_core.formats.patterns import Pattern
 from hywu_core.layout import Module, Stack
 from hywu_core.tokens import token_grid
-
-LAYOUT = LoRALayout(
-    (
-        Stack(
-            ("blocks.0", "blocks.1"),
-            (
-                Module("qkv", 6, 18),
-                Module("mlp.experts.w1", 6, 5, 3),
-                Module("conv", 6, 4, conv=True),
-            ),
-        ),
-        Stack(("last",), (Module("out", 6, 7),)),
-    ),
-    2,
-    3.0,
-)
 
 
 def make(layout=LAYOUT, batch=1, dtype=torch.float32, provenance=None):

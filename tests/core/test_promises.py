@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from layouts import LAYOUT
 from PIL import Image
 from torch import nn
 
@@ -48,21 +49,6 @@ from hywu_core.training.schedule import TrainConfig
 
 OPTIONS = Path(__file__).parent / "promises" / "options.json"
 
-LAYOUT = LoRALayout(
-    (
-        Stack(
-            ("blocks.0", "blocks.1"),
-            (
-                Module("qkv", 6, 18),
-                Module("mlp.experts.w1", 6, 5, 3),
-                Module("conv", 6, 4, conv=True),
-            ),
-        ),
-        Stack(("last",), (Module("out", 6, 7),)),
-    ),
-    2,
-    3.0,
-)
 OFFICIAL = LoRALayout((Stack(("m.0", "m.1"), (Module("self_attn.qkv_proj", 8, 24),)),), 2, 4.0)
 
 

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.sizes import official_config
 from hywu_core import HYWUError
 from hywu_core.layout import Module, Stack
 from hywu_core.tokens import token_grid
@@ -77,16 +78,8 @@ def test_the_documented_example():
 
 
 def test_default_official_size():
-    modules = (
-        Module("self_attn.qkv_proj", 4096, 6144),
-        Module("self_attn.o_proj", 4096, 4096),
-        Module("mlp.shared_mlp.gate_and_up_proj", 4096, 6144),
-        Module("mlp.shared_mlp.down_proj", 3072, 4096),
-        Module("mlp.experts.w1", 4096, 3072, 64),
-        Module("mlp.experts.w2", 3072, 4096, 64),
-        Module("mlp.experts.w3", 4096, 3072, 64),
-    )
-    grid = token_grid(Stack(("model.layers.0",), modules), 16, 1024)
+    (stack,) = official_config().layout.stacks
+    grid = token_grid(Stack(stack.layers[:1], stack.modules), 16, 1024)
     assert (grid.num_a_tokens, grid.num_tokens) == (719, 1379)
 
 

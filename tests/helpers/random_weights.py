@@ -1,5 +1,5 @@
 """Random weights of a small editor in place of the bundled ones: the tests of nodes, graphs and evaluation
-run in a fraction of the time, and what the real ones do is seen in test_workflows.py.
+run in a fraction of the time, and what the real ones do is seen in test_workflow_runs.py.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def make_editor(path: Path, seed: int = 0, width: int = 8) -> Editor:
         steer=32,
         text_width=64,
         text_depth=1,
-        max_pixels=32 * 32,
+        max_pixels=96 * 96,
     )
     editor = Editor(config)
     editor.reset_parameters()

@@ -36,7 +36,9 @@ INVERT = {
 
 
 def slow_graph(steps: int = 300) -> dict:
-    """Many blurs of a large image: seconds of work, a node each, so that it can be interrupted."""
+    """Many blurs of a large image: a tenth of a second each on a fast machine, a node each, so that it can be
+    interrupted.
+    """
     graph: dict = {
         "0": {"class_type": "EmptyImage", "inputs": {
             "width": 1024, "height": 1024, "batch_size": 1, "color": time.time_ns() % 2**24}}
@@ -155,7 +157,8 @@ def test_somebody_else_interrupts(server):
         asyncio.run(interrupted())
 
 
-def test_server_that_dies_is_reported(comfyui, tmp_path, capsys):
+def test_server_that_dies_is_reported(comfyui, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(Client.__init__.__kwdefaults__, "patience", 4.0)
     path = tmp_path / "slow.json"
     path.write_text(json.dumps(slow_graph()))
     with LocalServer(comfyui.python, comfyui.tree, tmp_path / "base") as dying:
@@ -169,9 +172,10 @@ def test_server_that_dies_is_reported(comfyui, tmp_path, capsys):
 @pytest.mark.parametrize("socket", ["drop", "mute"])
 def test_a_proxy_that_drops_or_mutes_the_websocket_costs_no_result(server, tmp_path, socket):
     path = tmp_path / "slow.json"
-    graph = slow_graph(60)
+    steps = 12  # outlasts the half second after which the proxy begins
+    graph = slow_graph(steps)
     graph["kept"] = {"class_type": "SaveImage", "inputs": {
-        "images": ["60", 0], "filename_prefix": "kept"}}  # fmt: skip
+        "images": [str(steps), 0], "filename_prefix": "kept"}}  # fmt: skip
     path.write_text(json.dumps(graph))
     with Proxy(server.url, prefix="/comfy", socket=socket) as proxy:
         assert command(proxy, path, tmp_path / "out") == 0
@@ -230,7 +234,7 @@ def test_a_record_that_is_cleared_before_it_is_fetched(server, monkeypatch):
 
     monkeypatch.setattr(Client, "history", cleared)
     with pytest.raises(Cleared, match="record of it was cleared"):
-        run_sync(server.url, slow_graph(80))
+        run_sync(server.url, slow_graph(4))
 
 
 def test_a_server_that_starts_anew(comfyui, tmp_path):

@@ -67,9 +67,16 @@ import comfy.samplers  # noqa: E402, F401
 
 import nodes as _stock  # noqa: E402, F401
 
+import torch  # noqa: E402
+
 _started = time.process_time()  # other programs' share of the machine is not the import's
 NODES = _load_extension()
 IMPORT_SECONDS = time.process_time() - _started
+
+# what imports the extension
+import hidden_models  # noqa: E402
+import train_node  # noqa: E402
+import training_models  # noqa: E402
 
 
 class Call:
@@ -125,3 +132,62 @@ def fresh_lists() -> None:
 def import_seconds() -> float:
     """Processor time that importing the extension took, ComfyUI and torch being there."""
     return IMPORT_SECONDS
+
+
+@pytest.fixture(scope="module")
+def colour(base) -> Path:
+    """The list of a training's pairs."""
+    return training_models.make_pairs(base / "input" / "colour")
+
+
+@pytest.fixture(scope="module")
+def loaded(colour):
+    """(MODEL, VAE, CLIP), loaded as ComfyUI loads them: in inference mode."""
+    with torch.inference_mode():
+        wan = training_models.load_model("Wan 2.1")
+        return wan, training_models.wan_vae(), training_models.ToyCLIP(4096)
+
+
+@pytest.fixture(scope="module")
+def train(call, loaded):
+    """The node's outputs; `on` are the three sockets where they are others."""
+
+    def run(on=None, **widgets):
+        with torch.inference_mode():
+            return call.HYWUTrainGenerator(*(on or loaded), **{**train_node.WIDGETS, **widgets})
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("hidden")
+
+
+@pytest.fixture
+def as_comfyui_runs_nodes():
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture
+def encode(call):
+    """(generator, text, images) -> the condition."""
+
+    def run(generator, text, images=hidden_models.IMAGES, **inputs):
+        return call.HYWUConditionEncode(generator, images, text, **inputs)[0]
+
+    return run
+
+
+@pytest.fixture
+def tokens(encode):
+    return lambda *args, **inputs: encode(*args, **inputs).parts[hidden_models.PART]
+
+
+@pytest.fixture
+def warnings(call):
+    def run(generator, text, images=hidden_models.IMAGES, **inputs):
+        return call.report("HYWUConditionEncode", generator, images, text, **inputs)["warnings"]
+
+    return run

@@ -69,8 +69,8 @@ def no_gradients():
 
 
 def test_stock_nodes_give_what_the_engine_gives(editor):
-    images, side = editor.images, editor.side
-    large = torch.rand(1, 2 * side + 8, side + 24, 3, generator=torch.Generator().manual_seed(1))
+    images, (tile, _) = editor.images, editor.plain.config.tile(4096, 4096)
+    large = torch.rand(1, 2 * tile + 8, tile + 24, 3, generator=torch.Generator().manual_seed(1))
     assert gap(editor.image(images), images) > 0.01
     assert gap(editor.image(images), editor.engine(images, [TEXT] * 2)) < 1e-3
     assert gap(editor.image(large), editor.engine(large, [TEXT])) < 1e-3
