@@ -1,8 +1,7 @@
 """Applying a generated LoRA to a MODEL: merged as patches, or unmerged around each model call.
 
-Unmerged, hooks exist only while the model runs: a wrapper of ``apply_model`` registers them on the
-modules of the model that executes and removes them, so no clone, sibling branch or later prompt
-ever sees them.
+Unmerged, hooks exist only while the model runs: a wrapper of ``apply_model`` registers them on the modules
+of the model that executes and removes them, so no clone, sibling branch or later prompt ever sees them.
 """
 
 from __future__ import annotations
@@ -321,10 +320,7 @@ class Unmerged:
         self, model: nn.Module, paths: list[str], branch_on: list[bool], rows: int,
         item: int | None = None,
     ) -> Iterator[None]:  # fmt: skip
-        """Hooks for the block's length.
-
-        item: the one LoRA that counts; None is each item its own.
-        """
+        """Hooks for the block's length, of the LoRA of `item` alone, or each item's own."""
         handles = []
 
         def placed(x: Tensor) -> GeneratedLoRA:
