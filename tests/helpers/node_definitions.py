@@ -58,8 +58,9 @@ def definitions() -> dict[str, dict]:
 def _definition(cls: type, display_name: str) -> dict:
     inputs = {
         name: {"name": name, "tooltip": escape(options[1]["tooltip"])}
-        for group in cls.INPUT_TYPES().values()
-        for name, options in group.items()
+        for group, found in cls.INPUT_TYPES().items()
+        for name, options in found.items()
+        if group != "hidden"  # ComfyUI's own, shown nowhere
     }
     outputs = {
         str(i): {"name": name, "tooltip": escape(tip)}
