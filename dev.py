@@ -109,7 +109,8 @@ def test(args: argparse.Namespace, rest: list[str]) -> int:
     environment, more = dict(os.environ), list(rest)
     if not rest:
         environment["HYWU_RUN_JSON"] = str(where / f"{'_'.join(suites) or 'all'}.json")
-        workers = min(os.cpu_count() or 1, TEST_PROCESSES)
+        # one more than cores: many a test waits for its server or browser, or for time to pass
+        workers = min((os.cpu_count() or 1) + 1, TEST_PROCESSES)
         more += ["-n", str(workers), "--dist", "loadfile", "--no-loadscope-reorder"]
         environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         # coverage of a selection would mislead, and so would that of the host's processes, not traced

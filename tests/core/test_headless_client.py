@@ -23,6 +23,7 @@ from PIL import Image
 
 from hywu_core.cli import main
 from hywu_core.errors import HYWUError
+from hywu_core.headless import follow
 from hywu_core.headless.client import Client, ServerError, ServerGone, TimedOut, run_sync
 from hywu_core.headless.local import free_port
 from hywu_core.headless.saving import save_new
@@ -35,6 +36,13 @@ GRAPH = {
     "1": {"class_type": "LoadImage", "inputs": {"image": "a.png"}},
     "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0]}},
 }
+
+
+@pytest.fixture(autouse=True)
+def often(monkeypatch):
+    """The client looks five times as often as usual."""
+    monkeypatch.setattr(follow, "WITH_SOCKET", follow.WITH_SOCKET / 5)
+    monkeypatch.setattr(follow, "WITHOUT_SOCKET", follow.WITHOUT_SOCKET / 5)
 
 
 @pytest.fixture

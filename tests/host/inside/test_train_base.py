@@ -184,9 +184,7 @@ def lora_losses(base, make_base, tmp_path_factory):
             torch.manual_seed(1)
             return run(StaticLoRA(own, layout), rate, own, task)
 
-        both = [static(rate) for rate in (3e-2, 6e-2)]
-        print("RATES", both)
-        shared = min(both)
+        shared = min(static(rate) for rate in (3e-2, 6e-2))
         single = sum(static(3e-2, task) for task in TASKS) / len(TASKS)
     return crops, run, shared, single
 
@@ -211,5 +209,4 @@ def test_two_contradictory_tasks(make_base, lora_losses, reads, kind, part):
         whole = crops.batch(range(len(crops)))
         strategy.standardize([base.encode(whole.source, whole.instruction)])
         loss = run(strategy, 2e-3, base)
-    print("FIGURES", reads, shared, single, loss, 1 - (loss - single) / (shared - single))
     assert 1 - (loss - single) / (shared - single) > 0.5
