@@ -311,8 +311,8 @@ def test_train_config():
 
 
 def test_plan():
-    assert sha(json.dumps(ConflictPlan().to_json())) == "b17c854009bd8a49"
-    assert sha(json.dumps(ConflictPlan.quick().to_json())) == "946d212f07967fa3"
+    assert sha(json.dumps(ConflictPlan().to_json())) == "0bc63b917269028c"
+    assert sha(json.dumps(ConflictPlan.quick().to_json())) == "4c76bdcde8b8e01d"
     assert sha("\n".join(run.name for run in ConflictPlan().runs)) == "f39b9febb34b52b1"
     assert Runs.__init__.__code__.co_varnames[1:6] == ("base", "pool", "size", "plan", "folder")
 
