@@ -15,8 +15,9 @@ LEVELS = 3
 class Atlas:
     """As `ImagePool`, on a device: a whole batch of crops in a few operations, without waiting for it.
 
-    images: uint8 ``[3, H, W]`` of any sizes. Crops fall where `ImagePool`'s do; reduced ones are read
-    between the pixels of a halved copy, so that they differ from its antialiased ones a little.
+    images: uint8 ``[3, H, W]`` of any sizes.
+    Crops fall where `ImagePool`'s do; reduced ones are read between the pixels of a halved copy, so that they
+    differ from its antialiased ones a little.
     """
 
     def __init__(self, images: Sequence[Tensor], device: torch.device | str) -> None:

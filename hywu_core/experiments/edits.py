@@ -26,7 +26,10 @@ HELD_OUT = 2
 
 @dataclass(frozen=True)
 class Task:
-    """name; phrasings (the last `HELD_OUT` never trained on); make; opposite: the pair's other task."""
+    """One edit: its name, its phrasings (the last `HELD_OUT` never trained on), and what makes it.
+
+    opposite: the pair's other task.
+    """
 
     name: str
     phrasings: tuple[str, ...]

@@ -83,7 +83,10 @@ def make_split(path: Path = SPLIT) -> Path:
 
 
 class PackedImage(io.BytesIO):
-    """An image's file in memory; name: as of its file."""
+    """An image's file in memory.
+
+    name: as of its file.
+    """
 
     def __init__(self, data: bytes, name: str) -> None:
         super().__init__(data)

@@ -31,9 +31,11 @@ WEIGHTS = "editor.safetensors"
 class Stage:
     """A part of the pretraining, in a folder of its own below the run's.
 
-    error, smallest: see `EditorBase`. size: side of the crops. batch: in those of the command. schedule:
-    see `TrainConfig`; a constant one can be gone on with beyond its end. unknown: share of requests that
-    the editor doesn't know.
+    error, smallest: see `EditorBase`.
+    size: side of the crops.
+    batch: in those of the command.
+    schedule: see `TrainConfig`; a constant one can be gone on with beyond its end.
+    unknown: share of requests that the editor doesn't know.
     """
 
     name: str

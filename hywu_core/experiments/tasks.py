@@ -111,9 +111,10 @@ def make_batch(
 ) -> Batch:  # fmt: skip
     """Examples from clean images ``[B, 3, H, W]`` in 0..1, item i by ``tasks[i]``.
 
-    held_out: phrasings from those kept out of training, instead of the seen ones. carriers: put words
-    around most of the seen ones that say nothing of the edit ("please …, thanks"). composed: the share
-    of items whose phrasing is drawn from all seen ones; the others' is from a task's first few.
+    held_out: phrasings from those kept out of training, instead of the seen ones.
+    carriers: put words around most of the seen ones that say nothing of the edit ("please …, thanks").
+    composed: the share of items whose phrasing is drawn from all seen ones; the others' is from a task's
+        first few.
     """
     if len(tasks) != clean.shape[0]:
         raise HYWUError(f"{len(tasks)} tasks for {clean.shape[0]} images; give one for each.")
@@ -148,9 +149,10 @@ def _carried(text: str, generator: torch.Generator) -> str:
 class TaskBatches:
     """Batches that hold each task equally often, ``batch_size / len(tasks)`` times, in random crops.
 
-    only: keep just this task's items of the same batches, so that what is trained on one task sees
-    exactly the examples of it that the others see. written_steps: over so many steps the share of
-    composed phrasings grows from nothing to all. Raises HYWUError when the split isn't even.
+    only: keep just this task's items of the same batches, so that what is trained on one task sees exactly
+        the examples of it that the others see.
+    written_steps: over so many steps the share of composed phrasings grows from nothing to all.
+    Raises HYWUError when the split isn't even.
     """
 
     def __init__(

@@ -28,8 +28,9 @@ def edit(
 ) -> Tensor:
     """Edits ``[B, 3, H, W]`` in 0..1 of source ``[B, 3, H, W]`` in 0..1; the same for the same seed.
 
-    batch: tiles that run through the editor at once, None for its usual number. progress: called with (steps done, steps) after
-    each step; what it raises ends the sampling. Raises HYWUError on a misfit of the arguments.
+    batch: tiles that run through the editor at once, None for its usual number.
+    progress: called with (steps done, steps) after each step; what it raises ends the sampling.
+    Raises HYWUError on a misfit of the arguments.
     """
     if source.ndim != 4 or source.shape[1] != 3 or len(instructions) != source.shape[0]:
         raise HYWUError(

@@ -42,7 +42,8 @@ def unknown_instruction(instruction: str, known: Iterable[tuple[str, str]]) -> s
     that it was trained on: of no telling word it lists the tasks; of a known word for a part of the image
     ("blur the background") it says that the whole is edited.
 
-    known: (task name, phrasing) pairs. It looks at words alone.
+    known: (task name, phrasing) pairs.
+    It looks at words alone.
     """
     known = list(known)
     if any(instruction.strip().lower() == text for _, text in known):

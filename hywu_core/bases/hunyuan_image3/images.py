@@ -54,8 +54,8 @@ def nearest(height: float, width: float, base: int) -> int:
 def parse_size(text: str, base: int, factor: int) -> Size | None:
     """The size that a user named; None for "auto".
 
-    text: "auto", "1024x768" (height x width, in steps of `factor`), "4:3" (width:height, the nearest
-    bucket), or "<img_ratio_5>". A custom size takes the ratio token of the nearest bucket.
+    text: "auto", "1024x768" (height x width, in steps of `factor`), "4:3" (width:height, the nearest bucket),
+        or "<img_ratio_5>". A custom size takes the ratio token of the nearest bucket.
     Raises HYWUError on a size that isn't allowed.
     """
     text = text.strip().lower()

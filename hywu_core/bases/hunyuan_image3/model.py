@@ -34,7 +34,8 @@ class Decoder(nn.Module):
 class HunyuanImage3(nn.Module):
     """The transformer that reads text and images and predicts text and images.
 
-    operations: where Linear, Conv2d and GroupNorm come from; grouped: the class of expert banks.
+    operations: where Linear, Conv2d and GroupNorm come from.
+    grouped: the class of expert banks.
     """
 
     def __init__(
@@ -80,8 +81,9 @@ class HunyuanImage3(nn.Module):
     ) -> Tensor:
         """Hidden states of the last layer, before the last norm.
 
-        x ``[B, S, hidden]``; yx int ``[B, S, 2]``: positions of the rows; plan: what each item's rows
-        are and see; cache: keeps keys and values, and holds those of rows before.
+        x ``[B, S, hidden]``; yx int ``[B, S, 2]``: positions of the rows;
+        plan: what each item's rows are and see.
+        cache: keeps keys and values, and holds those of rows before.
         """
         turn = rotation(yx.to(x.device), self.config.head_dim, self.config.rope_theta)
         for i, layer in enumerate(self.residency(), 1):

@@ -19,7 +19,8 @@ def embed(
 ) -> Tensor:  # fmt: skip
     """Embeddings ``[B, longest, hidden]`` of the tokens [0, stop) of each sequence, padded.
 
-    sources: of each sequence, in order. Images to generate are not part of it (see `Denoiser`).
+    sources: of each sequence, in order.
+    Images to generate are not part of it (see `Denoiser`).
     """
     device = model.model.wte.weight.device
     ids = torch.zeros(len(sequences), max(stop), dtype=torch.int64)
@@ -61,7 +62,8 @@ def prefill(
 ) -> Tensor:
     """Hidden states ``[B, longest, hidden]`` of the tokens [0, stop) of each sequence.
 
-    stop: without it, whole sequences. cache: keeps keys and values.
+    stop: without it, whole sequences.
+    cache: keeps keys and values.
     """
     stop = [len(s) for s in sequences] if stop is None else stop
     x = embed(model, sequences, sources, stop)

@@ -60,7 +60,8 @@ PREFIXES = {"model": "", "vae": "vae.", "tower": vision.PREFIX, "aligner": "visi
 def build(folder: Folder, network: type[HunyuanImage3] = HunyuanImage3) -> Parts:
     """The folder's networks without weights; every tensor of the files is checked against them.
 
-    network: the class of the transformer. Raises HYWUError on tensors that don't fit.
+    network: the class of the transformer.
+    Raises HYWUError on tensors that don't fit.
     """
     config = folder.config
     with torch.device("meta"):
@@ -93,7 +94,10 @@ def fill(
     dtype: torch.dtype | None,
     vae_dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Read the weights of what `build` gave. dtype: None keeps the stored one."""
+    """Read the weights of what `build` gave.
+
+    dtype: None keeps the stored one.
+    """
     for name, prefix in PREFIXES.items():
         wanted = vae_dtype if name == "vae" else dtype
         folder.fill(getattr(parts, name), prefix, device, wanted)
@@ -125,11 +129,13 @@ class Pipeline:
     ) -> Pipeline:
         """Load an official folder (its weights in safetensors; no code of it runs).
 
-        path: the folder, or what was read of it already. dtype: None keeps the stored one.
-        router_precision: "bfloat16" is how official runs multiply. system: the system prompt's text, or
-        a .txt or .py file; None reads the folder's. layout: of a generator or LoRA that is to be used;
-        checked before the weights are read. budget: most bytes of weights on the device; experts that
-        don't fit rest in host memory ("ram") or in the files ("file") and are copied in chunks.
+        path: the folder, or what was read of it already.
+        dtype: None keeps the stored one.
+        router_precision: "bfloat16" is how official runs multiply.
+        system: the system prompt's text, or a .txt or .py file; None reads the folder's.
+        layout: of a generator or LoRA that is to be used; checked before the weights are read.
+        budget: most bytes of weights on the device; experts that don't fit rest in host memory ("ram") or in
+            the files ("file") and are copied in chunks.
         Raises HYWUError, before anything is allocated, naming what is missing or doesn't fit.
         """
         prompts = path if isinstance(path, Prompts) else Prompts.open(path, system)
@@ -166,7 +172,8 @@ class Pipeline:
     ) -> Request:
         """Pass 1: the request with a chain of thought, and with a ratio where its size is automatic.
 
-        sampler: None takes the checkpoint's settings. on_token: see `thinking.think`.
+        sampler: None takes the checkpoint's settings.
+        on_token: see `thinking.think`.
         """
         plain = replace(request, cot="", ratio=None)
         thought = think(
@@ -191,8 +198,9 @@ class Pipeline:
     ) -> list[Image.Image]:
         """Pass 3: the images, with the LoRA on for both branches; item i has LoRA i.
 
-        align_to_source: bring the output to its source's aspect where the size is automatic. how: see
-        `sample`. Raises HYWUError, before sampling, on what doesn't fit.
+        align_to_source: bring the output to its source's aspect where the size is automatic.
+        how: see `sample`.
+        Raises HYWUError, before sampling, on what doesn't fit.
         """
         base, made = self.config.image_base_size, []
         for latent, request in zip(self.sample(requests, lora, **how), requests, strict=True):
@@ -216,8 +224,10 @@ class Pipeline:
     ) -> Tensor:
         """Latents ``[B, C, h, w]`` of pass 3.
 
-        steps, guidance, flow_shift: None takes the checkpoint's. noise: instead of the drawn one, of
-        the latents' shape. keep_prefix: see `Denoiser`. on_step: see `editing.sample`.
+        steps, guidance, flow_shift: None takes the checkpoint's.
+        noise: instead of the drawn one, of the latents' shape.
+        keep_prefix: see `Denoiser`.
+        on_step: see `editing.sample`.
         """
         settings = self.settings
         sampling = Sampling(

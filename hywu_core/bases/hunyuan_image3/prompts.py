@@ -27,9 +27,11 @@ MOST_IMAGES = 3
 class Request:
     """One edit, or, without images, one image from text.
 
-    images: RGB. cot: a chain of thought with its tags, or "". size: "auto", "height x width", "w:h".
-    seed: of the VAE's noise, the text and the initial noise. ratio: index of the bucket that pass 1
-    chose, for an automatic size.
+    images: RGB.
+    cot: a chain of thought with its tags, or "".
+    size: "auto", "height x width", "w:h".
+    seed: of the VAE's noise, the text and the initial noise.
+    ratio: index of the bucket that pass 1 chose, for an automatic size.
     """
 
     instruction: str
@@ -55,7 +57,9 @@ class Prompts:
     def open(
         cls, path: str | Path, system: str | Path | None = None, files: bool = True
     ) -> Prompts:
-        """Of a folder. system: the system prompt's text, or a .txt or .py file; None reads the folder's.
+        """Of a folder.
+
+        system: the system prompt's text, or a .txt or .py file; None reads the folder's.
 
         files: whether `system` may name a file outside the folder; in a graph it may not.
 

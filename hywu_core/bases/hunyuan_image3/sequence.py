@@ -96,7 +96,10 @@ class TokenSequence:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Everything of an item but the tail. cot: the chain of thought, with its tags, or ""."""
+    """Everything of an item but the tail.
+
+    cot: the chain of thought, with its tags, or "".
+    """
 
     instruction: str
     system: str = ""
@@ -121,7 +124,10 @@ class Prompt:
         self, tokens: Tokens, size: Size, factor: int, unconditional: bool = False,
         guidance: bool = False, timestep_r: bool = False,
     ) -> TokenSequence:  # fmt: skip
-        """To generate an image. guidance, timestep_r: whether the checkpoint reads these tokens."""
+        """The tokens after which an image is generated.
+
+        guidance, timestep_r: whether the checkpoint reads these tokens.
+        """
         build = self._head(tokens, unconditional)
         build.ids += [tokens.answer, tokens.boi, tokens.size, tokens.ratios[size.ratio]]
         timestep = build.add(tokens.timestep)

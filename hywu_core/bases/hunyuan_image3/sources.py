@@ -24,8 +24,9 @@ KEPT = 8
 class Source:
     """One source image, encoded.
 
-    image: the original, for the output's aspect. latent float32 ``[C, h, w]``: a sample of the VAE.
-    tokens ``[N, hidden]``: of the vision tower, in the decoder's width, padding included.
+    image: the original, for the output's aspect.
+    latent: float32 ``[C, h, w]``, a sample of the VAE.
+    tokens: ``[N, hidden]`` of the vision tower, in the decoder's width, padding included.
     """
 
     image: Image.Image

@@ -29,8 +29,10 @@ def system_prompt(folder: Path, name: str, given: str | Path | None = None) -> s
     """The prompt of a folder, or the one that is given.
 
     name: the mode that ``generation_config.json`` calls it by, such as "en_unified"; "" or "none" is no
-    prompt. given: the text itself, the path of a .txt or .py file, or "FILE.py:NAME" for one constant of it;
-    a file that isn't there is looked for in the folder. Raises HYWUError where none is found.
+        prompt.
+    given: the text itself, the path of a .txt or .py file, or "FILE.py:NAME" for one constant of it; a file
+        that isn't there is looked for in the folder.
+    Raises HYWUError where none is found.
     """
     if given is not None:
         path, chosen = _as_path(given, folder)
@@ -49,9 +51,11 @@ def system_prompt(folder: Path, name: str, given: str | Path | None = None) -> s
 def own_prompt(folder: Path, name: str, given: str) -> str:
     """What a text of a graph stands for, which must not name files elsewhere.
 
-    name: see `system_prompt`. given: "system_prompt.py" or "system_prompt.py:NAME", which are of the folder's
-    own file; any other text is the prompt. Raises HYWUError where the constant isn't there, or the text is the
-    name of another file: a prompt that only looks like one would be a mistake without a word.
+    name: see `system_prompt`.
+    given: "system_prompt.py" or "system_prompt.py:NAME", which are of the folder's own file; any other text
+        is the prompt.
+    Raises HYWUError where the constant isn't there, or the text is the name of another file: a prompt that
+    only looks like one would be a mistake without a word.
     """
     path, chosen = _as_path(given, folder)
     if path is None:
@@ -129,8 +133,10 @@ def constants(path: Path, text: str) -> dict[str, str]:
     """Name -> value of every string constant of a Python file, in its order; nothing of it is run.
 
     An entry of a dict is named by its key, behind the dict's name where two dicts share it. A name that
-    stands for another one has its value. Of a module's name the last assignment counts; one that can't be read
-    leaves none, rather than a part of it. path: for errors. Raises HYWUError on what isn't Python.
+    stands for another one has its value. Of a module's name the last assignment counts; one that can't be
+    read leaves none, rather than a part of it.
+    path: for errors.
+    Raises HYWUError on what isn't Python.
     """
     try:
         tree = ast.parse(text)
@@ -152,7 +158,10 @@ def constants(path: Path, text: str) -> dict[str, str]:
 
 
 def _assigned(node: ast.AST, certain: bool) -> Iterator[tuple[str, ast.expr]]:
-    """(name, expression) of what a statement assigns. certain: it is the module's, so it does run."""
+    """(name, expression) of what a statement assigns.
+
+    certain: it is the module's, so it does run.
+    """
     if isinstance(node, ast.Assign):
         for target in node.targets:
             yield from _paired(target, node.value)

@@ -85,8 +85,10 @@ def think(
 ) -> Thought:
     """Write a chain of thought for a request without one; with an automatic size, choose the ratio.
 
-    task: see TASKS. sampler: greedy without one. most: tokens to write at most, or all that the
-    checkpoint reads. progress: called in every pass, token by token. The same for the request's seed.
+    task: see TASKS.
+    sampler: greedy without one.
+    most: tokens to write at most, or all that the checkpoint reads.
+    progress: called in every pass, token by token. The same for the request's seed.
     Raises HYWUError on an unknown task or a request too long.
     """
     if task not in TASKS:

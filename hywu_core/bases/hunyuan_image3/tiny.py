@@ -42,7 +42,8 @@ _SPECIAL = (
 def write_tiny(path: Path, overwrite: bool = False, seed: int = 0, distilled: bool = False) -> Path:
     """Write ``base/`` and ``generator/`` into a folder, which appears whole or not at all.
 
-    distilled: a base that reads the guidance, as HunyuanImage-3.0-Instruct-Distil. Returns the folder.
+    distilled: a base that reads the guidance, as HunyuanImage-3.0-Instruct-Distil.
+    Returns the folder.
     """
     torch_state = torch.random.get_rng_state()
     torch.manual_seed(seed)

@@ -33,7 +33,10 @@ _BEGIN, _END, _PAD = "<|startoftext|>", "<|endoftext|>", "<pad>"
 
 @dataclass(frozen=True)
 class Tokens:
-    """A tokenizer with the ids that a sequence is built of; ratios: the id of each bucket, in order."""
+    """A tokenizer with the ids that a sequence is built of.
+
+    ratios: the id of each bucket, in order.
+    """
 
     tokenizer: Any
     ids: dict[str, int]
@@ -57,7 +60,10 @@ class Tokens:
 
 
 def load_tokens(folder: Path, config: dict[str, Any], num_ratios: int, base: int) -> Tokens:
-    """Read ``tokenizer.json``. config: the folder's ``config.json``; base: its image_base_size.
+    """Read ``tokenizer.json``.
+
+    config: the folder's ``config.json``.
+    base: its image_base_size.
 
     Raises HYWUError where it is missing, or lacks a token that a sequence needs.
     """

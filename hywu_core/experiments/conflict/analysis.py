@@ -38,7 +38,9 @@ class Interval(NamedTuple):
 def bootstrap(
     values: Mapping[str, Sequence[float]], resamples: int = 10_000, seed: int = 0
 ) -> Interval:
-    """Interval of a mean; values: photograph -> one number per crop (or task, or phrasing) of it.
+    """Interval of a mean.
+
+    values: photograph -> one number per crop (or task, or phrasing) of it.
 
     Each photograph counts once, by its own mean; photographs are what is resampled (Efron 1979).
     Raises HYWUError on no photographs, an empty one, or a number that isn't finite.
@@ -256,8 +258,9 @@ WINDOWS = 40
 def learning_curves(folder: Path, plan: ConflictPlan, labels: Mapping[str, str]) -> dict[str, Any]:
     """``{"steps": last step of each window, "loss": {label: mean loss in each window}}``; JSON-safe.
 
-    folder: the experiment's. labels: label -> name of a main run, or "single" for the mean over the
-    tasks' runs. A label whose runs were not trained to the end is left out.
+    folder: the experiment's.
+    labels: label -> name of a main run, or "single" for the mean over the tasks' runs.
+    A label whose runs were not trained to the end is left out.
     """
     width = max(1, plan.steps // WINDOWS)
     ends = list(range(width, plan.steps + 1, width))

@@ -54,16 +54,19 @@ class GeneratorSize:
 
 @dataclass(frozen=True)
 class ConflictPlan:
-    """tasks come in contradictory pairs. main_rank: of the main table (about 1 % of the editor's width);
+    """What is trained and measured; tasks come in contradictory pairs.
+
+    main_rank: of the main table (about 1 % of the editor's width).
     ranks: of the sweep, where all are trained for sweep_steps, a part of the main runs' steps.
-    seeds: in all, of HY-WU, Shared and Single; those after `seed`, which begin with other weights and have other
-    crops, phrasings and noise, are trained for seed_steps with its learning rates.
+    seeds: in all, of HY-WU, Shared and Single; those after `seed`, which begin with other weights and have
+        other crops, phrasings and noise, are trained for seed_steps with its learning rates.
     tune_steps: length of a run that tries a learning rate, 0 to take the middle one untried.
-    precision, optimizer: of all trainings. error: of an item, at_start: share of the draws at t = 1 (see
-    `EditorBase`). written_steps: over so many steps the
-    composed phrasings come in, from none to all (see `make_batch`); 0: all from the start.
-    crop_size: side of the crops that are trained on, in pixels. crops: of each evaluation image, of evaluation_size
-    pixels, each edited once per task.
+    precision, optimizer: of all trainings.
+    error: of an item, at_start: share of the draws at t = 1 (see `EditorBase`).
+    written_steps: over so many steps the composed phrasings come in, from none to all (see `make_batch`); 0:
+        all from the start.
+    crop_size: side of the crops that are trained on, in pixels.
+    crops: of each evaluation image, of evaluation_size pixels, each edited once per task.
     """
 
     steps: int = 4000
@@ -153,8 +156,9 @@ class ConflictPlan:
 class Run:
     """One training: strategy (a key in `LEARNING_RATES`), rank (0 where the strategy sets it), task.
 
-    sweep: of the sweep over ranks. seed: another one than the plan's. Of both only the seen phrasings are
-    evaluated.
+    sweep: of the sweep over ranks.
+    seed: another one than the plan's.
+    Of both only the seen phrasings are evaluated.
     """
 
     strategy: str

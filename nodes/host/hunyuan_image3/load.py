@@ -98,7 +98,8 @@ def load(
     """(MODEL, VAE, reader) of an official folder. Raises HYWUError before weights are read.
 
     precision: "auto" is bfloat16 where the device multiplies it, else float32; "stored" keeps the files'.
-    router: see RouterPrecision. system: the system prompt, or None for the folder's own.
+    router: see RouterPrecision.
+    system: the system prompt, or None for the folder's own.
     """
     prompts = Prompts.open(path, system, files=False)
     folder = prompts.folder

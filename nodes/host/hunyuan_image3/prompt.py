@@ -35,10 +35,12 @@ def requests_of(
     reader: Reader, instruction: str, images: Sequence[Tensor | None], cot: str = "",
     size: str = "auto", seed: int = 0,
 ) -> list[Request]:  # fmt: skip
-    """One request per image of the batch, checked. images: ``[B, H, W, C]`` in 0..1 of each socket.
+    """One request per image of the batch, checked.
 
-    instruction: a line for all, or one per image; of a single item, all lines. cot: likewise, divided by
-    lines of dashes; a ratio that it ends in is what an automatic size takes. Raises HYWUError.
+    images: ``[B, H, W, C]`` in 0..1 of each socket.
+    instruction: a line for all, or one per image; of a single item, all lines.
+    cot: likewise, divided by lines of dashes; a ratio that it ends in is what an automatic size takes.
+    Raises HYWUError.
     """
     given = [image for image in images if image is not None]
     lines = nonempty(instruction)
@@ -110,7 +112,10 @@ def encoded(reader: Reader, requests: Sequence[Request]) -> list[tuple[Source, .
 def prompt(
     reader: Reader, requests: Sequence[Request], model: Any = None
 ) -> tuple[list, list, dict[str, Tensor], str]:
-    """(positive, negative, LATENT, report) of a batch. model: chooses automatic sizes, if it is there."""
+    """(positive, negative, LATENT, report) of a batch.
+
+    model: chooses automatic sizes, if it is there.
+    """
     sources = encoded(reader, requests)
     height, width = _size(reader, requests, sources, model)
     config = reader.prompts.config
@@ -194,8 +199,8 @@ def thoughts(
 ) -> str:  # fmt: skip
     """Chains of thought of a batch, divided by lines of dashes; each ends in the ratio that was chosen.
 
-    sampler: None takes the checkpoint's settings. page: where the text is read while it is written, and
-    kept when the writing ends early.
+    sampler: None takes the checkpoint's settings.
+    page: where the text is read while it is written, and kept when the writing ends early.
     """
     inner = model_of(model)
     reader = inner.reader
