@@ -14,6 +14,8 @@ from hywu_core.errors import HYWUError
 #: The project's name in pyproject.toml, under which the registry lists it.
 EXTENSION = "hywu"
 TITLE, SLOT, WIDGET, TEXT, GAP, MARGIN = 30, 20, 32, 90, 24, 20
+#: Between columns there is room for a wire that goes far up or down.
+COLUMN_GAP = 52
 GROUP_TITLE, GROUP_GAP = 46, 40
 #: Below a node of an extension, current frontends write the extension's name.
 BADGE = 40
@@ -231,10 +233,10 @@ class Level:
                 node["pos"] = [x, y]
                 width = max(width, node["size"][0])
                 y += node["size"][1] + TITLE + GAP
-            x, bottom = x + width + GAP, max(bottom, y - TITLE - GAP)
+            x, bottom = x + width + COLUMN_GAP, max(bottom, y - TITLE - GAP)
         if not framed:
-            return x - GAP, bottom
-        width, height = x - GAP + MARGIN - left, bottom + MARGIN - top
+            return x - COLUMN_GAP, bottom
+        width, height = x - COLUMN_GAP + MARGIN - left, bottom + MARGIN - top
         self.groups.append({
             "id": len(self.groups) + 1, "title": group["title"],
             "bounding": [left, top, width, height],

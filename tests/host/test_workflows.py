@@ -17,7 +17,7 @@ from PIL import Image
 import dev
 from hywu_core.headless.graph import read_graph
 from hywu_core.headless.local import get_json
-from workflows import blueprints, build
+from workflows import blueprints, build, wires
 from workflows.canvas import INPUT, default_of, has_control, inputs_of, is_widget
 from workflows.thumbnails import THUMBNAIL
 
@@ -226,17 +226,29 @@ def test_every_library_blueprint_is_shipped():
 def test_a_graph_is_small_and_its_nodes_do_not_overlap(name):
     """In a window of 1920 x 1080 frontends fit a template into three quarters of about 1850 x 1040."""
     nodes = saved(name)["nodes"]
-
-    def box(node: dict) -> tuple[float, ...]:
-        (x, y), (width, height) = node["pos"], node["size"]
-        return x, y - 30, x + width, y + height  # the title stands above
-
-    boxes = [box(node) for node in nodes]
+    boxes = wires.boxes_of(saved(name))
     for a, b in itertools.combinations(boxes, 2):
-        assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
-    width, height = max(b[2] for b in boxes), max(b[3] for b in boxes)
+        assert a.right <= b.left or b.right <= a.left or a.bottom <= b.top or b.bottom <= a.top
+    width, height = max(b.right for b in boxes), max(b.bottom for b in boxes)
     assert min(0.75 * 1850 / width, 0.75 * 1040 / height) > 0.65
     assert len([node for node in nodes if node["type"] != "MarkdownNote"]) <= 12
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_wire_runs_behind_or_along_a_node(name):
+    assert wires.behind(wires.wires_of(saved(name)), wires.boxes_of(saved(name))) == []
+
+
+def test_a_wire_that_runs_behind_or_along_a_node_is_told():
+    boxes = [wires.Box(1, "a", 0, 0, 100, 100), wires.Box(2, "between", 150, 0, 250, 100)]
+    over = wires.Wire(1, 3, (100, 50), (300, 50))
+    beside = wires.Wire(1, 3, (100, 105), (300, 105))  # 5 below
+    below = wires.Wire(1, 3, (100, 110), (300, 110))
+    assert wires.behind([over], boxes) == ["the wire from 'a' to 'the edge' runs behind 'between'"]
+    assert len(wires.behind([beside], boxes)) == 1
+    assert wires.behind([below], boxes) == []
+    back = wires.Wire(1, 1, (100, 20), (0, 80))  # to a socket on its own left, behind itself
+    assert wires.behind([back], boxes[:1]) == ["the wire from 'a' to 'a' runs behind 'a'"]
 
 
 @pytest.mark.parametrize("name", NAMES)
