@@ -184,6 +184,14 @@ def test_warnings_and_reports_stand_on_the_nodes_and_go_when_there_are_none(page
     do.run(page)
     warning.first.wait_for(state="detached", timeout=10_000)
     page.locator(REPORT, has_text="tokens: ").first.wait_for(timeout=10_000)
+    # what a node says before it ends
+    page.evaluate(
+        """() => { const node = window.app.graph._nodes.find((n) => n.type === 'HYWUConditionEncode').id;
+             const output = {text: ['<think>so far'], hywu_warnings: ['Ended early.']};
+             window.app.api.dispatchEvent(new CustomEvent('hywu_text', {detail: {node, output}})); }"""
+    )
+    page.locator(REPORT, has_text="<think>so far").first.wait_for(timeout=10_000)
+    page.locator(WARNING, has_text="Ended early.").first.wait_for(timeout=10_000)
     assert errors == []
 
 
