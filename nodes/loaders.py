@@ -42,7 +42,8 @@ class HYWULoadGenerator:
         )
         model = ui.socket(
             "MODEL",
-            "The base model, where checkpoint is 'auto': its layers say which generator fits.",
+            "The base model. 'auto' takes the generator that fits its layers; another choice is checked "
+            "against them before its weights are read.",
         )
         required = {"checkpoint": checkpoint, "precision": ui.advanced(precision)}
         return {"required": required, "optional": {"model": model}}
@@ -54,6 +55,8 @@ class HYWULoadGenerator:
     def load(self, checkpoint, precision, model=None):
         if checkpoint == paths.FITTING:
             checkpoint = generators.fitting(model)
+        elif model is not None:
+            generators.check_fit(checkpoint, model)
         return (generators.load(checkpoint, precision),)
 
 

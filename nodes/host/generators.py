@@ -217,6 +217,16 @@ def fitting(model: Any) -> str:
     )
 
 
+def check_fit(name: str, model: Any) -> None:
+    """Raises HYWUError where a checkpoint's LoRAs are for other layers than a MODEL's; reads no weights."""
+    try:
+        open_checkpoint(generator_path(name)).config.layout.check(model.model.diffusion_model)
+    except HYWUError as error:
+        raise HYWUError(
+            f"The generator '{name}' doesn't fit the connected MODEL: {error}"
+        ) from error
+
+
 def load(name: str, precision: str) -> HostGenerator:
     """precision: one of DTYPES, FP8_WEIGHTS, or "auto"."""
     path = generator_path(name)

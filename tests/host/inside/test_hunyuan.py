@@ -382,6 +382,10 @@ def test_the_generator_that_fits(call, loaded, hypernetwork):
     ):
         with pytest.raises(HYWUError, match=said):
             call.HYWULoadGenerator("auto", "float32", model)
+    with pytest.raises(
+        HYWUError, match="'tiny-hunyuan' doesn't fit the connected MODEL: .* missing"
+    ):
+        call.HYWULoadGenerator("tiny-hunyuan", "float32", editor)
 
 
 def test_chains_of_thought_are_divided_by_lines_of_dashes():
