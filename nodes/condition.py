@@ -150,6 +150,10 @@ class HYWULoadCondition:
         return {"required": {"condition": condition}}
 
     @classmethod
+    def VALIDATE_INPUTS(cls, condition=None):
+        return ui.checked(lambda: paths.check_condition(condition))
+
+    @classmethod
     def IS_CHANGED(cls, condition):
         return paths.condition_stamp(condition)
 

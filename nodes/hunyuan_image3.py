@@ -67,6 +67,10 @@ class HYWULoadHunyuanImage3:
         }
 
     @classmethod
+    def VALIDATE_INPUTS(cls, folder=None):
+        return ui.checked(lambda: paths.check_hunyuan(folder))
+
+    @classmethod
     def IS_CHANGED(cls, folder, **_):
         return paths.hunyuan_stamp(folder)
 

@@ -49,6 +49,10 @@ class HYWULoadGenerator:
         return {"required": required, "optional": {"model": model}}
 
     @classmethod
+    def VALIDATE_INPUTS(cls, checkpoint=None):
+        return ui.checked(lambda: paths.check_generator(checkpoint))
+
+    @classmethod
     def IS_CHANGED(cls, checkpoint, **_):
         return paths.generator_stamp(checkpoint)
 

@@ -196,6 +196,10 @@ class HYWULoadLoRA:
         return {"required": {"lora": lora}, "optional": optional}
 
     @classmethod
+    def VALIDATE_INPUTS(cls, lora=None):
+        return ui.checked(lambda: paths.check_lora(lora))
+
+    @classmethod
     def IS_CHANGED(cls, lora, model=None, skip_missing=False):
         return paths.lora_stamp(lora)
 

@@ -27,6 +27,8 @@ NOTHING = "(none found)"
 SUFFIX = ".safetensors"
 #: Bytes of a name on most disks, less what the number and the suffix take.
 NAME_BYTES = 200
+#: Names of a list that an error quotes.
+SHOWN = 8
 
 
 def register() -> None:
@@ -113,27 +115,51 @@ def _files_in(folders: list[str]) -> list[str]:
 # -- names to files ----------------------------------------------------------------------------------
 
 
+_GENERATORS = "models/hywu"
+_CONDITIONS = "models/hywu_conditions, output/conditions or input"
+_HUNYUAN = f"models/{HUNYUAN}"
+_LORAS = "models/loras or output/loras"
+
+
 def generator_path(name: str) -> Path:
     """Raises HYWUError when the checkpoint is gone or the name leads out of the folders."""
     if name == BUNDLED:
         return bundled("generator")
-    return _existing(_generator_folders(), name, "models/hywu")
+    return _existing(_generator_folders(), name, _GENERATORS)
 
 
 def condition_path(name: str) -> Path:
-    where = "models/hywu_conditions, output/conditions or input"
-    return _existing(_condition_folders(), name, where)
+    return _existing(_condition_folders(), name, _CONDITIONS)
 
 
 def hunyuan_path(name: str) -> Path:
-    roots = folder_paths.get_folder_paths(HUNYUAN)
-    return _existing(roots, name, f"models/{HUNYUAN}")
+    return _existing(folder_paths.get_folder_paths(HUNYUAN), name, _HUNYUAN)
 
 
 def lora_path(name: str) -> Path:
     if name.startswith(BUNDLED_LORA):
         return bundled(_bundled_file(name))
-    return _existing(_lora_folders(), name, "models/loras or output/loras")
+    return _existing(_lora_folders(), name, _LORAS)
+
+
+def check_generator(name: str | None) -> None:
+    """HYWUError on a name that the list of generators hasn't; None is not known yet. So do the others.
+
+    ComfyUI's own refusal quotes the name as it came into a log that can't take every text.
+    """
+    _check_listed(name, generator_names(), _GENERATORS)
+
+
+def check_condition(name: str | None) -> None:
+    _check_listed(name, condition_names(), _CONDITIONS)
+
+
+def check_hunyuan(name: str | None) -> None:
+    _check_listed(name, hunyuan_names(), _HUNYUAN)
+
+
+def check_lora(name: str | None) -> None:
+    _check_listed(name, lora_names(), _LORAS)
 
 
 def generator_stamp(name: str) -> str:
@@ -217,8 +243,20 @@ def below(root: str, name: str) -> Path | None:
 def _existing(folders: list[str], name: str, where: str) -> Path:
     found = None if name == NOTHING else _find(folders, name)
     if found is None:
-        raise HYWUError(f"'{name}': there is no such file in {where}; put it there and press R.")
+        raise HYWUError(_missing(name, where))
     return found
+
+
+def _check_listed(name: str | None, names: list[str], where: str) -> None:
+    if name is None or (name in names and name != NOTHING):
+        return
+    shown = ", ".join(f"'{known}'" for known in names[:SHOWN] if known != NOTHING) or "nothing"
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    raise HYWUError(f"{_missing(str(name)[:NAME_BYTES], where)} Listed: {shown}{more}.")
+
+
+def _missing(name: str, where: str) -> str:
+    return f"'{name}': there is no such file in {where}; put it there and press R."
 
 
 # -- files to save -----------------------------------------------------------------------------------

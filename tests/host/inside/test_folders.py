@@ -99,3 +99,32 @@ def test_names_of_the_nodes_can_be_read_without_python(nodes):
     text = (dev.ROOT / "nodes" / "__init__.py").read_text(encoding="utf-8")
     (mapping,) = re.findall(r"^NODE_CLASS_MAPPINGS\s*=\s*\{([^}]*)\}", text, re.MULTILINE)
     assert set(re.findall(r'"([^"]*)"\s*:', mapping)) == nodes.keys()
+
+
+LISTS = [paths.check_generator, paths.check_condition, paths.check_lora, paths.check_hunyuan]
+
+
+@pytest.mark.parametrize(
+    "name", ["no.safetensors", "half \ud83d pair", "../x", "n" * 5000, paths.NOTHING]
+)
+@pytest.mark.parametrize("check", LISTS)
+def test_what_no_list_has_is_said_before_the_run(check, name):
+    with pytest.raises(HYWUError, match="there is no such file in models/") as caught:
+        check(name)
+    text = str(caught.value)
+    text.encode()
+    assert "Listed: " in text
+    assert len(text) < 1500
+
+
+def test_what_a_list_has_passes_and_is_counted(base, monkeypatch):
+    for name in paths.generator_names():
+        paths.check_generator(name)
+    for name in paths.lora_names():
+        if name != paths.NOTHING:
+            paths.check_lora(name)
+    for check in LISTS:
+        check(None)  # a link brings it
+    monkeypatch.setattr(paths, "generator_names", lambda: [f"g{i}" for i in range(30)])
+    with pytest.raises(HYWUError, match="'g7' and 22 more"):
+        paths.check_generator("h")
