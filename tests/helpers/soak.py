@@ -100,12 +100,16 @@ class Edit:
 
 @dataclass
 class Soak:
-    """prompts, interruptions: how many; seed: of everything that is drawn."""
+    """prompts, interruptions: how many; seed: of everything that is drawn; swaps: share of the prompts after
+    which a file is exchanged; memory: MiB by which the server may grow.
+    """
 
     server: LocalServer
     prompts: int
     interruptions: int
     seed: int = 0
+    swaps: float = 0.15
+    memory: int = MEMORY
     counts: Counter = field(default_factory=Counter)
     made: list[tuple[Edit, torch.Tensor]] = field(default_factory=list)
     marks: list[tuple[int, int]] = field(default_factory=list)
@@ -188,17 +192,22 @@ class Soak:
         else:
             graph["sample"]["inputs"]["steps"] = 3000
         sent: list[asyncio.Future] = []
+        began = asyncio.Event()
         # the prompt that runs is stopped when the waiting one is gone, or that would begin
         alone = how != "removed"
 
         def progress(node: str | None, done: int, total: int) -> None:
+            began.set()
             if node in (how, "sample") and done < total and alone and not sent:
                 request = client.call("POST", "/interrupt", json={})
                 sent.append(asyncio.ensure_future(request))
 
         running = asyncio.ensure_future(client.run(graph, progress))
         if how == "removed":
-            await asyncio.sleep(0.05)
+            # a prompt that is queued behind nothing would run at once
+            await asyncio.wait(
+                {running, asyncio.ensure_future(began.wait())}, return_when=asyncio.FIRST_COMPLETED
+            )
             waiting = await client.queue(g.edit_graph("never to run"))
             await client.call("POST", "/queue", json={"delete": [waiting]})
             alone = True
@@ -231,7 +240,7 @@ class Soak:
                 elif kind == "interrupt":
                     await self.interrupted(client)
                 self.marks.append((self.process.memory_info().rss >> 20, self.process.num_fds()))
-                if self.rng.random() < 0.15:
+                if self.rng.random() < self.swaps:
                     what = self.rng.choice(("generator", "lora"))
                     self.swap(what, "b" if self.now[what] == "a" else "a")
             await asyncio.gather(*together)
@@ -243,7 +252,7 @@ class Soak:
         wrong = [f"the queue isn't empty: {queue}"] if any(queue.values()) else []
         early, end = self.marks[len(self.marks) // 5], self.marks[-1]
         for name, limit, a, b in zip(
-            ("MiB of memory", "open files"), (MEMORY, FILES), early, end, strict=True
+            ("MiB of memory", "open files"), (self.memory, FILES), early, end, strict=True
         ):
             self.counts[f"{name}, early"], self.counts[f"{name}, at the end"] = a, b
             wrong += [f"{name}: {a} early, {b} at the end"] if b - a > limit else []
@@ -297,10 +306,10 @@ def put_files(base: Path) -> None:
     assert one.keys() == two.keys()
 
 
-def soak(server: LocalServer, prompts: int, interruptions: int, seed: int = 0) -> Soak:
+def soak(server: LocalServer, prompts: int, interruptions: int, **more: Any) -> Soak:
     """A soak of a running server, ready to `run`; its files are in place."""
     put_files(server.base)
-    made = Soak(server, prompts, interruptions, seed)
+    made = Soak(server, prompts, interruptions, **more)
     for what in made.now:
         made.swap(what, "a")
     return made
@@ -318,7 +327,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="hywu_soak_") as folder:
         os.environ[VARIABLE] = str(make_random(Path(folder) / "weights"))
         with dev.server_of(host, Path(folder) / "soaked") as server:
-            made = soak(server, args.prompts, args.interruptions, args.seed)
+            made = soak(server, args.prompts, args.interruptions, seed=args.seed)
             wrong = made.run()
         with dev.server_of(host, Path(folder) / "fresh") as server:
             put_files(server.base)
