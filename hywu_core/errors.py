@@ -36,6 +36,11 @@ class HYWUError(ValueError):
         super().__init__(*(printable(a) if isinstance(a, str) else a for a in args))
 
 
+def one_line(error: BaseException) -> str:
+    """The first line of what a library's error says, else its class: ours are one sentence."""
+    return next(iter(str(error).strip().splitlines()), "").rstrip(".: ") or type(error).__name__
+
+
 #: What torch's errors say where a device or the host has no memory left; they have no class in common.
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 

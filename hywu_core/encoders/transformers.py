@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import fingerprint
 from ..condition import Condition
-from ..errors import HYWUError, need
+from ..errors import HYWUError, need, one_line
 from ..files import read_json
 from .base import Images, by_item, number_of_images, padded
 
@@ -323,7 +323,6 @@ def _sentences(folder: Path, what: str) -> Iterator[None]:
     except MemoryError:
         raise
     except Exception as error:  # of its own, of safetensors, of tokenizers: whatever the files are
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise HYWUError(f"{folder}: {what} ({first.rstrip('.: ')}).") from error
+        raise HYWUError(f"{folder}: {what} ({one_line(error)}).") from error
     finally:
         logging.set_verbosity(level)

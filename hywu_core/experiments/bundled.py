@@ -15,13 +15,14 @@ import torch
 from ..bases.bundled.checkpoint import bundled, load_editor
 from ..bases.bundled.training import AT_START, ONE_IMAGE, EditorBase
 from ..errors import HYWUError
-from ..files import folder_lock, read_header
+from ..files import folder_lock
 from ..generator.config import GeneratorConfig
 from ..layout import LoRALayout
 from ..training.base import Batch, BatchSource
 from ..training.data import Ahead, PairBatches
 from ..training.pairs import held_out, number_of_references, pairs_identity, phrasings, read_pairs
 from ..training.schedule import RATES, TrainConfig, chosen_precision, refuse_differences
+from ..training.state import state_header
 from ..training.strategies import FullFineTuning, HyperNetwork, StaticLoRA, Strategy
 from ..training.trainer import STATE, Trainer
 from ..training.validation import Validation
@@ -113,7 +114,7 @@ class Training:
 
     def _config(self) -> TrainConfig:
         request, state = self.request, self.request.out / STATE
-        header = read_header(state) if state.exists() else {}
+        header = state_header(state) if state.exists() else {}
         recorded = header.get("config", {})
         if header and request.data is None and "identity" not in header:
             raise HYWUError(
@@ -250,7 +251,7 @@ def _error(request: Request) -> str:
     if not state.exists():
         return request.error or "log"
     begun = (
-        read_header(state).get("identity", {}).get("error", "mse")
+        state_header(state).get("identity", {}).get("error", "mse")
     )  # what runs had that don't say it
     refuse_differences({"error": begun}, {"error": request.error or begun}, state)
     return begun
@@ -260,7 +261,7 @@ def _at_start(request: Request) -> float:
     """Of the recipe; a run that was begun keeps its own, and former ones had none at t = 1."""
     state = request.out / STATE
     return (
-        read_header(state).get("identity", {}).get("at_start", 0.0) if state.exists() else AT_START
+        state_header(state).get("identity", {}).get("at_start", 0.0) if state.exists() else AT_START
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..charts import draw_loss
-from ..errors import HYWUError, get_logger, need
+from ..errors import HYWUError, get_logger, need, one_line
 from ..files import atomic_path
 
 logger = get_logger(__name__)
@@ -60,18 +61,22 @@ class Log:
 
 
 def read_log(path: Path, fields: Sequence[str] = FIELDS) -> list[dict[str, float]]:
-    """Rows of a log's CSV file; none when there is no file. A last row cut short is left out."""
+    """Rows of a log's CSV file; none when there is no file. Rows that aren't numbers, as the last one cut short,
+    are left out. Raises HYWUError where the file is no text.
+    """
     if not path.exists():
         return []
     rows = []
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            try:
-                numbers = {key: float(row[key]) for key in fields}
-            except (TypeError, ValueError, KeyError):
-                continue
-            numbers["step"] = int(numbers["step"])
-            rows.append(numbers)
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                with contextlib.suppress(TypeError, ValueError, KeyError, OverflowError):
+                    numbers = {key: float(row[key]) for key in fields}
+                    rows.append({**numbers, "step": int(numbers["step"])})
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise HYWUError(
+            f"{path}: not a log that can be gone on with ({one_line(error)}); move it away to begin a new one."
+        ) from error
     return rows
 
 

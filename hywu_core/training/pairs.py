@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import fingerprint
-from ..errors import HYWUError, get_logger, need
+from ..errors import HYWUError, get_logger, need, one_line
 from ..files import parse_json, read_json_lines
 from ..images import MAX_SIDE, image_size, load_image, read_image
 
@@ -243,7 +243,7 @@ def _shards(path: Path) -> Iterator[Row]:
                         stored = _member(file, member.name, member.offset_data, member.size)
                         samples.setdefault(str(place.with_name(name)), {})[kind.lower()] = stored
         except (tarfile.TarError, OSError) as error:
-            yield str(file), HYWUError(f"not a whole tar file ({error})")
+            yield str(file), HYWUError(f"not a whole tar file ({one_line(error)})")
         for name, files in samples.items():
             yield f"{file}, {name}", lambda files=files: _of_sample(files)
 
@@ -301,7 +301,7 @@ def _parquet(path: Path) -> Iterator[Row]:
         except (ValueError, OSError) as error:
             if isinstance(error, HYWUError):
                 raise
-            yield str(file), HYWUError(f"not a whole parquet file ({error})")
+            yield str(file), HYWUError(f"not a whole parquet file ({one_line(error)})")
 
 
 def _of_columns(row: Mapping[str, Any], where: str) -> Pair:

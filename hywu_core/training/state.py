@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import HYWUError
-from ..files import open_tensors, parse_header, read_header, save_tensors
+from ..files import check_fields, open_tensors, parse_header, read_header, save_tensors
 from .schedule import Average
 
 FORMAT = "hywu-training-1"
@@ -44,7 +44,20 @@ def recorded_precision(path: Path) -> str | None:
     """The precision that a state's run was started with, or None where there is no state."""
     if not path.exists():
         return None
-    return read_header(path).get("config", {}).get("precision")
+    return state_header(path).get("config", {}).get("precision")
+
+
+def state_header(path: Path) -> dict[str, Any]:
+    """The header of a state. Raises HYWUError where a field of it is of another kind than was written."""
+    return _checked(path, read_header(path))
+
+
+def _checked(path: Path, header: dict[str, Any]) -> dict[str, Any]:
+    kinds = {"config": dict, "identity": dict, "step": int, "moments": int, "seconds": (int, float)}
+    check_fields(header, kinds, str(path), null=False)
+    settings = {"steps": int, "lr": (int, float), "warmup": int, "precision": str}
+    check_fields(header.get("config", {}), settings, f"{path}: config", null=False)
+    return header
 
 
 def load_state(
@@ -55,17 +68,21 @@ def load_state(
 ) -> dict[str, Any]:
     """Restore a state; returns its header. Raises HYWUError, before anything changes, on a misfit."""
     with open_tensors(path) as file:
-        header = parse_header(path, file.metadata())
-        if header.get("format") != FORMAT:
+        header = _checked(path, parse_header(path, file.metadata()))
+        if header.get("format") != FORMAT or "step" not in header:
             raise HYWUError(f"{path}: not a training state of this program; choose another folder.")
         names = set(file.keys())
-        for name, parameter in parameters.items():
-            key = f"parameters.{name}"
+        kept = [f"{m}.{name}" for m in _MOMENTS for name in parameters if f"{m}.{name}" in names]
+        wanted = [f"{kind}.{name}" for name in parameters for kind in ("parameters", "average")]
+        for key in (*wanted, *kept):
+            kind, _, name = key.partition(".")
+            parameter = parameters[name]
             shape = tuple(file.get_slice(key).get_shape()) if key in names else None
             if shape != tuple(parameter.shape):
                 what = "is missing" if shape is None else f"is {shape}"
+                of = "" if kind == "parameters" else f"{kind} of "
                 raise HYWUError(
-                    f"{path}: {name} {what}, the model has {tuple(parameter.shape)}; go on with the "
+                    f"{path}: {of}{name} {what}, the model has {tuple(parameter.shape)}; go on with the "
                     "model that the run was started with, or use another output folder."
                 )
         moments = _check_moments(path, header, names, parameters)

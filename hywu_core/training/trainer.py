@@ -20,13 +20,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..errors import HYWUError, get_logger
-from ..files import read_header
 from .base import BaseModel, Batch, BatchSource, Draws, frozen_digest
 from .devices import make_accelerator, steady_attention
 from .logs import Log, plot_loss, save_grid
 from .muon import Muon, adamw
 from .schedule import Average, TrainConfig, lr_at, refuse_differences
-from .state import load_state, save_state
+from .state import load_state, save_state, state_header
 from .strategies import Strategy
 from .validation import Validation
 
@@ -273,7 +272,7 @@ class Trainer:
         path = self.folder / STATE
         if not path.exists():
             return
-        header = read_header(path)
+        header = state_header(path)
         recorded = {**header, **header.get("identity", {})}
         # states from before `identity` say only strategy and base
         refuse_differences(
@@ -282,7 +281,7 @@ class Trainer:
         self.config.check_same(header.get("config", {}), path)
         header = load_state(path, self.parameters, self.average, self._inner)
         self.step, self.seconds = int(header["step"]), float(header.get("seconds", 0))
-        former = int(header["config"]["steps"])
+        former = header.get("config", {}).get("steps", 0)
         if self.config.steps > former and self._main:
             logger.warning(
                 "%s: goes on from step %d to %d, where it was to end at %d; the learning rate is %.2g again",

@@ -37,7 +37,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from hywu_core import HYWUError  # noqa: E402
 
-#: Seconds that one file may take, and bytes of memory beyond what reading the whole one took.
+#: Seconds of computing that one file may take (ten times as long by the clock), and bytes of memory beyond what reading the whole one took.
 SECONDS, MEMORY = 5.0, 200 << 20
 
 Read = Callable[[Path], object]
@@ -199,6 +199,17 @@ def _mutate_header(path: Path, head: dict, body: bytes, rng: random.Random) -> N
 def _mutate_tensors(path: Path, metadata: dict, rng: random.Random) -> None:
     tensors = {key: value.clone() for key, value in load_file(path).items()}
     path.unlink()
+    texts = [
+        key
+        for key in sorted(tensors)
+        if tensors[key].dtype is torch.uint8 and _is_text(tensors[key])
+    ]
+    if texts and rng.random() < 0.6:
+        key = rng.choice(texts)
+        tree = mutate_tree(json.loads(bytes(tensors[key].tolist())), rng)
+        tensors[key] = torch.tensor(list(json.dumps(tree).encode()), dtype=torch.uint8)
+        save_file(tensors, path, metadata=metadata)
+        return
     key = rng.choice(sorted(tensors))
     value, how = tensors.pop(key), rng.randrange(8)
     if how == 0:
@@ -222,6 +233,11 @@ def _mutate_tensors(path: Path, metadata: dict, rng: random.Random) -> None:
     if how != 7:
         tensors[key] = value.contiguous()
     save_file(tensors, path, metadata=metadata)
+
+
+def _is_text(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds a JSON object, as marks of quantized weights do."""
+    return tensor.ndim == 1 and len(tensor) > 1 and bytes(tensor[:1].tolist()) == b"{"
 
 
 def mutate(path: Path, rng: random.Random) -> None:
@@ -252,18 +268,21 @@ def kinds() -> list[Kind]:
 
 @contextmanager
 def limited(seconds: float) -> Iterator[None]:
-    """A TimeoutError after so many seconds."""
+    """A TimeoutError after so many seconds of computing, or ten times as many of waiting."""
 
     def stop(number: int, frame: object) -> None:
         raise TimeoutError(f"not done after {seconds:g} s")
 
-    former = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    timers = {signal.SIGPROF: signal.ITIMER_PROF, signal.SIGALRM: signal.ITIMER_REAL}
+    former = {number: signal.signal(number, stop) for number in timers}
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_REAL, 10 * seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, former)
+        for number, timer in timers.items():
+            signal.setitimer(timer, 0)
+            signal.signal(number, former[number])
 
 
 def peak(reset: bool = False) -> int:

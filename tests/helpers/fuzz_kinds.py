@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fuzz_folders import folder_kinds
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
@@ -250,4 +251,5 @@ KINDS = (
     ("results", results, open_results),
     ("judgements", judgements, read_judgements),
     ("prompts", questionnaire, lambda path: load_questionnaire("wu-eval", path)),
+    *folder_kinds(generator),
 )  # fmt: skip

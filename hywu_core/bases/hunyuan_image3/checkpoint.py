@@ -7,8 +7,9 @@ gate in one matrix; here they are banks (see layers.Experts). No code of the fol
 from __future__ import annotations
 
 import math
+import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -250,11 +251,28 @@ def open_folder(path: str | Path) -> Folder:
                     "of one download only."
                 )
             files[name], heads[name] = shard, head
+    _check_counts(path, config, heads)
     shapes = {name: head.shape for name, head in heads.items()}
     folder = Folder(path, config, settings, files, shapes, {}, heads)
     dtypes = {name: head.dtype for name, head in heads.items()}
     quantized = find_quantized(shapes, dtypes, folder._stored, str(path))
     return replace(folder, quantized=quantized)
+
+
+def _check_counts(path: Path, config: HunyuanConfig, names: Iterable[str]) -> None:
+    """HYWUError where the config counts more or fewer layers than there are: nothing is built of its counts."""
+    found: dict[str, set[int]] = {pattern: set() for pattern in config.counts()}
+    for name in names:
+        for pattern, numbers in found.items():
+            if match := re.match(pattern, name):
+                numbers.add(int(match[1]))
+    for pattern, (key, count) in config.counts().items():
+        held = len(found[pattern])
+        if held != count:
+            raise HYWUError(
+                f"{path}: config.json says {key} {count:,}, the files hold {held:,}. Download the folder again, "
+                "or use the config.json that belongs to these shards."
+            )
 
 
 def _shards(folder: Path) -> list[Path]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from ...errors import HYWUError
 from ...files import read_json
 
 MODEL_TYPE = "hunyuan_image_3_moe"
+#: Most layers of a network that is read; the release has 32.
+MOST = 4096
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,8 @@ class HunyuanConfig:
             )
         with _values():
             layers = int(data["num_hidden_layers"])
+            if not 0 < layers <= MOST:  # before lists of this length are made
+                raise ValueError(f"num_hidden_layers {layers:.4g}")
             config = cls(
                 int(data["hidden_size"]),
                 layers,
@@ -173,8 +177,25 @@ class HunyuanConfig:
                 VisionConfig.read(data["vit"], data["vit_processor"]),
             )
         _check_variant(data)
+        _check_range(config)
         _check_sizes(config)
         return config
+
+    def counts(self) -> dict[str, tuple[str, int]]:
+        """Pattern of names in the files -> (the key that says how many, how many)."""
+        return {
+            r"model\.layers\.(\d+)\.": ("num_hidden_layers", self.num_layers),
+            r"model\.layers\.0\.mlp\.experts\.(\d+)\.": ("num_experts", self.num_experts),
+            r"vision_model\.encoder\.layers\.(\d+)\.": (
+                "vit's num_hidden_layers",
+                self.vision.num_layers,
+            ),
+            r"vae\.encoder\.down\.(\d+)\.": ("vae's block_out_channels", len(self.vae.channels)),
+            r"vae\.encoder\.down\.0\.block\.(\d+)\.": (
+                "vae's layers_per_block",
+                self.vae.layers_per_block,
+            ),
+        }
 
 
 #: key -> the value this engine computes; another one is another network
@@ -201,6 +222,18 @@ def _check_variant(data: Mapping[str, Any]) -> None:
                 f"{key} is {data[key]!r}, this engine computes {value!r}; only checkpoints of "
                 "HunyuanImage-3.0's own structure run."
             )
+
+
+def _check_range(config: Any) -> None:
+    """HYWUError on a whole number that no network has: it would be allocated, or looped over."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if is_dataclass(value):
+            _check_range(value)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int) and not 0 <= number < 1 << 31:
+                shown = f"{number}" if abs(number) < 10**20 else "a number of many digits"
+                raise HYWUError(f"{field.name} is {shown}; download config.json again.")
 
 
 def _check_sizes(config: HunyuanConfig) -> None:

@@ -18,7 +18,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from ...errors import HYWUError
+from ...errors import HYWUError, one_line
 from ...files import HEADER, atomic_path, folder_lock, read_header, write_json
 from .checkpoint import DTYPES, INDEX, Folder, Head, open_folder, read_heads
 from .codecs import NF4, Codec, Method, codec_of, relative_error
@@ -78,10 +78,17 @@ def errors_of(path: Path) -> dict[int, float]:
     """Layer -> relative error (L2) of its experts, as the files of a quantized folder say."""
     sums: dict[int, list[float]] = {}
     for shard in sorted(path.glob("*.safetensors")):
-        for name, (lost, size) in read_header(shard).get("errors", {}).items():
-            total = sums.setdefault(int(name.split(".")[2]), [0.0, 0.0])
-            total[0] += float(lost)
-            total[1] += float(size)
+        try:
+            for name, (lost, size) in (read_header(shard).get("errors") or {}).items():
+                total = sums.setdefault(int(name.split(".")[2]), [0.0, 0.0])
+                total[0] += float(lost)
+                total[1] += float(size)
+        except (AttributeError, IndexError, TypeError, ValueError, OverflowError) as error:
+            if isinstance(error, HYWUError):
+                raise
+            raise HYWUError(
+                f"{shard}: what its header says of errors is damaged ({one_line(error)}); quantize it again."
+            ) from error
     return {layer: math.sqrt(a / b) if b else 0.0 for layer, (a, b) in sorted(sums.items())}
 
 

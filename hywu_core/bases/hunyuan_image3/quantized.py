@@ -11,15 +11,16 @@ What can't be decoded exactly is an error that names the tensor and what to do.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...errors import HYWUError
+from ...errors import HYWUError, one_line
 from ...files import parse_json
 from .codecs import NF4, NF4_LEVELS, Codec, Plain, Scaled
 
@@ -109,7 +110,7 @@ def find_quantized(
         if name.endswith(MARKER):
             made = _comfy(name.removesuffix(MARKER), shapes, dtypes, read, where)
         elif BNB_STATE in name:
-            made = _bitsandbytes(name, shapes, read, where)
+            made = _bitsandbytes(name, shapes, dtypes, read, where)
         elif name.endswith(BNB_ROWS):
             made = _bitsandbytes8(name.removesuffix(BNB_ROWS), shapes, where)
         else:
@@ -148,8 +149,15 @@ def _comfy(
     rotated = state.get("convrot", params.get("convrot", False))
     shape, count = shapes[weight], math.prod(shapes[stem + SCALE])
     if kind == OWN_NF4 and len(shape) == 2:
-        made = NF4("nf4", torch.bfloat16, int(state["block"]))
-        return Quantized(weight, made, (shape[0], int(state["in_features"])), "comfy", state)
+        with _damaged(f"{where}: {stem}{MARKER}"):
+            made = NF4("nf4", torch.bfloat16, _whole(state["block"], "block"))
+            width = _whole(state["in_features"], "in_features")
+            scales, blocks = shapes[stem + SCALE], -(-width // made.block)
+            if shape[1] != -(-width // 2) or scales != (shape[0], blocks):
+                raise ValueError(
+                    f"{width} columns in blocks of {made.block}, {list(shape)} and {list(scales)}"
+                )
+        return Quantized(weight, made, (shape[0], width), "comfy", state)
     if kind not in SCALED or rotated or len(shape) != 2 or count not in (1, shape[0]):
         said = f"{kind!r}{' with rotation' if rotated else ''} of shape {list(shape)} with {count} scales"
         raise HYWUError(
@@ -161,8 +169,8 @@ def _comfy(
 
 
 def _bitsandbytes(
-    name: str, shapes: Mapping[str, tuple[int, ...]], read: Read, where: str
-) -> Quantized:
+    name: str, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str], read: Read, where: str
+) -> Quantized:  # fmt: skip
     stem, _, kind = name.partition(BNB_STATE)
     weight = f"{stem}.weight"
     state = _json(read(name, None), f"{where}: {name}")
@@ -175,13 +183,25 @@ def _bitsandbytes(
     levels = read(weight + ".quant_map", None).float().flatten().tolist()
     if len(levels) != 16 or max(abs(a - b) for a, b in zip(levels, NF4_LEVELS, strict=True)) > 1e-6:
         raise HYWUError(f"{where}: {weight}.quant_map isn't NF4's 16 levels; {WAY_OUT}.")
-    try:
-        out, in_features = map(int, state["shape"])
-        block = int(state["blocksize"])
-        if math.prod(shapes[weight]) * 2 != out * in_features:
-            raise ValueError(f"{math.prod(shapes[weight])} bytes for {out} x {in_features}")
-    except (KeyError, ValueError, TypeError) as error:
-        raise HYWUError(f"{where}: {name} is damaged ({error}); download it again.") from error
+    with _damaged(f"{where}: {name}"):
+        out, in_features = (_whole(side, "a side") for side in state["shape"])
+        block = _whole(state["blocksize"], "blocksize")
+        nested = "nested_offset" in state
+        wanted = {
+            ".weight": (out * in_features + 1) // 2,
+            ".weight.absmax": -(-out * in_features // block),
+        }
+        if nested:
+            outer = _whole(state["nested_blocksize"], "nested_blocksize")
+            float(state["nested_offset"])
+            wanted[".weight.nested_absmax"] = -(-wanted[".weight.absmax"] // outer)
+            wanted[".weight.nested_quant_map"] = 256
+        for part, count in wanted.items():
+            if (held := math.prod(shapes[stem + part])) != count:
+                raise ValueError(f"{stem}{part} holds {held} values where {count} are needed")
+        for part in (".weight", ".weight.absmax") if nested else (".weight",):
+            if dtypes[stem + part] != "U8":
+                raise ValueError(f"{stem}{part} is {dtypes[stem + part]}, not U8")
     codec: Codec = NF4("nf4", torch.float32, block)
     if in_features % block:
         codec = Plain("float32", torch.float32)
@@ -197,6 +217,25 @@ def _bitsandbytes8(stem: str, shapes: Mapping[str, tuple[int, ...]], where: str)
             f"shape {list(shape)}; download it again."
         )
     return Quantized(weight, Scaled("int8", torch.int8), (shape[0], shape[1]), "bitsandbytes8", {})
+
+
+@contextlib.contextmanager
+def _damaged(name: str) -> Iterator[None]:
+    """What goes wrong in the block is that a marker doesn't say what it should, or disagrees with its tensors."""
+    try:
+        yield
+    except HYWUError:
+        raise
+    except KeyError as error:
+        raise HYWUError(f"{name} is damaged (no {error.args[0]}); download it again.") from error
+    except (ValueError, TypeError, OverflowError) as error:
+        raise HYWUError(f"{name} is damaged ({one_line(error)}); download it again.") from error
+
+
+def _whole(value: Any, name: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 40:
+        raise ValueError(f"{name} is {value!r:.40}")
+    return value
 
 
 def _json(tensor: Tensor, name: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ...errors import need
+from ...errors import HYWUError, need, one_line
 from .config import VisionConfig
 
 #: In the checkpoint the tower stands without this part of transformers' names.
@@ -30,19 +30,24 @@ class Patches(NamedTuple):
 def build_tower(config: VisionConfig) -> nn.Module:
     """An empty tower: ``tower(pixel_values, pixel_attention_mask, spatial_shapes)``."""
     transformers = need("transformers", "for HunyuanImage-3's vision tower")
-    siglip = transformers.Siglip2VisionConfig(
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_patches=config.num_patches,
-        patch_size=config.patch_size,
-        hidden_act=config.activation,
-        layer_norm_eps=config.eps,
-        vision_use_head=False,
-    )
-    siglip._attn_implementation = "sdpa"
-    tower = transformers.Siglip2VisionModel(siglip)
+    try:
+        siglip = transformers.Siglip2VisionConfig(
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_patches=config.num_patches,
+            patch_size=config.patch_size,
+            hidden_act=config.activation,
+            layer_norm_eps=config.eps,
+            vision_use_head=False,
+        )
+        siglip._attn_implementation = "sdpa"
+        tower = transformers.Siglip2VisionModel(siglip)
+    except (ValueError, TypeError, KeyError, ArithmeticError, RuntimeError) as error:
+        raise HYWUError(
+            f"config.json's vit describes no vision tower ({one_line(error)[:200]}); download it again."
+        ) from error
     # releases before 5 keep the tower in an attribute of its own and build the head always
     tower = getattr(tower, "vision_model", tower)
     if hasattr(tower, "head"):

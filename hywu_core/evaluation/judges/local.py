@@ -11,7 +11,7 @@ import torch
 
 from ... import fingerprint
 from ...devices import chosen_device
-from ...errors import HYWUError, need
+from ...errors import HYWUError, need, one_line
 from ..options import Kind, Option
 from .base import MAX_TOKENS, Failure, JudgeRequest, Reply
 
@@ -92,9 +92,8 @@ def _load(folder: Path, device: str, dtype: str) -> tuple[Any, Any]:
             folder, **{_dtype_word(transformers): dtype}, use_safetensors=True, **options
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise HYWUError(
-            f"{folder}: no vision-language model that transformers loads ({first})."
+            f"{folder}: no vision-language model that transformers loads ({one_line(error)})."
         ) from error
     if getattr(processor, "chat_template", None) is None:
         raise HYWUError(

@@ -16,6 +16,7 @@ from ...files import atomic_path
 from ...generator.config import GeneratorConfig
 from ...layout import LoRALayout
 from ...training.base import BaseModel, BatchSource
+from ...training.state import state_header
 from ...training.strategies import FullFineTuning, HyperNetwork, StaticLoRA, Strategy, rank_for
 from ...training.trainer import STATE, Trainer
 from ..images import ImagePool
@@ -131,7 +132,7 @@ class Runs:
         """Train a run to its end, or load it when it is done. Raises KeyboardInterrupt when stopped."""
         state = self.folder / "runs" / run.name / STATE
         # a run that was begun keeps its rate, whatever rates are tried today
-        begun = files.read_header(state)["config"]["lr"] if state.exists() else None
+        begun = state_header(state).get("config", {}).get("lr") if state.exists() else None
         rate = begun or self.learning_rate(run)
         say(f"{run.name}: learning rate {rate:g}")
         trainer = self._trainer(run, rate, self.plan.steps_of(run), self.folder / "runs" / run.name)

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from ....hywu_core.condition import Condition
 from ....hywu_core.errors import HYWUError, get_logger, out_of_memory
-from ....hywu_core.files import read_header
 from ....hywu_core.fingerprint import of_file
 from ....hywu_core.generator.config import GeneratorConfig
 from ....hywu_core.images import load_image
 from ....hywu_core.layout import LoRALayout
 from ....hywu_core.training.logs import read_log
 from ....hywu_core.training.schedule import TrainConfig
+from ....hywu_core.training.state import state_header
 from ....hywu_core.training.trainer import STATE, Trainer
 from ..cache import TensorCache, digest
 from ..generators import HostGenerator
@@ -223,7 +223,7 @@ class _Training:
 
     def _trainer(self, strategy: HeldNetwork, accumulation: int) -> Trainer:
         request, state = self.request, self.folder / STATE
-        begun = read_header(state).get("config", {}) if state.exists() else {}
+        begun = state_header(state).get("config", {}) if state.exists() else {}
         config = TrainConfig(
             request.steps, request.batch_size, request.learning_rate or LEARNING_RATE,
             # a run that goes on beyond its end keeps the warm-up that it was begun with

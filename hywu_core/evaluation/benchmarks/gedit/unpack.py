@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ....errors import HYWUError, need
+from ....errors import HYWUError, need, one_line
 from ....files import atomic_path, check_name, folder_lock, read_json, write_json, write_text
 from ....images import image_format
 
@@ -91,7 +91,9 @@ def _batches(file: Path) -> Iterator[Any]:
                 reader = pa.ipc.open_file(source)
                 yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
     except (pa.ArrowException, OSError) as error:
-        raise HYWUError(f"{file}: not a whole parquet or arrow file ({error}).") from error
+        raise HYWUError(
+            f"{file}: not a whole parquet or arrow file ({one_line(error)})."
+        ) from error
 
 
 def _check_size(file: Path, metadata: Any) -> None:
