@@ -402,7 +402,7 @@ def test_bfloat16_with_both_router_precisions():
 
 
 def test_token_ids_survive_every_dtype():
-    """Ids of the published vocabulary, beyond what bfloat16 can count, reach the embedding as they are."""
+    """Ids above 256, beyond what bfloat16 can count, reach the embedding as they are."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         p = Pipeline.load(BASE, dtype=dtype, system=SYSTEM)
         seen = []
@@ -413,6 +413,7 @@ def test_token_ids_survive_every_dtype():
             hook.remove()
         assert seen[0].dtype == torch.int64
         assert torch.equal(seen[0], golden("text_to_image")["prefill.tokens"].long())
+        assert not torch.equal(seen[0].bfloat16().long(), seen[0])
 
 
 # -- what is refused -------------------------------------------------------------------------------------
