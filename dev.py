@@ -111,7 +111,14 @@ def test(args: argparse.Namespace, rest: list[str]) -> int:
         environment["HYWU_RUN_JSON"] = str(where / f"{'_'.join(suites) or 'all'}.json")
         # one more than cores: many a test waits for its server or browser, or for time to pass
         workers = min((os.cpu_count() or 1) + 1, TEST_PROCESSES)
-        more += ["-n", str(workers), "--dist", "loadfile", "--no-loadscope-reorder"]
+        more += [
+            "-n",
+            str(workers),
+            "--dist",
+            "loadfile",
+            "--no-loadscope-reorder",
+            "--durations=30",
+        ]
         environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         # coverage of a selection would mislead, and so would that of the host's processes, not traced
         more += COVERAGE if "tests/core" in targets else ()
