@@ -98,32 +98,35 @@ def from_file(name: str, how: str) -> dict[str, dict]:
 
 
 async def timeline(client: Client, graph: dict[str, dict]) -> dict[str, float]:
-    """Seconds each node took, `first_step` and `whole` from the queueing on, as the client sees it."""
-    address = client.url.replace("http", "ws", 1) + f"/ws?clientId={client.id}"
+    """Seconds each node took, `first_step` and `whole` from the start of the execution on, as the client sees it.
+
+    That the prompt has ended, and how, the server's history says; the websocket's events are only timed. Raises
+    ServerError where the prompt failed, RuntimeError where events got lost: figures without them would be wrong.
+    """
     took: dict[str, float] = {}
-    async with client.session.ws_connect(address, max_msg_size=0) as socket:
-        start = time.perf_counter()
-        prompt = await client.queue(graph)
-        current, since = None, start
-        async for message in socket:
-            if message.type.name != "TEXT":
-                continue
-            event = json.loads(message.data)
-            data, now = event.get("data") or {}, time.perf_counter()
-            if data.get("prompt_id") != prompt:
-                continue
-            if event["type"] == "progress" and data.get("node") == "sample":
-                took.setdefault("first_step", now - start)
-            if event["type"] in ("executing", "execution_success"):
-                if current:
-                    took[current] = took.get(current, 0.0) + now - since
-                current, since = data.get("node"), now
-            if event["type"] == "execution_success":
+    current, start = None, time.perf_counter()
+    since = start
+
+    def event(kind: str, data: dict[str, Any]) -> None:
+        nonlocal current, since, start
+        now = time.perf_counter()
+        if kind == "execution_start":
+            start = since = now
+        elif kind == "progress" and data.get("node") == "sample":
+            took.setdefault("first_step", now - start)
+        elif kind in ("executing", "execution_success"):
+            if current:
+                took[current] = took.get(current, 0.0) + now - since
+            current, since = data.get("node"), now
+            if kind == "execution_success":
                 took["whole"] = now - start
-                return took
-            if event["type"] == "execution_error":
-                raise RuntimeError(data["exception_message"])
-    raise RuntimeError("the server closed the connection")
+
+    await client.run(graph, events=event)
+    if not {"whole", "first_step"} <= took.keys():
+        raise RuntimeError(
+            f"of a prompt that ended well only {sorted(took)} were told: run it again"
+        )
+    return took
 
 
 async def split(client: Client, repeats: int) -> dict[str, float]:
@@ -160,9 +163,7 @@ async def soak(client: Client, process: psutil.Process, prompts: int) -> dict[st
     """Resident MiB of the server after a tenth of the prompts and at the end, and LoRA bytes made."""
     marks, made = [], 0
     for i in range(prompts):
-        prompt = await client.queue(edit(f"prompt {i}: change something", photo=SMALL))
-        while not (record := (await client.json("GET", f"/history/{prompt}")).get(prompt)):
-            await asyncio.sleep(0.02)
+        record = await client.run(edit(f"prompt {i}: change something", photo=SMALL))
         report = json.loads(record["outputs"]["generate"]["text"][0])
         made += report["bytes"] * (not report["cached"])
         marks.append(process.memory_info().rss / 2**20)

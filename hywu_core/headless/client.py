@@ -224,13 +224,20 @@ class Client:
 
     # -- a prompt from queue to end ------------------------------------------------------------------
 
-    async def run(self, graph: dict[str, Any], progress: Progress | None = None) -> dict[str, Any]:
+    async def run(
+        self,
+        graph: dict[str, Any],
+        progress: Progress | None = None,
+        events: Callable[[str, dict[str, Any]], None] | None = None,
+    ) -> dict[str, Any]:
         """Queue a graph, follow it to its end; returns its history record.
+
+        events: called with the type and data of what the websocket says of this prompt, as long as it does.
 
         Cancelling (Ctrl-C) interrupts the prompt on the server. Raises Refused, NodeFailed, Interrupted,
         TimedOut, Removed, Cleared, Restarted, ServerGone, Denied.
         """
-        follower = Follower(self, str(uuid.uuid4()), progress)
+        follower = Follower(self, str(uuid.uuid4()), progress, events)
         async with follower.listening():
             try:
                 return await asyncio.wait_for(self._queue_and_follow(graph, follower), self.timeout)

@@ -41,8 +41,9 @@ class Follower:
         client: Client,
         prompt: str,
         progress: Callable[[str | None, int, int], None] | None,
+        events: Callable[[str, dict[str, Any]], None] | None = None,
     ) -> None:
-        self.client, self.prompt, self.progress = client, prompt, progress
+        self.client, self.prompt, self.progress, self.events = client, prompt, progress, events
         self._look = asyncio.Event()
         self._open, self._tried = False, asyncio.Event()
         self._dropped = self._unanswered = False
@@ -92,13 +93,15 @@ class Follower:
             data = event.get("data") or {}
             if not isinstance(data, dict) or data.get("prompt_id") != self.prompt:
                 return
-            kind = event.get("type")
+            kind = str(event.get("type"))
+            if self.events:
+                self.events(kind, data)
             if kind == "progress" and self.progress:
                 self.progress(data.get("node"), int(data["value"]), int(data["max"]))
         except (HYWUError, KeyError, TypeError, ValueError):
             return  # a hint that can't be read is none
         self._seen = "done" if kind == "execution_success" else self._seen or "running"
-        self._failure = self._failure or failure(str(kind), data)
+        self._failure = self._failure or failure(kind, data)
         if self._failure or self._seen == "done":
             self._look.set()
 

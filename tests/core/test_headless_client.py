@@ -102,14 +102,17 @@ def test_progress_is_that_of_our_prompt(server):
         ("execution_error", {"prompt_id": "somebody else's"}),
         *DONE,
     ]
-    seen = []
+    seen, kinds = [], []
 
     async def follow() -> dict:
         async with Client(server.url + "/") as client:
-            return await client.run(GRAPH, lambda *args: seen.append(args))
+            return await client.run(
+                GRAPH, lambda *args: seen.append(args), lambda kind, data: kinds.append(kind)
+            )
 
     assert asyncio.run(follow())["status"]["status_str"] == "success"
     assert seen == [("2", 3, 8)]
+    assert kinds == ["progress", *(kind for kind, _ in DONE)]
 
 
 FAILED = {
@@ -150,7 +153,9 @@ def test_the_end_is_found_without_the_websocket(server, run, tmp_path, socket):
     """The server ran the prompt; its events got lost on the way."""
     server.events, server.closes = [], socket == "closed in mid-run"
     server.mute = 401 if socket == "refused" else 0
-    server.late, server.outputs = 3, {"2": {"text": ["made"]}}
+    # long enough for a closed one to be opened again
+    server.late = 15 if server.closes else 3
+    server.outputs = {"2": {"text": ["made"]}}
     assert run() == 0
     assert list(outputs_of(tmp_path).values()) == [b"made"]
     assert server.sockets > (1 if socket == "closed in mid-run" else 0)
