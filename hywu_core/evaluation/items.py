@@ -164,13 +164,20 @@ def read_rows(path: Path) -> list[tuple[str, Mapping[str, Any] | str]]:
     """Named rows of a JSON list or a JSONL file; a line that is not JSON comes as its complaint."""
     if path.suffix.lower() != ".jsonl":
         rows = read_json(path, list, "export it again")
-        return [(f"{path.name} row {n}", row) for n, row in enumerate(rows, 1)]
+        return [(f"{path.name} row {n}", _object(row)) for n, row in enumerate(rows, 1)]
     rows = []
     for number, row in read_json_lines(path):
         if isinstance(row, HYWUError):
             row = "is " + str(row).removeprefix(f"{path}, line {number}: ").rstrip(".")
+        else:
+            row = _object(row)
         rows.append((f"{path.name} line {number}", row))
     return rows
+
+
+def _object(row: Any) -> Mapping[str, Any] | str:
+    """A row that is no object as its complaint: its own text is none."""
+    return row if isinstance(row, Mapping) else "is not a JSON object"
 
 
 def first_file(folder: Path, names: Iterable[str], what: str) -> Path:

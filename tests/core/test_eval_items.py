@@ -66,6 +66,7 @@ def test_every_bad_row_of_a_folder_is_named(tmp_path: Path):
         json.dumps({**good, "instruction": "add \ud83d"}),
         json.dumps({**good, "key": "\ud83d"}),
         json.dumps({**good, "source": "a\0b"}),
+        json.dumps("blur\nit"),
     ]
     (tmp_path / "items.jsonl").write_text("\n".join(rows), encoding="utf-8")
     items = read_items("folder", tmp_path)
@@ -85,6 +86,7 @@ def test_every_bad_row_of_a_folder_is_named(tmp_path: Path):
         "line 12: its instruction is 'add \\ud83d'",
         "line 13: its key is '\\ud83d', which can't be a file name",
         "line 14: its source is 'a\\x00b', not a path",
+        "line 15: is not a JSON object",
     ]
     assert len(told) == len(expected)
     for line, text in zip(told, expected, strict=True):
@@ -109,6 +111,7 @@ def test_imgedit_images_in_the_authors_subfolder(tmp_path: Path):
         "7": {**entry, "edit_type": "fly"},
         "8": {**entry, "id": "no.jpg"},
         "9": 3,
+        "10": "two\nlines",
     }
     (tmp_path / "basic_edit.json").write_text(json.dumps(data))
     items = read_items("imgedit", tmp_path)
@@ -117,6 +120,7 @@ def test_imgedit_images_in_the_authors_subfolder(tmp_path: Path):
     assert "'7': its edit_type is 'fly'" in told
     assert "'8': its id 'no.jpg' does not exist" in told
     assert "'9': is not a JSON object" in told
+    assert "'10': is not a JSON object" in told
 
 
 @pytest.mark.parametrize("form", ["parquet", "arrow stream", "arrow file"])

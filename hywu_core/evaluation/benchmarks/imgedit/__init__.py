@@ -63,7 +63,10 @@ class ImgEdit(Benchmark):
         entries = read_json(file, dict, "export it again")
         roots = [file.parent, *sorted(p for p in file.parent.iterdir() if p.is_dir())]
         named = [
-            (f"{file.name} {key!r}", {"key": key, **row} if isinstance(row, Mapping) else row)
+            (
+                f"{file.name} {key!r}",
+                {"key": key, **row} if isinstance(row, Mapping) else "is not a JSON object",
+            )
             for key, row in entries.items()
         ]
         return collect(self.name, named, lambda row: _parse_entry(row, file.parent, roots))
