@@ -17,7 +17,7 @@ from hywu_core.cli.main import main
 from hywu_core.formats import load_lora
 from hywu_core.generator.checkpoints import open_checkpoint
 
-IMAGE = str(GOLDEN / "edit_source_0.png")
+IMAGE = str(GOLDEN / "edit_source_0.webp")
 
 
 def ask(*more: str) -> list[str]:

@@ -76,7 +76,7 @@ def generator() -> Any:
 
 @cache
 def source() -> Image.Image:
-    with Image.open(GOLDEN / "edit_source_0.png") as file:
+    with Image.open(GOLDEN / "edit_source_0.webp") as file:
         return file.convert("RGB")
 
 
