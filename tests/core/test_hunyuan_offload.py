@@ -10,8 +10,15 @@ import torch
 from hunyuan_golden import BASE, SYSTEM, generator, golden, pipeline, source
 
 from hywu_core import HYWUError
-from hywu_core.bases.hunyuan_image3 import Pipeline, Request, Sampler
-from hywu_core.bases.hunyuan_image3.offload import CHUNK, SLOTS, OffloadedBank, place
+from hywu_core.bases.hunyuan_image3 import Pipeline, Request, Sampler, layers
+from hywu_core.bases.hunyuan_image3.offload import (
+    CHUNK,
+    SLOTS,
+    Matrix,
+    OffloadedBank,
+    place,
+    routed,
+)
 
 #: One expert's matrix in float32, a layer's 3 banks of 8 experts.
 MATRIX = 64 * 48 * 4
@@ -31,9 +38,7 @@ def load(budget: int, rest: str = "file") -> Pipeline:
 def on_device(p: Pipeline) -> int:
     """Bytes of weights that are there: parameters, and slots."""
     modules = (p.model, p.vae, p.encode_source.tower, p.encode_source.aligner)
-    slots = p.offloaded.slots
-    held = sum(v.nbytes for m in modules for v in m.parameters())
-    return held + (slots.nbytes if slots is not None else 0)
+    return sum(v.nbytes for m in modules for v in m.parameters()) + p.offloaded.nbytes
 
 
 @pytest.fixture(scope="module")
@@ -127,10 +132,27 @@ def test_slots_are_free_after_an_error(request_):
 
 def test_placement_at_the_published_size():
     """By formula: bf16, 32 layers of 64 experts, 13.9 GB besides them."""
-    layer = 64 * 3 * 3072 * 4096 * 2
-    found = place(13_900_000_000, [layer] * 32, 64, 24_000_000_000)
+    size, layer = Matrix(3072 * 4096 * 2), 64 * 3 * 3072 * 4096 * 2
+    found = place(13_900_000_000, [layer] * 32, 64, 24_000_000_000, size)
     assert (len(found.resident), found.chunk) == (2, 8)
     assert found.total_bytes <= 24_000_000_000
     assert found.chunk_bytes == 8 * 3072 * 4096 * 2
-    assert place(13_900_000_000, [layer] * 32, 64, 15_000_000_000).chunk == 8
-    assert place(13_900_000_000, [layer] * 32, 64, 180_000_000_000).chunk == 0
+    assert place(13_900_000_000, [layer] * 32, 64, 15_000_000_000, size).chunk == 8
+    assert place(13_900_000_000, [layer] * 32, 64, 180_000_000_000, size).chunk == 0
+
+
+def test_many_rows_are_split_by_expert(monkeypatch):
+    """Parts of a pass: the sums are the same, and only an expert on a border is used twice."""
+    experts = pipeline().model.model.layers[0].mlp.experts
+    torch.manual_seed(0)
+    x, weights, items = torch.randn(60, 64), torch.rand(60, 2), torch.zeros(60, dtype=torch.int64)
+    chosen = torch.rand(60, 8).topk(2).indices
+    wanted = experts(x, weights, chosen, items)
+    monkeypatch.setattr(layers, "EXPERT_ROWS", 25)
+    seen = []
+    hook = experts.w1.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
+    made = experts(x, weights, chosen, items)
+    hook.remove()
+    torch.testing.assert_close(made, wanted)
+    assert [int(ends[-1]) for ends in seen] == [25, 25, 25, 25, 20]
+    assert sum(len(routed(ends)[1]) for ends in seen) <= 8 + 4

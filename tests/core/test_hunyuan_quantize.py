@@ -17,6 +17,7 @@ from hunyuan_golden import BASE, SYSTEM, copy_folder, distance, generator, golde
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from bench.measure import peak_memory
 from hywu_core import HYWUError
 from hywu_core.bases.hunyuan_image3 import Pipeline, Request, open_folder
 from hywu_core.bases.hunyuan_image3.checkpoint import read_heads
@@ -100,12 +101,12 @@ def test_it_loads_like_the_folder_with_a_lora(quantized, tmp_path, request_):
     plain = load(decoded_folder(quantized, tmp_path / "decoded"))
     resident = load(quantized)
     assert isinstance(resident.model.model.layers[0].mlp.experts.w2, CodedBank)
-    fixed, layer = (
-        resident.offloaded.placement.fixed_bytes,
-        resident.offloaded.placement.layer_bytes[0],
-    )
-    small = load(quantized, budget=fixed + 2 * layer, rest="ram")
-    assert len(small.offloaded.placement.resident) == 1
+    whole = resident.offloaded.placement
+    # what a decoded matrix takes, and a byte too little for all layers beside it
+    one = whole.decode_bytes - 7 * 64 * 48 * 4
+    fixed, layer = whole.fixed_bytes + one, whole.layer_bytes[0]
+    small = load(quantized, budget=fixed + 3 * layer - 1, rest="ram")
+    assert len(small.offloaded.placement.resident) < 2
     assert isinstance(small.model.model.layers[2].mlp.experts.w2, OffloadedBank)
     lora = generator()(pipeline().condition([request_]))
     wanted = plain.sample([request_], lora, steps=1)
@@ -113,11 +114,32 @@ def test_it_loads_like_the_folder_with_a_lora(quantized, tmp_path, request_):
     for p in (resident, small, load(quantized, budget=fixed + layer // 2, rest="file")):
         assert torch.equal(p.sample([request_], lora, steps=1), wanted)
     placement = small.offloaded.placement
-    assert placement.total_bytes <= fixed + 2 * layer
-    held = sum(v.nbytes for v in small.model.parameters()) + small.offloaded.slots.nbytes
+    assert placement.total_bytes < fixed + 3 * layer
+    bank = resident.model.model.layers[0].mlp.experts.w1
+    made = bank.workspace.decode(bank.source, list(bank.coded), torch.float32)
+    assert made.data_ptr() == bank.workspace._flat.data_ptr()  # no memory of its own
+    held = sum(v.nbytes for v in small.model.parameters()) + small.offloaded.nbytes
     others = (small.vae, small.encode_source.tower, small.encode_source.aligner)
     held += sum(v.nbytes for m in others for v in m.parameters())
     assert held == placement.total_bytes
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_decoding_holds_what_its_budget_says(method):
+    codec, matrix = codec_of(method), torch.randn(300, 200)
+    coded, out = codec.encode(matrix), torch.empty(300, 200, dtype=torch.bfloat16)
+    held = peak_memory(lambda: codec.decode(coded, out))
+    assert 0.98 * codec.scratch_bytes(300, 200) < held <= codec.scratch_bytes(300, 200)
+
+
+def test_the_least_budget_of_a_quantized_folder(quantized):
+    """One matrix stored twice and decoded once beside the fixed weights; a byte less is refused."""
+    codec, placement = codec_of(quantized.name), load(quantized).offloaded.placement
+    largest = max(64 * codec.row_bytes(48), 48 * codec.row_bytes(64))
+    least = placement.fixed_bytes + 2 * largest + placement.decode_bytes - 7 * 64 * 48 * 4
+    assert load(quantized, budget=least).offloaded.placement.total_bytes == least
+    with pytest.raises(HYWUError, match=f"at least {least:,} .*one that is decoded"):
+        load(quantized, budget=least - 1)
 
 
 def test_killed_and_run_again(tmp_path):

@@ -18,6 +18,8 @@ from torch import Tensor
 Method = Literal["fp8", "int8", "nf4"]
 #: Numbers of a row that share a scale in NF4.
 BLOCK = 64
+#: Bytes of the levels of all pairs.
+TABLE = 256 * 2 * 4
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0, torch.int8: 127.0}
 #: Quantiles of a normal distribution, symmetric about an exact zero.
 NF4_LEVELS = (
@@ -43,6 +45,10 @@ class Codec:
 
     def row_bytes(self, in_features: int) -> int:
         return sum(count * dtype.itemsize for count, dtype in self.row(in_features).values())
+
+    def scratch_bytes(self, rows: int, in_features: int) -> int:
+        """The most that `decode` holds beside its input and its output."""
+        return 0
 
     def encode(self, matrix: Tensor) -> dict[str, Tensor]:
         """``[out, in]`` -> parts ``[out, count]``."""
@@ -78,6 +84,9 @@ class Scaled(Codec):
     def row(self, in_features: int) -> dict[str, tuple[int, torch.dtype]]:
         return {"codes": (in_features, self.dtype), "scales": (1, torch.float32)}
 
+    def scratch_bytes(self, rows: int, in_features: int) -> int:
+        return 4 * rows * in_features
+
     def encode(self, matrix: Tensor) -> dict[str, Tensor]:
         values, largest = matrix.float(), LARGEST[self.dtype]
         scales = values.abs().amax(dim=1, keepdim=True) / largest
@@ -104,6 +113,10 @@ class NF4(Codec):
             "codes": (math.ceil(in_features / 2), torch.uint8),
             "scales": (blocks, self.scale_dtype),
         }
+
+    def scratch_bytes(self, rows: int, in_features: int) -> int:
+        # numbers in float32 beside their pairs' index in int32, after the table of pairs
+        return rows * (4 + 8) * math.ceil(in_features / 2) + 2 * TABLE
 
     def encode(self, matrix: Tensor) -> dict[str, Tensor]:
         out, in_features = matrix.shape

@@ -117,6 +117,7 @@ class Denoiser:
             tokens.append(model.timestep_r_emb(t_next.to(t), dtype)[:, None])
         tokens.append(model.patch_embed(latents, model.time_embed(t, dtype)))
         x = torch.cat(tokens, dim=1)
+        del tokens
         start = [target.timestep for target in self.targets]
         stop = [target.grid.stop for target in self.targets]
         plan = [s.rows(a, b) for s, a, b in zip(self.sequences, start, stop, strict=True)]

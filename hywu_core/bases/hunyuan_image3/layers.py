@@ -16,8 +16,8 @@ from .config import HunyuanConfig
 #: Official runs multiply the router in bfloat16 (autocast); float32 is what its stored precision means.
 RouterPrecision = Literal["float32", "bfloat16"]
 
-#: Tokens that go through the experts at once: bounds their intermediates, each top-k times as many rows.
-EXPERT_ROWS = 8192
+#: Rows (a token and one of its experts) that go through the experts at once: bounds their intermediates.
+EXPERT_ROWS = 32_768
 
 
 class GatedMLP(nn.Module):
@@ -74,14 +74,24 @@ class Experts(nn.Module):
         token = order // k
         bounds = torch.arange(experts, device=x.device)
         ends = torch.searchsorted(chosen.flatten()[order], bounds, right=True).to(torch.int32)
+        # in the order of tokens, so that the sum over experts has one order
+        out = x.new_empty(order.numel(), x.shape[1])
+        # split by expert, not by token: a part's experts are few, so that hardly one is fetched twice
+        for first in range(0, order.numel(), EXPERT_ROWS):
+            part = slice(first, first + EXPERT_ROWS)
+            inside = (ends - first).clamp(0, order[part].numel())
+            out[order[part]] = self._products(x, token[part], inside, items)
+        return out.unflatten(0, (-1, k)).mul_(weights[..., None].to(out.dtype)).sum(dim=1)
+
+    def _products(self, x: Tensor, token: Tensor, ends: Tensor, items: Tensor) -> Tensor:
+        """``[R, hidden]`` of the tokens ``[R]``, sorted by expert, through their experts."""
         rows, items = x[token], items[token]
         up = self.w3(rows, ends, items=items)
         gate = self.w1(rows, ends, items=items)
-        down = self.w2(up * F.silu(gate), ends, items=items)
-        # back in the order of tokens, so that the sum over experts has one order
-        back = torch.empty_like(down)
-        back[order] = down
-        return (back.unflatten(0, (-1, k)) * weights[..., None].to(down.dtype)).sum(dim=1)
+        del rows
+        up = up * F.silu(gate)
+        del gate
+        return self.w2(up, ends, items=items)
 
 
 class MixtureOfExperts(nn.Module):
@@ -100,14 +110,8 @@ class MixtureOfExperts(nn.Module):
         """x ``[B, S, hidden]``."""
         tokens = x.flatten(0, 1)
         items = torch.arange(x.shape[0], device=x.device).repeat_interleave(x.shape[1])
-        weights, chosen = self.gate(tokens)
-        pieces = [
-            self.experts(*piece)
-            for piece in zip(
-                *(t.split(EXPERT_ROWS) for t in (tokens, weights, chosen, items)), strict=True
-            )
-        ]
-        return self.shared_mlp(x) + torch.cat(pieces).view_as(x)
+        routed = self.experts(tokens, *self.gate(tokens), items)
+        return self.shared_mlp(x) + routed.view_as(x)
 
 
 class DecoderLayer(nn.Module):

@@ -4,12 +4,14 @@ The experts are 97 % of the weights, and a pass needs them one layer at a time. 
 met with the most layers whose experts stay there; those of the others go through two slots in turn: a
 chunk is copied while the other computes. Only experts that a token was routed to are copied, so that a
 step of the text pass copies top-k of each layer. Every expert's product is the same, so are the results.
-Quantized experts are copied as they are stored and decoded where they are used.
+Quantized experts are copied as they are stored, and decoded a chunk at a time in memory that is shared by
+all and part of the budget.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -33,9 +35,10 @@ BANKS = ("w1", "w2", "w3")
 
 @dataclass(frozen=True)
 class Placement:
-    """Device bytes of weights: fixed (all but experts), of each layer's experts, of the slots.
+    """Device bytes of weights: fixed (all but experts), of each layer's experts, of a slot, of decoding.
 
-    resident: layers whose experts stay on the device. chunk: experts of a slot, 0 where none is needed.
+    resident: layers whose experts stay on the device. chunk: experts that are copied or decoded at once, 0
+    where neither is done. decode_bytes: a decoded chunk, and what decoding a matrix holds.
     """
 
     fixed_bytes: int
@@ -43,41 +46,71 @@ class Placement:
     resident: tuple[int, ...]
     chunk: int
     chunk_bytes: int
+    decode_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
         kept = sum(self.layer_bytes[i] for i in self.resident)
-        return self.fixed_bytes + kept + (SLOTS * self.chunk_bytes if self.chunk else 0)
+        return self.fixed_bytes + kept + SLOTS * self.chunk_bytes + self.decode_bytes
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Bytes of the largest matrix of an expert: stored, decoded, and what decoding it holds besides.
+
+    The last two are 0 where nothing is quantized.
+    """
+
+    stored: int
+    decoded: int = 0
+    scratch: int = 0
+
+    @classmethod
+    def of(cls, codec: Codec, rows: int, width: int, dtype: torch.dtype) -> Matrix:
+        """A matrix ``[rows, width]``; dtype: what it is decoded to."""
+        stored = rows * codec.row_bytes(width)
+        if isinstance(codec, Plain):
+            return cls(stored)
+        return cls(stored, rows * width * dtype.itemsize, codec.scratch_bytes(rows, width))
+
+    @classmethod
+    def largest(cls, all_: Iterable[Matrix]) -> Matrix:
+        found = list(all_)
+        return cls(*(max(getattr(m, n) for m in found) for n in ("stored", "decoded", "scratch")))
 
 
 def place(
-    fixed_bytes: int, layers: Sequence[int], experts: int, budget: int, matrix: int | None = None
+    fixed_bytes: int, layers: Sequence[int], experts: int, budget: int | None, matrix: Matrix
 ) -> Placement:
-    """The placement that keeps to `budget`. layers: bytes of each layer's experts, three banks each;
-    matrix: of the largest matrix of an expert.
+    """The placement that keeps to `budget` (None: no limit). layers: bytes of each layer's experts.
 
     Raises HYWUError with the least that works.
     """
-    whole = tuple(range(len(layers)))
-    if fixed_bytes + sum(layers) <= budget:
-        return Placement(fixed_bytes, tuple(layers), whole, 0, 0)
-    # one expert's matrix of one bank, of the widest layer
-    matrix = matrix or max(layers) // experts // len(BANKS)
-    chunk = min(CHUNK, experts)
-    while chunk > 1 and fixed_bytes + SLOTS * chunk * matrix > budget:
-        chunk //= 2
-    room = budget - fixed_bytes - SLOTS * chunk * matrix
-    if room < 0:
+    whole, most = tuple(range(len(layers))), min(CHUNK, experts)
+    halved = [most >> i for i in range(most.bit_length())]
+    for chunk in halved if matrix.decoded else (0,):
+        decode = chunk * matrix.decoded + matrix.scratch
+        placed = Placement(fixed_bytes, tuple(layers), whole, chunk, 0, decode)
+        if budget is None or placed.total_bytes <= budget:
+            return placed
+    for chunk in halved:
+        decode = chunk * matrix.decoded + matrix.scratch
+        room = budget - fixed_bytes - SLOTS * chunk * matrix.stored - decode
+        if room >= 0:
+            break
+    else:
         raise HYWUError(
             f"The budget is {budget:,} bytes of weights on the device; this model needs at least "
-            f"{budget - room:,} (all but the experts, and two slots of one expert's matrix each). Raise it."
+            f"{budget - room:,} (all but the experts, two slots of one expert's matrix each"
+            f"{', and one that is decoded' if matrix.decoded else ''}). Raise it."
         )
     resident = []
     for i, size in enumerate(layers):
         if size <= room:
             resident.append(i)
             room -= size
-    return Placement(fixed_bytes, tuple(layers), tuple(resident), chunk, chunk * matrix)
+    slot = chunk * matrix.stored
+    return Placement(fixed_bytes, tuple(layers), tuple(resident), chunk, slot, decode)
 
 
 @dataclass
@@ -194,6 +227,25 @@ class InFile(Source):
                 view.copy_(stored[part])
 
 
+class Workspace:
+    """Device memory of a decoded chunk, shared by all banks; of what doesn't fit in it, new memory."""
+
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        self._flat = torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+    def decode(self, source: Source, matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """``[n, out, in]`` of the bytes of n matrices; overwritten by the next call."""
+        shape, device = (len(matrices), *source.shape), matrices[0].device
+        size = math.prod(shape) * dtype.itemsize
+        if self._flat.device == device and size <= self._flat.nbytes:
+            whole = self._flat[:size].view(dtype).view(shape)
+        else:
+            whole = torch.empty(shape, dtype=dtype, device=device)
+        for flat, out in zip(matrices, whole, strict=True):
+            source.codec.decode(source.parts(flat), out)
+        return whole
+
+
 class CodedBank(nn.Module):
     """A quantized bank in a parameter; decoded in chunks where it is used, copied there where it isn't.
 
@@ -201,12 +253,15 @@ class CodedBank(nn.Module):
     weights.
     """
 
-    def __init__(self, bank: nn.Module, source: InMemory, chunk: int = CHUNK) -> None:
+    def __init__(
+        self, bank: nn.Module, source: InMemory, chunk: int, workspace: Workspace | None = None
+    ) -> None:
         super().__init__()
         self.num_experts = bank.num_experts
         self.in_features, self.out_features = bank.in_features, bank.out_features
         # without the bank: where the parameter moves, nothing else may hold its bytes
         self.source, self.chunk = Source(source.shape, source.codec), chunk
+        self.workspace = workspace or Workspace(0, torch.device("cpu"))
         self.coded = nn.Parameter(source.bank, requires_grad=False)
 
     def forward(self, x: Tensor, ends: Tensor, items: Tensor | None = None) -> Tensor:
@@ -214,17 +269,9 @@ class CodedBank(nn.Module):
 
         def weights(experts: Sequence[int]) -> Tensor:
             matrices = [self.coded[e].to(x.device, non_blocking=True) for e in experts]
-            return decoded(self.source, matrices, x.dtype)
+            return self.workspace.decode(self.source, matrices, x.dtype)
 
         return in_chunks(x, ends, self.out_features, self.chunk, weights)
-
-
-def decoded(source: Source, matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """``[n, out, in]`` of the bytes of n matrices."""
-    whole = torch.empty(len(matrices), *source.shape, dtype=dtype, device=matrices[0].device)
-    for flat, out in zip(matrices, whole, strict=True):
-        source.codec.decode(source.parts(flat), out)
-    return whole
 
 
 def routed(ends: Tensor) -> tuple[list[int], list[int]]:
@@ -257,11 +304,14 @@ def multiply(
 class OffloadedBank(nn.Module):
     """An expert bank without weights of its own; called as `GroupedLinear`, which adapters hook alike."""
 
-    def __init__(self, bank: nn.Module, source: Source, slots: Slots, chunk: int) -> None:
+    def __init__(
+        self, bank: nn.Module, source: Source, slots: Slots, chunk: int, workspace: Workspace
+    ) -> None:
         super().__init__()
         self.num_experts = bank.num_experts
         self.in_features, self.out_features = bank.in_features, bank.out_features
         self.source, self.slots, self.chunk = source, slots, chunk
+        self.workspace = workspace
 
     def forward(self, x: Tensor, ends: Tensor, items: Tensor | None = None) -> Tensor:
         """See `GroupedLinear`. Waits for the device once, to learn which experts have rows."""
@@ -273,7 +323,7 @@ class OffloadedBank(nn.Module):
             if isinstance(codec, Plain):
                 weight = weight.view(codec.dtype).view(-1, *self.source.shape).to(x.dtype)
             else:
-                weight = decoded(self.source, list(weight), x.dtype)
+                weight = self.workspace.decode(self.source, list(weight), x.dtype)
             multiply(x, weight, experts, bounds, out)
         return out
 
@@ -300,6 +350,11 @@ class Offloaded:
         self.placement, self.slots = placement, slots
 
     @property
+    def nbytes(self) -> int:
+        """Device bytes that the slots and decoding take."""
+        return SLOTS * self.placement.chunk_bytes + self.placement.decode_bytes
+
+    @property
     def traffic(self) -> Traffic:
         return self.slots.traffic if self.slots is not None else Traffic()
 
@@ -311,7 +366,8 @@ def offload(
     """Exchange banks of a model on "meta" for offloaded and quantized ones; `Folder.fill` reads the others.
 
     fixed_bytes: of the weights besides the model's layers' experts. budget: None keeps all on the device.
-    coded_bank: the class of quantized banks that stay.
+    coded_bank: the class of quantized banks that stay; another one than CodedBank is a host's, whose memory
+    manager counts what a pass takes.
     Raises HYWUError on a budget too small, before anything is allocated.
     """
     all_sources = [
@@ -319,10 +375,13 @@ def offload(
     ]
     count = model.config.num_experts
     layers = [count * sum(s.matrix_bytes for s in sources.values()) for sources in all_sources]
-    widest = max(s.matrix_bytes for sources in all_sources for s in sources.values())
-    unlimited = fixed_bytes + sum(layers)
-    placement = place(fixed_bytes, layers, count, unlimited if budget is None else budget, widest)
-    slots = Slots(placement.chunk_bytes, device) if placement.chunk else None
+    largest = Matrix.largest(
+        Matrix.of(s.codec, *s.shape, dtype) for sources in all_sources for s in sources.values()
+    )
+    placement = place(fixed_bytes, layers, count, budget, largest)
+    slots = Slots(placement.chunk_bytes, device) if placement.chunk_bytes else None
+    held = placement.chunk * largest.decoded if coded_bank is CodedBank else 0
+    workspace = Workspace(held, device)
     for i, (layer, sources) in enumerate(zip(model.model.layers, all_sources, strict=True)):
         experts, stays = layer.mlp.experts, i in placement.resident
         for name, source in sources.items():
@@ -330,12 +389,14 @@ def offload(
             if stays and isinstance(source.codec, Plain):
                 continue
             if stays:
-                setattr(experts, name, coded_bank(bank, _in_memory(source, count, device)))
+                coded = _in_memory(source, count, device)
+                setattr(experts, name, coded_bank(bank, coded, placement.chunk, workspace))
                 continue
             assert slots is not None
             if rest == "ram":
                 source = _in_memory(source, count, torch.device("cpu"), device.type == "cuda")
-            setattr(experts, name, OffloadedBank(bank, source, slots, placement.chunk))
+            made = OffloadedBank(bank, source, slots, placement.chunk, workspace)
+            setattr(experts, name, made)
     return Offloaded(placement, slots)
 
 

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from .checkpoint import Folder, stored_dtype, stored_tensors
-from .codecs import Method, codec_of
-from .offload import Placement, place
+from ...generator.checkpoints import open_checkpoint
+from ...generator.model import ParameterGenerator
+from ...generator.speed.memory import MemoryPlan
+from .checkpoint import DTYPES, Folder, read_heads, stored_dtype, stored_tensors
+from .codecs import Method, Plain, codec_of
+from .config import HunyuanConfig, VAEConfig
+from .layers import EXPERT_ROWS
+from .offload import Matrix, place
 from .pipeline import build, fixed_bytes
+from .quantize import quantized_bytes
 
+#: What a folder can be quantized to.
+METHODS: tuple[Method, ...] = ("fp8", "int8", "nf4")
 #: (bytes per second over the bus, bf16 operations per second sustained): assumed, not measured.
 CARDS: dict[str, tuple[float, float]] = {
     "rtx-3090": (25e9, 55e12),
@@ -29,6 +40,8 @@ class RunPlan:
 
     weights: all, placed within the budget (device_weights); kv: keys and values of both branches; moved:
     copied to the device by a pass that reaches every expert; host: experts that rest off the device.
+    activations: of the transformer's longest pass; vae: of decoding the image; disk: of the files;
+    generator: weights and intermediates of one, 0 without.
     """
 
     experts: str
@@ -42,6 +55,16 @@ class RunPlan:
     resident_layers: int
     layers: int
     operations: int
+    activations: int
+    vae: int
+    disk: int
+    generator: int = 0
+
+    @property
+    def device(self) -> int:
+        """The most bytes on the device at once; a generator that doesn't fit beside the weights comes first."""
+        passes = self.device_weights + self.kv + self.lora + self.activations
+        return max(passes, self.device_weights + self.vae, self.generator)
 
     def seconds(self, card: str) -> float:
         """Estimated seconds of a later step: the longer of its copies and its products."""
@@ -49,46 +72,112 @@ class RunPlan:
         return max(self.moved / rate, self.operations / products)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {"device": self.device}
+
+    def line(self, card: str | None = None) -> str:
+        """What it says in a sentence, in gigabytes."""
+        said = {
+            "weights": self.weights, "keys and values": self.kv, "activations": self.activations,
+            "decoding the image": self.vae, "LoRA": self.lora,
+        }  # fmt: skip
+        parts = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in said.items())
+        pace = "" if card is None else f", {self.seconds(card):.2g} s a step ({card}, estimated)"
+        return f"{self.experts}: {parts} GB; up to {self.experts_bytes / 1e9:.3g} GB copied by a pass{pace}"
 
 
 def plan(
     folder: Folder, method: Method | None, budget: int | None, tokens: int, image_tokens: int,
-    rank: int = 16,
+    rank: int = 16, dtype: torch.dtype | None = None, generator: int = 0,
 ) -> RunPlan:  # fmt: skip
     """The plan of a folder as it is (None), or with its experts quantized.
 
     budget: bytes of weights on the device, None for all. tokens: of a sequence with its image;
     image_tokens: that a later step computes. rank: of a LoRA on every matrix of the layers, in bfloat16.
-    Raises HYWUError where the budget is too small, with the least that works.
+    dtype: of what isn't quantized, None as stored. generator: see `generator_plan`. Raises
+    HYWUError where the budget is too small, with the least that works.
     """
     config, parts = folder.config, build(folder)
     dtype = stored_dtype(folder)
     fixed = fixed_bytes(parts, dtype, torch.float32)
-    layers, widest = [], 0
+    layers, matrices = [], []
     for i, layer in enumerate(parts.model.model.layers):
         stored = stored_tensors(layer.mlp.experts, f"model.layers.{i}.mlp.experts.")
         total = 0
         for name, tensor in stored.items():
             rows, width = tensor.shape
             codec = folder.codec(name) if method is None else codec_of(method)
-            plain = method is None and name not in folder.quantized
-            row = width * dtype.itemsize if plain else codec.row_bytes(width)
-            total += rows * row
-            widest = max(widest, rows // len(tensor.slots) * row)
+            if isinstance(codec, Plain):
+                codec = Plain("stored", dtype)
+            total += rows * codec.row_bytes(width)
+            matrices.append(Matrix.of(codec, rows // len(tensor.slots), width, dtype))
         layers.append(total)
-    everything = fixed + sum(layers)
-    placed: Placement = place(
-        fixed, layers, config.num_experts, everything if budget is None else budget, widest
-    )
+    largest = Matrix.largest(matrices)
+    placed = place(fixed, layers, config.num_experts, budget, largest)
     off = sum(size for i, size in enumerate(layers) if i not in placed.resident)
     branches = 1 if config.distilled else 2
-    kv = 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
+    longest = branches * max(tokens - image_tokens, image_tokens)
     return RunPlan(
-        method or _stored_as(folder), everything, sum(layers), placed.total_bytes,
-        branches * tokens * kv, off, off, _lora_bytes(config, rank), len(placed.resident), len(layers),
-        branches * image_tokens * _operations(config),
+        method or _stored_as(folder), fixed + sum(layers), sum(layers), placed.total_bytes,
+        branches * tokens * kv_bytes(config, dtype), off, off, _lora_bytes(config, rank), len(placed.resident), len(layers),
+        branches * image_tokens * _operations(config), activation_bytes(config, longest, dtype),
+        vae_bytes(config.vae, image_tokens * config.factor**2, torch.float32),
+        _disk(folder) if method is None else quantized_bytes(folder, method), generator,
     )  # fmt: skip
+
+
+def generator_plan(path: str | Path, tokens: int, budget: int | None) -> MemoryPlan:
+    """What a generator takes on a GPU for a condition of so many tokens, from its files' heads.
+
+    Raises HYWUError where its memory budget (None: no limit) is too small.
+    """
+    source = open_checkpoint(path)
+    stored = next(iter(read_heads(source.files[0]).values())).dtype
+    with torch.device("meta"):
+        generator = ParameterGenerator(source.config).to(DTYPES[stored])
+    generator.memory_budget = sys.maxsize if budget is None else budget
+    made = generator.memory_plan(1, tokens)
+    assert made is not None
+    return made
+
+
+def kv_bytes(config: HunyuanConfig, dtype: torch.dtype) -> int:
+    """Keys and values of a token."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
+
+
+def activation_bytes(config: HunyuanConfig, rows: int, dtype: torch.dtype) -> int:
+    """The most that a pass over `rows` tokens of all branches holds beside weights, keys and values.
+
+    Tensors of this project's code; what a product or an attention kernel takes for itself isn't in it.
+    """
+    size, hidden, (qkv, heads) = dtype.itemsize, config.hidden_size, _widths(config)
+    # the embeddings, a layer's input, its normalized input; cosines and sines
+    held = 3 * hidden * size + 8 * config.head_dim
+    # q, k, v as projected and q by head, then its rotation: up to four tensors in float32
+    attention = (qkv + heads) * size + heads * (16 if size < 4 else 12)
+    most = 0
+    each = zip(config.expert_widths, config.shared_experts, config.top_k, strict=True)
+    for width, shared, k in each:
+        part = min(rows * k, EXPERT_ROWS) * size * max(4 * width, hidden + 3 * width)
+        # the layer's sum; all experts' outputs; their order, token, item and choice as int64
+        routed = rows * (hidden * (1 + k) * size + 40 * k) + part
+        dense = rows * (2 * hidden + 4 * width * shared) * size
+        most = max(most, routed, dense)
+    return rows * held + max(rows * attention, most)
+
+
+def vae_bytes(config: VAEConfig, pixels: int, dtype: torch.dtype) -> int:
+    """The most that decoding an image holds: five tensors of the widest level, without convolutions' own."""
+    return 5 * config.temporal_factor * config.channels[0] * pixels * dtype.itemsize
+
+
+def card_of(device: str) -> str | None:
+    """The card of `CARDS` with a device's name."""
+    return next((c for c in CARDS if c.replace("-", " ") in device.lower().replace("-", " ")), None)
+
+
+def _disk(folder: Folder) -> int:
+    return sum(math.prod(h.shape) * DTYPES[h.dtype].itemsize for h in folder.heads.values())
 
 
 def _stored_as(folder: Folder) -> str:
