@@ -32,6 +32,7 @@ class HYWULoadHunyuanImage3:
         "Tokenizer, system prompt and vision tower, for HunyuanImage-3 Edit Prompt and Think.",
     )
     FUNCTION = "load"
+    HAS_INTERMEDIATE_OUTPUT = True
 
     @classmethod
     def INPUT_TYPES(cls):
@@ -75,7 +76,10 @@ class HYWULoadHunyuanImage3:
         return paths.hunyuan_stamp(folder)
 
     def load(self, folder, precision, router="float32", system_prompt=""):
-        return load.load(paths.hunyuan_path(folder), precision, router, system_prompt or None)
+        *made, said = load.load(
+            paths.hunyuan_path(folder), precision, router, system_prompt or None
+        )
+        return ui.shown(said, tuple(made), [])
 
 
 def _asked() -> dict:

@@ -3,7 +3,7 @@
   edit       images and an instruction in, the edited image out (or an image from text alone)
   condition  what a generator reads, for graphs and generators elsewhere
   inspect    what a folder holds, and what a run of it takes; reads heads of files only
-  plan       weights, keys and values, LoRA, memory and copies of a run, for each precision
+  plan       weights, activations, LoRA, generator, memory and copies of a run, for each precision
   quantize   write a folder with its experts in 8 or 4 bits; loads like the original, needs half or a third
   tiny       write a tiny checkpoint with random weights and a generator, to try the whole path
 
@@ -37,7 +37,7 @@ from ..errors import HYWUError
 from ..files import atomic_folder
 from ..images import WRITABLE, load_image, write_image
 from .console import say, table
-from .generate import add_generator_options, check_generator_options, say_plan
+from .generate import add_generator_options, check_generator_options, say_plan, size_of
 from .generate import load as load_generator
 
 #: --precision -> name of torch's dtype; "stored" keeps what the files hold
@@ -68,6 +68,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     plan.add_argument("folder")
     plan.add_argument("--budget", type=float, metavar="GB", help="of weights on the device")
+    plan.add_argument("--generator", help="a generator to run before the sampling")
+    plan.add_argument(
+        "--generator-memory-budget", type=size_of, metavar="SIZE",
+        help="of its weights and intermediates (default: no limit)",
+    )  # fmt: skip
     plan.add_argument("--card", default="rtx-4090", help="for the seconds (default rtx-4090)")
     plan.add_argument("--tokens", type=int, default=11_100, help="of a sequence (default 11100)")
     plan.add_argument(
@@ -301,17 +306,22 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace) -> int:
     from ..bases.hunyuan_image3.checkpoint import open_folder
-    from ..bases.hunyuan_image3.plan import CARDS, plan
+    from ..bases.hunyuan_image3.plan import CARDS, METHODS, generator_plan, plan
 
     if args.card not in CARDS:
         raise HYWUError(f"--card {args.card}: known are {', '.join(CARDS)}.")
     folder = open_folder(args.folder)
     budget = None if args.budget is None else int(args.budget * 1e9)
-    methods = (None,) if folder.quantized else (None, "fp8", "int8", "nf4")
+    generator = 0
+    if args.generator is not None:
+        tokens = args.tokens - args.image_tokens
+        generator = generator_plan(args.generator, tokens, args.generator_memory_budget).total_bytes
+    methods = (None,) if folder.quantized else (None, *METHODS)
     rows, refused = [], ""
     for method in methods:
         try:
-            rows.append(plan(folder, method, budget, args.tokens, args.image_tokens))
+            how = (budget, args.tokens, args.image_tokens)
+            rows.append(plan(folder, method, *how, generator=generator))
         except HYWUError as error:
             refused = f"{method or 'as stored'}: {error}"
             say(refused)
@@ -326,7 +336,10 @@ def _plan(args: argparse.Namespace) -> int:
         [(n, *(_figure(each[n]) for each in data)) for n in names],
         ("bytes", *(str(each["experts"]) for each in data)),
     )
-    say(f"Seconds are estimated from assumed rates of {args.card}. Activations come on top.")
+    say(
+        f"Seconds are estimated from assumed rates of {args.card}. `device` is the most at once; what kernels "
+        "take for themselves comes on top."
+    )
     return 0
 
 

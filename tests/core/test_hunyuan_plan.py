@@ -8,15 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from hunyuan_golden import BASE, SYSTEM, generator, golden, pipeline, source
+from hunyuan_golden import BASE, GENERATOR, SYSTEM, generator, golden, pipeline, source
 
-from hywu_core import HYWUError
+from bench.measure import peak_memory
+from hywu_core import HYWUError, load_generator
 from hywu_core.bases.hunyuan_image3 import Pipeline, Request, open_folder
-from hywu_core.bases.hunyuan_image3.attention import KVCache
+from hywu_core.bases.hunyuan_image3.attention import KVCache, Rows, Segment
 from hywu_core.bases.hunyuan_image3.checkpoint import Folder, Head, stored_tensors
 from hywu_core.bases.hunyuan_image3.config import HunyuanConfig
 from hywu_core.bases.hunyuan_image3.model import HunyuanImage3
-from hywu_core.bases.hunyuan_image3.plan import plan
+from hywu_core.bases.hunyuan_image3.plan import (
+    activation_bytes,
+    card_of,
+    generator_plan,
+    plan,
+    vae_bytes,
+)
 from hywu_core.bases.hunyuan_image3.quantize import quantize
 from hywu_core.cli.main import main
 
@@ -31,7 +38,7 @@ def test_bytes_are_those_of_a_run(method, tmp_path):
     folder = BASE if method is None else quantize(BASE, tmp_path / "out", method)
     p = Pipeline.load(folder, system=SYSTEM, budget=budget, rest="ram")
     parts = (p.model, p.vae, p.encode_source.tower, p.encode_source.aligner)
-    weights = sum(v.nbytes for m in parts for v in m.parameters()) + p.offloaded.slots.nbytes
+    weights = sum(v.nbytes for m in parts for v in m.parameters()) + p.offloaded.nbytes
     kept: list[int] = []
     size = p.prompts.image(request, p.prompts.size(request))[0]
     told = plan(before, method, budget, len(size), 65)
@@ -42,6 +49,45 @@ def test_bytes_are_those_of_a_run(method, tmp_path):
     if method is not None:
         # of the folder itself, as it is stored
         assert plan(open_folder(folder), None, budget, len(size), 65) == told
+
+
+@pytest.mark.parametrize(
+    ("hidden", "width", "k", "batch", "rows", "dtype"),
+    [
+        (64, 48, 2, 2, 257, torch.float32),
+        (64, 48, 2, 2, 257, torch.bfloat16),
+        (512, 384, 4, 2, 300, torch.bfloat16),
+    ],
+)
+def test_activations_are_those_of_a_pass(hidden, width, k, batch, rows, dtype):
+    data = json.loads((BASE / "config.json").read_text("utf-8")) | {
+        "hidden_size": hidden, "attention_head_dim": hidden // 4, "moe_intermediate_size": width,
+        "moe_topk": k, "num_hidden_layers": 2, "num_shared_expert": 1, "vocab_size": 200,
+    }  # fmt: skip
+    config = HunyuanConfig.from_json(data)
+    model, cache = HunyuanImage3(config).to(dtype), KVCache(config, batch, rows)
+    yx = torch.arange(rows)[:, None].expand(batch, rows, 2)
+    seen = [Rows((Segment(0, rows, True),))] * batch
+
+    def run():
+        x = torch.zeros(batch, rows, hidden, dtype=dtype)
+        with torch.no_grad():
+            return model.decode(x, yx, seen, cache)
+
+    run()  # the keys and values are there
+    assert activation_bytes(config, batch * rows, dtype) == pytest.approx(peak_memory(run), rel=0.1)
+
+
+def test_decoding_an_image_takes_what_the_plan_says(monkeypatch):
+    """Without what a convolution takes for itself, which differs by device."""
+    vae = pipeline().vae
+
+    def only_the_output(conv, x):
+        return x.new_zeros(x.shape[0], conv.out_channels, *x.shape[2:])
+
+    monkeypatch.setattr(torch.nn.Conv3d, "forward", only_the_output)
+    found = peak_memory(lambda: pipeline().decode(torch.zeros(1, 8, 8, 8)))
+    assert vae_bytes(vae.config, 128 * 128, torch.float32) == pytest.approx(found, rel=0.1)
 
 
 def test_a_lora_takes_what_the_plan_says():
@@ -98,6 +144,20 @@ def test_the_published_size():
         plan(folder, "nf4", 1_000_000_000, 11_100, 4097)
 
 
+def test_a_generator_takes_what_it_plans_itself():
+    loaded = load_generator(GENERATOR, memory_budget=1 << 40)
+    loaded.chunk_bytes = 16_896 * 4 * 4096 * 2  # a GPU's
+    assert generator_plan(GENERATOR, 300, None) == loaded.memory_plan(1, 300)
+    with pytest.raises(HYWUError, match="at least"):
+        generator_plan(GENERATOR, 300, 1000)
+
+
+def test_cards_are_told_by_their_names():
+    assert card_of("NVIDIA GeForce RTX 4090") == "rtx-4090"
+    assert card_of("NVIDIA A100-SXM4-80GB") == "a100"
+    assert card_of("cpu") is None
+
+
 def test_the_command(capsys):
     assert main(["hunyuan", "plan", str(BASE), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -106,4 +166,7 @@ def test_the_command(capsys):
     assert "assumed rates of h100" in capsys.readouterr().out
     assert main(["hunyuan", "plan", str(BASE), "--budget", "0.0001"]) == 1
     assert "at least" in capsys.readouterr().err
+    assert main(["hunyuan", "plan", str(BASE), "--json", "--generator", str(GENERATOR)]) == 0
+    (first, *_) = json.loads(capsys.readouterr().out)
+    assert first["device"] >= first["generator"] > 0
     assert main(["hunyuan", "plan", str(BASE), "--card", "abacus"]) == 1

@@ -13,17 +13,20 @@ import comfy.sd
 import torch
 from torch import Tensor, nn
 
-from ....hywu_core.bases.hunyuan_image3.checkpoint import stored_dtype
+from ....hywu_core.bases.hunyuan_image3.checkpoint import Folder, stored_dtype
 from ....hywu_core.bases.hunyuan_image3.config import VAEConfig
 from ....hywu_core.bases.hunyuan_image3.layers import RouterPrecision
 from ....hywu_core.bases.hunyuan_image3.offload import offload
 from ....hywu_core.bases.hunyuan_image3.pipeline import build, fill
+from ....hywu_core.bases.hunyuan_image3.plan import METHODS, card_of, plan
 from ....hywu_core.bases.hunyuan_image3.prompts import Prompts
 from ....hywu_core.bases.hunyuan_image3.sources import SourceEncoder
 from ....hywu_core.bases.hunyuan_image3.vae import VAE
 from ....hywu_core.errors import HYWUError
 from .model import CodedBanks, HostModel, HunyuanModel, patched
 
+#: Tokens of an edit of one image at 1 megapixel, its chain of thought and the new image among them.
+EDIT_TOKENS = 11_100
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -94,8 +97,8 @@ class Reader:
 
 def load(
     path: Path, precision: str, router: RouterPrecision, system: str | None
-) -> tuple[Any, ImageVAE, Reader]:
-    """(MODEL, VAE, reader) of an official folder. Raises HYWUError before weights are read.
+) -> tuple[Any, ImageVAE, Reader, str]:
+    """(MODEL, VAE, reader, what a run takes) of an official folder. Raises HYWUError before weights are read.
 
     precision: "auto" is bfloat16 where the device multiplies it, else float32; "stored" keeps the files'.
     router: see RouterPrecision.
@@ -105,6 +108,7 @@ def load(
     folder = prompts.folder
     parts = build(folder, HostModel)
     dtype = _dtype(precision)
+    said = planned(folder, dtype)
     if folder.quantized:
         # all banks on the host, as they are stored: where they go is the memory manager's
         kept = dtype or stored_dtype(folder)
@@ -116,7 +120,33 @@ def load(
     vae = ImageVAE(parts.vae)
     reader = Reader(prompts, SourceEncoder(prompts, parts.vae, parts.tower, parts.aligner), vae)
     model = HunyuanModel(network, reader, folder.settings.flow_shift)
-    return patched(model), vae, reader
+    return patched(model), vae, reader, said
+
+
+def planned(folder: Folder, dtype: torch.dtype | None) -> str:
+    """What an edit of one image takes, for the folder and for what it could be quantized to, a line each.
+
+    Raises HYWUError where the weights don't fit in this machine's memory.
+    """
+    config, settings = folder.config, folder.settings
+    image = (config.image_base_size // config.factor) ** 2 + 1
+    tokens = min(EDIT_TOKENS, settings.max_length)
+    card = card_of(mm.get_torch_device_name(mm.get_torch_device()))
+    methods = (None,) if folder.quantized else (None, *METHODS)
+    plans = [plan(folder, m, None, tokens, min(image, tokens), dtype=dtype) for m in methods]
+    memory = mm.get_total_memory(torch.device("cpu"))
+    if plans[0].weights > memory:
+        fits = [f"{p.experts} {p.weights:,}" for p in plans if p.weights <= memory]
+        way = (
+            f"quantize it once by `hywu hunyuan quantize FOLDER OUT --experts ...`, which takes {', '.join(fits)}"
+            if fits
+            else "use a machine with more, or `hywu hunyuan edit --budget`, which leaves them in the files"
+        )
+        raise HYWUError(
+            f"{folder.path}: its weights take {plans[0].weights:,} bytes as {plans[0].experts} and this "
+            f"machine has {memory:,} of memory; {way}."
+        )
+    return "\n".join(each.line(card) for each in plans)
 
 
 def _dtype(precision: str) -> torch.dtype | None:

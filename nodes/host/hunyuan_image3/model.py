@@ -8,6 +8,7 @@ cast touches. The prefix of a sequence is computed once per sampling and freed a
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,7 @@ from ....hywu_core.bases.hunyuan_image3.editing import Denoiser
 from ....hywu_core.bases.hunyuan_image3.images import custom_size
 from ....hywu_core.bases.hunyuan_image3.model import HunyuanImage3
 from ....hywu_core.bases.hunyuan_image3.offload import CHUNK, CodedBank, in_chunks
+from ....hywu_core.bases.hunyuan_image3.plan import activation_bytes, kv_bytes
 from ....hywu_core.bases.hunyuan_image3.prompts import Prompts, Request
 from ....hywu_core.bases.hunyuan_image3.sequence import TokenSequence
 from ....hywu_core.bases.hunyuan_image3.sources import Source
@@ -264,16 +266,18 @@ class HunyuanModel(comfy.model_base.BaseModel):
         return made
 
     def memory_required(self, input_shape: Any, cond_shapes: Any = None) -> float:
-        """Bytes: keys and values of the prefix and the image, hidden states, the experts' rows."""
-        config = self.diffusion_model.config
+        """Bytes: keys and values, a pass' activations, a chunk of experts that are copied or decoded."""
+        network, dtype = self.diffusion_model, self.get_dtype()
+        config = network.config
         batch, (height, width) = input_shape[0], input_shape[2:]
         shapes = (cond_shapes or {}).get("rows") or [[1, 0, 1]]
-        tokens = max(shape[1] for shape in shapes) + height * width
-        itemsize = mm.dtype_size(self.get_dtype())
-        kv = 2 * config.num_layers * config.num_kv_heads * config.head_dim
-        routed = max(config.top_k) * (2 * max(config.expert_widths) + config.hidden_size)
-        states = 8 * config.hidden_size
-        return float(batch * tokens * (kv + states + routed) * itemsize)
+        prefix, image = max(shape[1] for shape in shapes), height * width
+        kept = batch * (prefix + image) * kv_bytes(config, dtype)
+        pass_ = activation_bytes(config, batch * max(prefix, image), dtype)
+        matrix = (config.hidden_size, max(config.expert_widths))
+        bank = network.model.layers[0].mlp.experts.w1
+        scratch = bank.source.codec.scratch_bytes(*matrix) if isinstance(bank, CodedBank) else 0
+        return float(kept + pass_ + CHUNK * math.prod(matrix) * dtype.itemsize + scratch)
 
 
 def _config(config: HunyuanConfig) -> comfy.supported_models_base.BASE:
