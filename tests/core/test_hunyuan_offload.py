@@ -11,14 +11,8 @@ from hunyuan_golden import BASE, SYSTEM, generator, golden, pipeline, source
 
 from hywu_core import HYWUError
 from hywu_core.bases.hunyuan_image3 import Pipeline, Request, Sampler, layers
-from hywu_core.bases.hunyuan_image3.offload import (
-    CHUNK,
-    SLOTS,
-    Matrix,
-    OffloadedBank,
-    place,
-    routed,
-)
+from hywu_core.bases.hunyuan_image3.offload import OffloadedBank, routed
+from hywu_core.bases.hunyuan_image3.placement import CHUNK, SLOTS, Matrix, place
 
 #: One expert's matrix in float32, a layer's 3 banks of 8 experts.
 MATRIX = 64 * 48 * 4

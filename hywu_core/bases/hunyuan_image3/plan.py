@@ -18,8 +18,8 @@ from .checkpoint import DTYPES, Folder, read_heads, stored_dtype, stored_tensors
 from .codecs import Method, Plain, codec_of
 from .config import HunyuanConfig, VAEConfig
 from .layers import EXPERT_ROWS
-from .offload import Matrix, place
 from .pipeline import build, fixed_bytes
+from .placement import Matrix, place
 from .quantize import quantized_bytes
 
 #: What a folder can be quantized to.
