@@ -24,7 +24,7 @@ Examples:
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -36,7 +36,8 @@ from ..devices import chosen_device
 from ..errors import HYWUError
 from ..files import atomic_folder
 from ..images import WRITABLE, load_image, write_image
-from .console import say, table
+from . import hunyuan_folder
+from .console import say
 from .generate import add_generator_options, check_generator_options, say_plan, size_of
 from .generate import load as load_generator
 
@@ -124,19 +125,27 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--budget", type=float, metavar="GB",
-        help="most gigabytes of weights on the device; experts that don't fit are copied in chunks",
+        help="most gigabytes of weights and LoRA on the device; experts that don't fit are copied in chunks, and "
+        "a generator comes before or beside the model",
     )  # fmt: skip
     parser.add_argument(
         "--rest", choices=("file", "ram"), default="file",
         help="where those experts are meanwhile: in the folder's files, or in memory (default file)",
     )  # fmt: skip
+    parser.add_argument(
+        "--kv", choices=("device", "ram"), default="device",
+        help="where keys and values rest between layers (default device)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--device-map", choices=("auto",), help="spread the layers over all devices, by accelerate"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
 
 
 def run(args: argparse.Namespace) -> int:
     steps: dict[str, Callable[[argparse.Namespace], int]] = {
-        "edit": _edit, "condition": _condition, "inspect": _inspect, "tiny": _tiny,
-        "quantize": _quantize, "plan": _plan,
+        "edit": _edit, "condition": _condition, "tiny": _tiny, "inspect": hunyuan_folder.inspect,
+        "quantize": hunyuan_folder.quantize, "plan": hunyuan_folder.plan,
     }  # fmt: skip
     return steps[args.step](args)
 
@@ -158,7 +167,9 @@ def _edit(args: argparse.Namespace) -> int:
     request = _thought(args, pipeline, request)
     lora = None
     if args.generator is not None:
-        lora = _generated(args, pipeline.condition([request], _bar("condition")))
+        condition = pipeline.condition([request], _bar("condition"))
+        with _room(args, pipeline, condition):
+            lora = _generated(args, condition)
     image = pipeline.edit(
         [request],
         lora,
@@ -196,6 +207,7 @@ def _load(args: argparse.Namespace, generator: str | None) -> tuple[Any, Any]:
     import torch
 
     from ..bases.hunyuan_image3 import Pipeline, Prompts, Request
+    from ..bases.hunyuan_image3.checkpoint import stored_dtype
     from ..generator.checkpoints import open_checkpoint
 
     device = chosen_device(args.device)
@@ -206,9 +218,12 @@ def _load(args: argparse.Namespace, generator: str | None) -> tuple[Any, Any]:
     layout = None if generator is None else open_checkpoint(generator).config.layout
     dtype = None if args.precision == "stored" else getattr(torch, args.precision)
     budget = None if args.budget is None else int(args.budget * 1e9)
+    if budget is not None and layout is not None:
+        # the LoRA is on the device beside the model
+        budget -= layout.num_values * (dtype or stored_dtype(prompts.folder)).itemsize
     pipeline = Pipeline.load(
         prompts, device, dtype, router_precision=args.router, layout=layout, budget=budget,
-        rest=args.rest,
+        rest=args.rest, kv=args.kv, device_map=args.device_map,
     )  # fmt: skip
     return pipeline, request
 
@@ -243,6 +258,23 @@ def _thought(args: argparse.Namespace, pipeline: Any, request: Any) -> Any:
     return request
 
 
+def _room(args: argparse.Namespace, pipeline: Any, condition: Any) -> Any:
+    """Around a generator's run: the base model leaves the device where both don't fit in the budget."""
+    from ..bases.hunyuan_image3.plan import generator_plan
+
+    if args.budget is None:
+        return contextlib.nullcontext()
+    budget = int(args.budget * 1e9)
+    if args.generator_memory_budget is None and args.generator_dtype != "fp8":
+        args.generator_memory_budget = budget
+    plan = generator_plan(args.generator, condition.num_tokens, args.generator_memory_budget)
+    beside = pipeline.offloaded.placement.total_bytes + plan.total_bytes <= budget
+    say(
+        f"the base model {'stays on' if beside else 'leaves'} the device while the LoRA is generated"
+    )
+    return contextlib.nullcontext() if beside else pipeline.evicted()
+
+
 def _generated(args: argparse.Namespace, condition: Any) -> Any:
     generator = load_generator(args, args.generator, condition.device, GENERATOR)
     say_plan(generator, condition)
@@ -266,104 +298,6 @@ def _bar(name: str) -> Callable[..., None]:
             bars[-1].close()
 
     return told
-
-
-def _inspect(args: argparse.Namespace) -> int:
-    from ..bases.hunyuan_image3.checkpoint import open_folder, parameters_of
-    from ..bases.hunyuan_image3.images import buckets
-    from ..bases.hunyuan_image3.pipeline import build
-
-    folder = open_folder(args.folder)
-    build(folder)
-    config, settings = folder.config, folder.settings
-    found = {
-        "folder": str(folder.path),
-        "kind": _kind(folder),
-        "parameters": parameters_of(folder),
-        "bytes": folder.nbytes,
-        "shards": len(set(folder.files.values())),
-        "quantized": ", ".join(sorted({q.codec.kind for q in folder.quantized.values()})) or "no",
-        "layers": config.num_layers,
-        "hidden_size": config.hidden_size,
-        "experts": config.num_experts,
-        "experts_per_token": sorted(set(config.top_k)),
-        "sequence_limit": settings.max_length,
-        "image_base_size": config.image_base_size,
-        "sizes": len(buckets(config.image_base_size)),
-        "steps": settings.steps,
-        "guidance": settings.guidance,
-        "flow_shift": settings.flow_shift,
-    }
-    if args.json:
-        say(json.dumps(found, indent=2))
-        return 0
-    table(
-        [(key, f"{value:,}" if isinstance(value, int) else value) for key, value in found.items()],
-        ("", "value"),
-    )
-    return 0
-
-
-def _plan(args: argparse.Namespace) -> int:
-    from ..bases.hunyuan_image3.checkpoint import open_folder
-    from ..bases.hunyuan_image3.plan import CARDS, METHODS, generator_plan, plan
-
-    if args.card not in CARDS:
-        raise HYWUError(f"--card {args.card}: known are {', '.join(CARDS)}.")
-    folder = open_folder(args.folder)
-    budget = None if args.budget is None else int(args.budget * 1e9)
-    generator = 0
-    if args.generator is not None:
-        tokens = args.tokens - args.image_tokens
-        generator = generator_plan(args.generator, tokens, args.generator_memory_budget).total_bytes
-    methods = (None,) if folder.quantized else (None, *METHODS)
-    rows, refused = [], ""
-    for method in methods:
-        try:
-            how = (budget, args.tokens, args.image_tokens)
-            rows.append(plan(folder, method, *how, generator=generator))
-        except HYWUError as error:
-            refused = f"{method or 'as stored'}: {error}"
-            say(refused)
-    if not rows:
-        raise HYWUError(refused)
-    data = [row.to_json() | {"seconds_per_step": row.seconds(args.card)} for row in rows]
-    if args.json:
-        say(json.dumps(data, indent=2))
-        return 0
-    names = list(data[0])
-    table(
-        [(n, *(_figure(each[n]) for each in data)) for n in names],
-        ("bytes", *(str(each["experts"]) for each in data)),
-    )
-    say(
-        f"Seconds are estimated from assumed rates of {args.card}. `device` is the most at once; what kernels "
-        "take for themselves comes on top."
-    )
-    return 0
-
-
-def _figure(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.3g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def _quantize(args: argparse.Namespace) -> int:
-    from ..bases.hunyuan_image3.quantize import quantize
-
-    def told(layer: int, error: float) -> None:
-        say(f"layer {layer}: relative error of the experts {error:.5f}")
-
-    path = quantize(args.folder, args.out, args.experts, told)
-    say(f"{path}: experts in {args.experts}, everything else as in {args.folder}")
-    return 0
-
-
-def _kind(folder: Any) -> str:
-    if folder.config.distilled:
-        return "distilled"
-    return "instruct" if folder.settings.template == "instruct" else "base (text to image only)"
 
 
 def _tiny(args: argparse.Namespace) -> int:

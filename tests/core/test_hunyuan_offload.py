@@ -11,8 +11,11 @@ from hunyuan_golden import BASE, SYSTEM, generator, golden, pipeline, source
 
 from hywu_core import HYWUError
 from hywu_core.bases.hunyuan_image3 import Pipeline, Request, Sampler, layers
+from hywu_core.bases.hunyuan_image3.attention import KVCache
 from hywu_core.bases.hunyuan_image3.offload import OffloadedBank, routed
 from hywu_core.bases.hunyuan_image3.placement import CHUNK, SLOTS, Matrix, place
+from hywu_core.bases.hunyuan_image3.quantize import quantize
+from hywu_core.bases.hunyuan_image3.resting import dense_bytes, held_bytes
 
 #: One expert's matrix in float32, a layer's 3 banks of 8 experts.
 MATRIX = 64 * 48 * 4
@@ -32,7 +35,7 @@ def load(budget: int, rest: str = "file") -> Pipeline:
 def on_device(p: Pipeline) -> int:
     """Bytes of weights that are there: parameters, and slots."""
     modules = (p.model, p.vae, p.encode_source.tower, p.encode_source.aligner)
-    return sum(v.nbytes for m in modules for v in m.parameters()) + p.offloaded.nbytes
+    return sum(map(held_bytes, modules)) + p.offloaded.nbytes
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +63,7 @@ def test_weights_on_the_device_keep_to_the_budget(rest, room, resident, chunk, r
     placement = p.offloaded.placement
     assert (len(placement.resident), placement.chunk) == (resident, chunk)
     assert on_device(p) == placement.total_bytes <= budget
+    assert not placement.dropped
     condition = p.condition([request_])
     wanted = pipeline().condition([request_])
     name = "hidden_states"
@@ -69,10 +73,69 @@ def test_weights_on_the_device_keep_to_the_budget(rest, room, resident, chunk, r
         assert p.offloaded.traffic.staged <= SLOTS
 
 
-def test_a_budget_too_small_is_refused_with_both_numbers():
-    least = fixed() + SLOTS * MATRIX
+@pytest.mark.parametrize("rest", ["file", "ram"])
+def test_dense_parts_are_there_only_while_they_are_used(rest):
+    """The least budget, a byte less is refused: bit by bit the same, also after the weights were away."""
+    p, request = pipeline(), Request("make it red", [], "", "128x128", 1)
+    wanted, image = p.condition([request]).parts["hidden_states"], p.decode(LATENT)
+    sizes = dense_bytes(p._parts, torch.float32, torch.float32)
+    # the VAE's decoder is the largest
+    least = fixed() - sum(sizes) + sizes[0] + SLOTS * MATRIX
     with pytest.raises(HYWUError, match=f"{least - 1:,} bytes .* at least {least:,}"):
         load(least - 1)
+    small = load(least, rest)
+    assert small.offloaded.placement.total_bytes == least
+    held, most = on_device(small), []
+    assert held == least - sizes[0]
+    for module in small._parts.vae.decoder, small.model.model.layers[1].self_attn:
+        module.register_forward_hook(lambda *_: most.append(on_device(small)), prepend=True)
+    for _ in range(2):
+        assert torch.equal(small.condition([request]).parts["hidden_states"], wanted)
+        assert torch.equal(small.decode(LATENT), image)
+        assert on_device(small) == held
+        with small.evicted():
+            assert on_device(small) == 0
+    assert max(most) == least
+    # per condition: attention and shared MLP of 3 layers, and the head; the decoder per image
+    assert small.offloaded.traffic.dense == 2 * (sum(sizes[4:]) + sizes[0])
+
+
+LATENT = torch.randn(1, 8, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("kind", ["plain", "int8"])
+def test_weights_away_and_back(kind, tmp_path):
+    """Experts that stay on the device, as they are or quantized, are read again."""
+    folder = BASE if kind == "plain" else quantize(BASE, tmp_path / kind, kind)
+    p = Pipeline.load(folder, dtype=torch.float32, system=SYSTEM, budget=1 << 30)
+    request = Request("make it red", [], "", "128x128", 1)
+    wanted, held = p.condition([request]).parts["hidden_states"], on_device(p)
+    with pytest.raises(RuntimeError, match="stop"), p.evicted():
+        assert on_device(p) == 0
+        raise RuntimeError("stop")
+    assert on_device(p) == held
+    assert torch.equal(p.condition([request]).parts["hidden_states"], wanted)
+
+
+def test_keys_and_values_rest_elsewhere():
+    """What is copied to the device is a layer's; results are bit by bit the same, text and image."""
+    p = Pipeline.load(BASE, dtype=torch.float32, system=SYSTEM, kv="ram")
+    request, kept = Request("an other thing", [], size="128x128", seed=1), []
+    put = KVCache.put
+
+    def seen(cache, layer, k, v, plan):
+        made, pair = put(cache, layer, k, v, plan), cache._layers[layer]
+        kept.append([a.data_ptr() != b.data_ptr() for a, b in zip(made, pair, strict=True)])
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(KVCache, "put", seen)
+        thought = p.think(request, sampler=Sampler(), most=3)
+        made = p.sample([request], steps=2)
+    assert kept
+    assert all(map(all, kept))
+    assert thought == pipeline().think(request, sampler=Sampler(), most=3)
+    assert torch.equal(made, pipeline().sample([request], steps=2))
 
 
 def test_an_edit_with_a_lora_moves_the_weights_once_per_pass(request_):
@@ -102,8 +165,10 @@ def test_a_word_copies_the_experts_it_is_routed_to():
     assert each == {2 * 3 * 3}
 
 
-def test_several_loras_on_offloaded_experts(request_):
-    p = load(fixed() + SLOTS * 2 * MATRIX, "ram")
+def test_several_loras_on_offloaded_experts_and_dropped_parts(request_):
+    sizes = dense_bytes(pipeline()._parts, torch.float32, torch.float32)
+    p = load(fixed() - sum(sizes) + sizes[0] + SLOTS * 2 * MATRIX, "ram")
+    assert p.offloaded.placement.dropped == len(sizes)
     requests = [request_, replace(request_, instruction="something else entirely", seed=2)]
     loras = generator()(pipeline().condition(requests))
     assert torch.equal(
@@ -150,3 +215,25 @@ def test_many_rows_are_split_by_expert(monkeypatch):
     torch.testing.assert_close(made, wanted)
     assert [int(ends[-1]) for ends in seen] == [25, 25, 25, 25, 20]
     assert sum(len(routed(ends)[1]) for ends in seen) <= 8 + 4
+
+
+def test_layers_are_dispatched_by_accelerate():
+    """Hooks on every layer, one device here: the same text, latents and LoRA; what isn't possible is said."""
+    p = Pipeline.load(BASE, dtype=torch.float32, system=SYSTEM, device_map="auto")
+    layer = p.model.model.layers[1]
+    assert layer._hf_hook.execution_device == torch.device("cpu")
+    request = Request("an other thing", [], size="128x128", seed=1)
+    assert p.think(request, sampler=Sampler(), most=3) == pipeline().think(
+        request, sampler=Sampler(), most=3
+    )
+    lora = generator()(pipeline().condition([request]))
+    made = p.sample([request], lora, steps=2)
+    assert torch.equal(made, pipeline().sample([request], lora, steps=2))
+    for wrong, said in (
+        ({"model.layers.1": "disk"}, "1 of 3 layers don't fit"),
+        ({"model.layers.9": "cpu"}, "isn't a layer"),
+    ):
+        with pytest.raises(HYWUError, match=said):
+            Pipeline.load(BASE, dtype=torch.float32, system=SYSTEM, device_map=wrong)
+    with pytest.raises(HYWUError, match="none with a budget"):
+        Pipeline.load(BASE, system=SYSTEM, device_map="auto", budget=1 << 30)

@@ -46,13 +46,16 @@ class KVCache:
     """Keys and values of all layers by index of the sequence: ``[B, kv heads, capacity, d]`` a layer.
 
     A later pass overwrites what it computes again and reads the rest. `close` gives the memory back;
-    `KVCache.live` counts the bytes of all that are open.
+    `KVCache.live` counts the bytes of all that are open. device: where they rest between uses, None where
+    they are made; elsewhere one layer's are copied to the device at a time.
     """
 
     _open: weakref.WeakSet[KVCache] = weakref.WeakSet()
 
-    def __init__(self, config: HunyuanConfig, batch: int, capacity: int) -> None:
-        self.capacity = capacity
+    def __init__(
+        self, config: HunyuanConfig, batch: int, capacity: int, device: torch.device | None = None
+    ) -> None:
+        self.capacity, self._device = capacity, device
         self._shape = (batch, config.num_kv_heads, capacity, config.head_dim)
         self._layers: list[tuple[Tensor, Tensor] | None] = [None] * config.num_layers
         KVCache._open.add(self)
@@ -83,11 +86,14 @@ class KVCache:
         """Keep ``[B, kv heads, S, d]`` at each item's own index; returns all that is kept."""
         pair = self._layers[layer]
         if pair is None:
-            pair = (k.new_zeros(self._shape), v.new_zeros(self._shape))
+            pair = tuple(t.new_zeros(self._shape, device=self._device) for t in (k, v))
             self._layers[layer] = pair
         for items, rows in _alike(plan):
             for kept, new in zip(pair, (k, v), strict=True):
-                kept[items, :, rows.start : rows.stop] = new[items, :, : rows.stop - rows.start]
+                value = new[items, :, : rows.stop - rows.start]
+                kept[items, :, rows.start : rows.stop] = value.to(kept.device)
+        if self._device is not None:
+            return pair[0].to(k.device, copy=True), pair[1].to(v.device, copy=True)
         return pair
 
 

@@ -172,13 +172,20 @@ class Folder:
     ) -> nn.Module:
         """Give a module (on "meta") its weights, tensor by tensor from the mapped files.
 
+        Parameters that aren't on "meta" stay as they are.
         dtype: None keeps the stored one (of quantized ones, the last norm's); parameters whose name holds
         one of `keep` are float32 always. Returns the module, whose parameters take no gradients.
         """
         values: dict[str, Tensor] = {}
         parameters = dict(module.named_parameters())
         usual = stored_dtype(self)
-        for name, stored, tensor in self._read(stored_tensors(module, prefix)):
+        there = {name for name, value in parameters.items() if not value.is_meta}
+        wanted_here = {
+            name: stored
+            for name, stored in stored_tensors(module, prefix).items()
+            if not there.intersection(slot.parameter for slot in stored.slots)
+        }
+        for name, stored, tensor in self._read(wanted_here):
             for slot in stored.slots:
                 kept = any(mark in slot.parameter for mark in keep)
                 as_stored = usual if name in self.quantized else tensor.dtype

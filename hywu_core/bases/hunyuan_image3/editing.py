@@ -93,7 +93,7 @@ class Denoiser:
     def _prefix(self) -> KVCache:
         stop = [target.timestep for target in self.targets]
         capacity = max(target.grid.stop for target in self.targets)
-        cache = KVCache(self.model.config, len(stop), capacity)
+        cache = KVCache(self.model.config, len(stop), capacity, self.model.kv_device)
         try:
             prefill(self.model, self.sequences, self.sources, stop, cache, self.progress)
         except BaseException:

@@ -24,7 +24,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: HunyuanConfig, operations: Any, grouped: Any) -> None:
         super().__init__()
-        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.wte = operations.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             DecoderLayer(config, i, operations, grouped) for i in range(config.num_layers)
         )
@@ -34,7 +34,7 @@ class Decoder(nn.Module):
 class HunyuanImage3(nn.Module):
     """The transformer that reads text and images and predicts text and images.
 
-    operations: where Linear, Conv2d and GroupNorm come from.
+    operations: where Linear, Embedding, Conv2d and GroupNorm come from.
     grouped: the class of expert banks.
     """
 
@@ -55,6 +55,8 @@ class HunyuanImage3(nn.Module):
             self.timestep_r_emb = TimeEmbedding(hidden, operations)
         self.patch_embed = PatchEmbed(channels, config.patch_hidden, hidden, operations)
         self.final_layer = FinalLayer(hidden, config.patch_hidden, channels, operations)
+        #: Where keys and values rest between uses, None where the model is.
+        self.kv_device: torch.device | None = None
         #: Yields the layers in turn, each ready on the device until the next is asked for.
         self.residency: Callable[[], Iterable[DecoderLayer]] = self.resident
 
@@ -66,6 +68,11 @@ class HunyuanImage3(nn.Module):
         """How the routers multiply: float32 (exact), or bfloat16 as official runs on a GPU."""
         for layer in self.model.layers:
             layer.mlp.gate.precision = precision
+
+    @property
+    def device(self) -> torch.device:
+        """Where a pass runs."""
+        return self.model.wte.weight.device
 
     @property
     def dtype(self) -> torch.dtype:

@@ -32,11 +32,14 @@ BANKS = ("w1", "w2", "w3")
 
 @dataclass
 class Traffic:
-    """What was copied to the device so far: chunks, experts' matrices, bytes; most slots in use at once."""
+    """What was copied to the device so far: chunks, experts' matrices, their bytes, those of dense parts;
+    most slots in use at once.
+    """
 
     chunks: int = 0
     matrices: int = 0
     nbytes: int = 0
+    dense: int = 0
     staged: int = 0
     _in_use: set[int] = field(default_factory=set)
 
@@ -45,13 +48,20 @@ class Slots:
     """Device memory of two chunks, shared by all banks."""
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
-        self.device, self.traffic = device, Traffic()
-        self._flat = [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(SLOTS)]
+        self.device, self.traffic, self._size = device, Traffic(), nbytes
+        self.allocate()
         self._next = 0
         cuda = device.type == "cuda"
         self._side = torch.cuda.Stream(device) if cuda else None
         self._copied = [torch.cuda.Event() if cuda else None for _ in range(SLOTS)]
         self._freed = [torch.cuda.Event() if cuda else None for _ in range(SLOTS)]
+
+    def allocate(self, free: bool = False) -> None:
+        """Take the memory, or give it back."""
+        size = 0 if free else self._size
+        self._flat = [
+            torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(SLOTS)
+        ]
 
     @property
     def nbytes(self) -> int:
@@ -148,7 +158,16 @@ class Workspace:
     """Device memory of a decoded chunk, shared by all banks; of what doesn't fit in it, new memory."""
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
-        self._flat = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self._size, self._device = nbytes, device
+        self.allocate()
+
+    @property
+    def nbytes(self) -> int:
+        return self._flat.nbytes
+
+    def allocate(self, free: bool = False) -> None:
+        size = 0 if free else self._size
+        self._flat = torch.empty(size, dtype=torch.uint8, device=self._device)
 
     def decode(self, source: Source, matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """``[n, out, in]`` of the bytes of n matrices; overwritten by the next call."""
@@ -171,15 +190,23 @@ class CodedBank(nn.Module):
     """
 
     def __init__(
-        self, bank: nn.Module, source: InMemory, chunk: int, workspace: Workspace | None = None
+        self,
+        bank: nn.Module,
+        stored: Source,
+        device: torch.device,
+        chunk: int,
+        workspace: Workspace,
     ) -> None:
         super().__init__()
         self.num_experts = bank.num_experts
         self.in_features, self.out_features = bank.in_features, bank.out_features
-        # without the bank: where the parameter moves, nothing else may hold its bytes
-        self.source, self.chunk = Source(source.shape, source.codec), chunk
-        self.workspace = workspace or Workspace(0, torch.device("cpu"))
-        self.coded = nn.Parameter(source.bank, requires_grad=False)
+        self.source, self.chunk, self.workspace, self._device = stored, chunk, workspace, device
+        self.read()
+
+    def read(self) -> None:
+        """Take the weights from where they are stored."""
+        made = _in_memory(self.source, self.num_experts, self._device)
+        self.coded = nn.Parameter(made.bank, requires_grad=False)
 
     def forward(self, x: Tensor, ends: Tensor, items: Tensor | None = None) -> Tensor:
         """See `GroupedLinear`. Waits for the device once, to learn which experts have rows."""
@@ -263,26 +290,34 @@ class OffloadedBank(nn.Module):
 class Offloaded:
     """A model whose experts go through slots: what of it is where, and what was copied."""
 
-    def __init__(self, placement: Placement, slots: Slots | None) -> None:
-        self.placement, self.slots = placement, slots
+    def __init__(self, placement: Placement, slots: Slots | None, workspace: Workspace) -> None:
+        self.placement, self.slots, self.workspace = placement, slots, workspace
+        self.traffic = Traffic() if slots is None else slots.traffic
 
     @property
     def nbytes(self) -> int:
         """Device bytes that the slots and decoding take."""
-        return SLOTS * self.placement.chunk_bytes + self.placement.decode_bytes
+        slots = 0 if self.slots is None else self.slots.nbytes
+        return slots + (self.placement.decode_bytes if self.workspace.nbytes else 0)
 
-    @property
-    def traffic(self) -> Traffic:
-        return self.slots.traffic if self.slots is not None else Traffic()
+    def allocate(self, free: bool = False) -> None:
+        """Take the memory of slots and decoding, or give it back."""
+        self.workspace.allocate(free)
+        if self.slots is not None:
+            self.slots.allocate(free)
+
+    def free(self) -> None:
+        self.allocate(free=True)
 
 
 def offload(
     folder: Folder, model: HunyuanImage3, fixed_bytes: int, budget: int | None,
     device: torch.device, dtype: torch.dtype, rest: Rest, coded_bank: type[CodedBank] = CodedBank,
+    dense: Sequence[int] = (),
 ) -> Offloaded:  # fmt: skip
     """Exchange banks of a model on "meta" for offloaded and quantized ones; `Folder.fill` reads the others.
 
-    fixed_bytes: of the weights besides the model's layers' experts. budget: None keeps all on the device.
+    fixed_bytes: of the weights that always stay; dense: see `place`. budget: None keeps all on the device.
     coded_bank: the class of quantized banks that stay; another one than CodedBank is a host's, whose memory
     manager counts what a pass takes.
     Raises HYWUError on a budget too small, before anything is allocated.
@@ -295,7 +330,7 @@ def offload(
     largest = Matrix.largest(
         Matrix.of(s.codec, *s.shape, dtype) for sources in all_sources for s in sources.values()
     )
-    placement = place(fixed_bytes, layers, count, budget, largest)
+    placement = place(fixed_bytes, layers, count, budget, largest, dense)
     slots = Slots(placement.chunk_bytes, device) if placement.chunk_bytes else None
     held = placement.chunk * largest.decoded if coded_bank is CodedBank else 0
     workspace = Workspace(held, device)
@@ -306,15 +341,15 @@ def offload(
             if stays and isinstance(source.codec, Plain):
                 continue
             if stays:
-                coded = _in_memory(source, count, device)
-                setattr(experts, name, coded_bank(bank, coded, placement.chunk, workspace))
+                made = coded_bank(bank, source, device, placement.chunk, workspace)
+                setattr(experts, name, made)
                 continue
             assert slots is not None
             if rest == "ram":
                 source = _in_memory(source, count, torch.device("cpu"), device.type == "cuda")
             made = OffloadedBank(bank, source, slots, placement.chunk, workspace)
             setattr(experts, name, made)
-    return Offloaded(placement, slots)
+    return Offloaded(placement, slots, workspace)
 
 
 def _in_memory(source: Source, count: int, device: torch.device, pin: bool = False) -> InMemory:

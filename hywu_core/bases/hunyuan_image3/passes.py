@@ -22,7 +22,7 @@ def embed(
     sources: of each sequence, in order.
     Images to generate are not part of it (see `Denoiser`).
     """
-    device = model.model.wte.weight.device
+    device = model.device
     ids = torch.zeros(len(sequences), max(stop), dtype=torch.int64)
     for row, (sequence, end) in enumerate(zip(sequences, stop, strict=True)):
         ids[row, :end] = sequence.ids[:end]

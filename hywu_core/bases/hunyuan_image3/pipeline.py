@@ -10,10 +10,11 @@ images = pipeline.edit([request], lora=generator(condition))    # pass 3
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -27,6 +28,7 @@ from ...layout import LoRALayout
 from ...lora import GeneratedLoRA
 from . import vision
 from .checkpoint import FLOAT32, Folder, stored_dtype
+from .dispatch import DeviceMap, dispatch
 from .editing import Denoiser, OnStep, Sampling, sample
 from .embed import Aligner
 from .images import Size, align
@@ -35,6 +37,7 @@ from .model import HunyuanImage3, Progress
 from .offload import Offloaded, Rest, offload
 from .passes import prefill
 from .prompts import Prompts, Request
+from .resting import Resting, dense_bytes, dense_parts, evicted
 from .sequence import TokenSequence
 from .sources import Source, SourceEncoder
 from .thinking import OnToken, Sampler, think
@@ -111,6 +114,7 @@ class Pipeline:
         self.model, self.vae = parts.model, parts.vae
         #: Where the experts are, if the model was loaded with a budget.
         self.offloaded: Offloaded | None = None
+        self._parts, self._read = parts, lambda: None
         self.encode_source = SourceEncoder(prompts, parts.vae, parts.tower, parts.aligner)
 
     @classmethod
@@ -126,6 +130,8 @@ class Pipeline:
         layout: LoRALayout | None = None,
         budget: int | None = None,
         rest: Rest = "file",
+        kv: Literal["device", "ram"] = "device",
+        device_map: DeviceMap | str | None = None,
     ) -> Pipeline:
         """Load an official folder (its weights in safetensors; no code of it runs).
 
@@ -135,7 +141,10 @@ class Pipeline:
         system: the system prompt's text, or a .txt or .py file; None reads the folder's.
         layout: of a generator or LoRA that is to be used; checked before the weights are read.
         budget: most bytes of weights on the device; experts that don't fit rest in host memory ("ram") or in
-            the files ("file") and are copied in chunks.
+            the files ("file") and are copied in chunks, and so do other parts where it is tighter, each whole while it
+            is used.
+        kv: where keys and values rest between layers.
+        device_map: layers on several devices (see `dispatch`), instead of a budget.
         Raises HYWUError, before anything is allocated, naming what is missing or doesn't fit.
         """
         prompts = path if isinstance(path, Prompts) else Prompts.open(path, system)
@@ -143,22 +152,38 @@ class Pipeline:
         parts = build(folder)
         if layout is not None:
             check_layout(parts.model, layout, folder.path)
-        offloaded = None
+        device, offloaded = torch.device(device), None
+        if device_map is not None:
+            if budget is not None or folder.quantized:
+                raise HYWUError(
+                    f"{folder.path}: a device map places whole bfloat16 layers; give none with a budget or "
+                    "a quantized folder."
+                )
+            dispatch(folder, parts.model, device_map, device, dtype or stored_dtype(folder))
         if budget is not None or folder.quantized:
             kept = dtype or stored_dtype(folder)
-            fixed = fixed_bytes(parts, kept, vae_dtype)
+            fixed, sizes = fixed_bytes(parts, kept, vae_dtype), dense_bytes(parts, kept, vae_dtype)
             offloaded = offload(
-                folder, parts.model, fixed, budget, torch.device(device), kept, rest
+                folder, parts.model, fixed - sum(sizes), budget, device, kept, rest, dense=sizes
             )
+            for part in dense_parts(parts)[: offloaded.placement.dropped]:
+                each = part.dtype(kept, vae_dtype)
+                Resting(folder, part, device, each, rest == "ram", offloaded.traffic)
         fill(folder, parts, device, dtype, vae_dtype)
         parts.model.set_router_precision(router_precision)
+        parts.model.kv_device = torch.device("cpu") if kv == "ram" else None
         pipeline = cls(prompts, parts)
         pipeline.offloaded = offloaded
+        pipeline._read = functools.partial(fill, folder, parts, device, dtype, vae_dtype)
         return pipeline
 
     @property
     def device(self) -> torch.device:
-        return self.model.model.wte.weight.device
+        return self.model.device
+
+    def evicted(self) -> contextlib.AbstractContextManager[None]:
+        """In the block no weights are on the device; after it they are read from the folder again."""
+        return evicted(self._parts, self.offloaded, self._read)
 
     # -- the three passes ------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -18,10 +18,11 @@ CHUNK = 8
 
 @dataclass(frozen=True)
 class Placement:
-    """Device bytes of weights: fixed (all but experts), of each layer's experts, of a slot, of decoding.
+    """Device bytes of weights: fixed (dense ones that stay, and the largest that doesn't), of each layer's experts, of a slot, of decoding.
 
     resident: layers whose experts stay on the device. chunk: experts that are copied or decoded at once, 0
-    where neither is done. decode_bytes: a decoded chunk, and what decoding a matrix holds.
+    where neither is done. decode_bytes: a decoded chunk, and what decoding a matrix holds. dropped: of the
+    dense parts, how many are on the device only while they are used, the first ones.
     """
 
     fixed_bytes: int
@@ -30,6 +31,7 @@ class Placement:
     chunk: int
     chunk_bytes: int
     decode_bytes: int = 0
+    dropped: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -63,12 +65,33 @@ class Matrix:
 
 
 def place(
-    fixed_bytes: int, layers: Sequence[int], experts: int, budget: int | None, matrix: Matrix
-) -> Placement:
-    """The placement that keeps to `budget` (None: no limit). layers: bytes of each layer's experts.
+    fixed_bytes: int, layers: Sequence[int], experts: int, budget: int | None, matrix: Matrix,
+    dense: Sequence[int] = (),
+) -> Placement:  # fmt: skip
+    """The placement that keeps to `budget` (None: no limit).
 
+    fixed_bytes: of what always stays. layers: of each layer's experts. dense: of parts that may be dropped
+    while they aren't used, one at a time on the device; as few as possible are.
     Raises HYWUError with the least that works.
     """
+    least = []
+    for dropped in range(len(dense) + 1):
+        held = fixed_bytes + sum(dense[dropped:]) + max(dense[:dropped], default=0)
+        placed = _with_experts(held, layers, experts, budget, matrix)
+        if isinstance(placed, Placement):
+            return replace(placed, dropped=dropped)
+        least.append(placed)
+    raise HYWUError(
+        f"The budget is {budget:,} bytes of weights on the device; this model needs at least "
+        f"{min(least):,} (what is used all the time, the largest other part, two slots of one expert's "
+        f"matrix each{', and one that is decoded' if matrix.decoded else ''}). Raise it."
+    )
+
+
+def _with_experts(
+    fixed_bytes: int, layers: Sequence[int], experts: int, budget: int | None, matrix: Matrix
+) -> Placement | int:
+    """The placement, or the least budget that works."""
     whole, most = tuple(range(len(layers))), min(CHUNK, experts)
     halved = [most >> i for i in range(most.bit_length())]
     for chunk in halved if matrix.decoded else (0,):
@@ -77,20 +100,15 @@ def place(
         if budget is None or placed.total_bytes <= budget:
             return placed
     for chunk in halved:
-        decode = chunk * matrix.decoded + matrix.scratch
-        room = budget - fixed_bytes - SLOTS * chunk * matrix.stored - decode
+        slot, decode = chunk * matrix.stored, chunk * matrix.decoded + matrix.scratch
+        room = budget - fixed_bytes - SLOTS * slot - decode
         if room >= 0:
             break
     else:
-        raise HYWUError(
-            f"The budget is {budget:,} bytes of weights on the device; this model needs at least "
-            f"{budget - room:,} (all but the experts, two slots of one expert's matrix each"
-            f"{', and one that is decoded' if matrix.decoded else ''}). Raise it."
-        )
+        return budget - room
     resident = []
     for i, size in enumerate(layers):
         if size <= room:
             resident.append(i)
             room -= size
-    slot = chunk * matrix.stored
     return Placement(fixed_bytes, tuple(layers), tuple(resident), chunk, slot, decode)

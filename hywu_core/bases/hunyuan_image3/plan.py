@@ -21,6 +21,7 @@ from .layers import EXPERT_ROWS
 from .pipeline import build, fixed_bytes
 from .placement import Matrix, place
 from .quantize import quantized_bytes
+from .resting import dense_bytes, dense_parts
 
 #: What a folder can be quantized to.
 METHODS: tuple[Method, ...] = ("fp8", "int8", "nf4")
@@ -39,7 +40,8 @@ class RunPlan:
     """Bytes of one way to store the experts, for one size of sequence.
 
     weights: all, placed within the budget (device_weights); kv: keys and values of both branches; moved:
-    copied to the device by a pass that reaches every expert; host: experts that rest off the device.
+    copied to the device by a pass that reaches every expert; host: experts that rest off the device;
+    dropped: other parts that are there only while they are used.
     activations: of the transformer's longest pass; vae: of decoding the image; disk: of the files;
     generator: weights and intermediates of one, 0 without.
     """
@@ -59,6 +61,7 @@ class RunPlan:
     vae: int
     disk: int
     generator: int = 0
+    dropped: int = 0
 
     @property
     def device(self) -> int:
@@ -98,7 +101,8 @@ def plan(
     """
     config, parts = folder.config, build(folder)
     dtype = stored_dtype(folder)
-    fixed = fixed_bytes(parts, dtype, torch.float32)
+    fixed, dense = fixed_bytes(parts, dtype, torch.float32), dense_parts(parts)
+    sizes = dense_bytes(parts, dtype, torch.float32)
     layers, matrices = [], []
     for i, layer in enumerate(parts.model.model.layers):
         stored = stored_tensors(layer.mlp.experts, f"model.layers.{i}.mlp.experts.")
@@ -112,16 +116,19 @@ def plan(
             matrices.append(Matrix.of(codec, rows // len(tensor.slots), width, dtype))
         layers.append(total)
     largest = Matrix.largest(matrices)
-    placed = place(fixed, layers, config.num_experts, budget, largest)
+    placed = place(fixed - sum(sizes), layers, config.num_experts, budget, largest, sizes)
     off = sum(size for i, size in enumerate(layers) if i not in placed.resident)
+    dropped = list(zip(dense, sizes, strict=True))[: placed.dropped]
+    moved = off + sum(size for part, size in dropped if part.in_layers)
     branches = 1 if config.distilled else 2
     longest = branches * max(tokens - image_tokens, image_tokens)
     return RunPlan(
         method or _stored_as(folder), fixed + sum(layers), sum(layers), placed.total_bytes,
-        branches * tokens * kv_bytes(config, dtype), off, off, _lora_bytes(config, rank), len(placed.resident), len(layers),
+        branches * tokens * kv_bytes(config, dtype), off, moved, _lora_bytes(config, rank), len(placed.resident), len(layers),
         branches * image_tokens * _operations(config), activation_bytes(config, longest, dtype),
         vae_bytes(config.vae, image_tokens * config.factor**2, torch.float32),
         _disk(folder) if method is None else quantized_bytes(folder, method), generator,
+        placed.dropped,
     )  # fmt: skip
 
 

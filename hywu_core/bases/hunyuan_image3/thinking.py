@@ -99,7 +99,7 @@ def think(
     sampler, generator = sampler or Sampler(), torch.Generator().manual_seed(request.seed)
     stages = _Stages(tokens, task, request.automatic)
     with_text = _Text(tokens, sequence, most, on_token)
-    cache = KVCache(model.config, 1, len(sequence) + min(most, ROOM))
+    cache = KVCache(model.config, 1, len(sequence) + min(most, ROOM), model.kv_device)
     try:
         hidden = prefill(model, [sequence], [sources], None, cache, progress)[:, -1:]
         while with_text.count < most and not stages.done:
@@ -132,8 +132,7 @@ def _one(
     """Hidden state ``[1, 1, hidden]`` of one more token, which sees all before it."""
     if index >= cache.capacity:
         cache.grow(cache.capacity + ROOM)
-    device = model.model.wte.weight.device
-    x = model.model.wte(torch.tensor([[token]], device=device))
+    x = model.model.wte(torch.tensor([[token]], device=model.device))
     yx = torch.full((1, 1, 2), index)
     return model.decode(x, yx, [Rows((Segment(index, index + 1, True),))], cache, progress)
 
