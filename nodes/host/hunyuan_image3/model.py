@@ -93,8 +93,9 @@ class Operations:
     """Layers for the network; those with few weights are ComfyUI's to load whole."""
 
     Linear = operations.Linear
+    Embedding = operations.Embedding
     Conv2d = operations.Conv2d
-    GroupNorm = torch.nn.GroupNorm
+    GroupNorm = comfy.ops.manual_cast.GroupNorm
 
 
 class HostModel(HunyuanImage3):
@@ -105,6 +106,11 @@ class HostModel(HunyuanImage3):
         self.sessions = Sessions(self)
         #: What a distilled checkpoint reads where the conditioning says nothing.
         self.default_guidance = 1.0
+
+    @property
+    def device(self) -> torch.device:
+        """ComfyUI's, also where weights rest in host memory."""
+        return mm.get_torch_device()
 
     def forward(
         self, x: Tensor, timestep: Tensor, rows: Sequence[Row] = (),
