@@ -16,13 +16,19 @@ LAYERS = "model.layers"
 
 
 def dispatch(
-    folder: Folder, model: HunyuanImage3, device_map: DeviceMap | str, main: torch.device, dtype: torch.dtype
+    folder: Folder, model: HunyuanImage3, device_map: DeviceMap | str, main: torch.device, dtype: torch.dtype,
+    budget: int | None = None,
 ) -> None:  # fmt: skip
     """Read the weights of a network on "meta" to several devices.
 
     device_map: where each layer is (all else is on `main`), or "auto": in the devices' free memory, in order.
-    Raises HYWUError where layers are left for host memory or disk.
+    Raises HYWUError with a budget or a quantized folder, and where layers are left for host memory or disk.
     """
+    if budget is not None or folder.quantized:
+        raise HYWUError(
+            f"{folder.path}: a device map places whole bfloat16 layers; give none with a budget or a "
+            "quantized folder."
+        )
     accelerate = need("accelerate", "to spread HunyuanImage-3 over several devices")
     chosen = _auto(accelerate, model, main, dtype) if device_map == "auto" else dict(device_map)
     left = [name for name, device in chosen.items() if _is_left(device, main)]

@@ -154,12 +154,8 @@ class Pipeline:
             check_layout(parts.model, layout, folder.path)
         device, offloaded = torch.device(device), None
         if device_map is not None:
-            if budget is not None or folder.quantized:
-                raise HYWUError(
-                    f"{folder.path}: a device map places whole bfloat16 layers; give none with a budget or "
-                    "a quantized folder."
-                )
-            dispatch(folder, parts.model, device_map, device, dtype or stored_dtype(folder))
+            kept = dtype or stored_dtype(folder)
+            dispatch(folder, parts.model, device_map, device, kept, budget)
         if budget is not None or folder.quantized:
             kept = dtype or stored_dtype(folder)
             fixed, sizes = fixed_bytes(parts, kept, vae_dtype), dense_bytes(parts, kept, vae_dtype)
