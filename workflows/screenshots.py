@@ -20,7 +20,7 @@ from hywu_core.cli.console import say
 from hywu_core.errors import HYWUError, need
 from hywu_core.headless.local import get_json
 
-from . import blueprints, build, thumbnails
+from . import blueprints, build, thumbnails, wires
 from .browser import FLAGS, SETTINGS, find_chromium, open_frontend
 
 GRAPH = build.ROOT / "docs" / "images" / "graph.jpg"
@@ -28,15 +28,32 @@ SIZES = ((1920, 1080), (1440, 900))
 RENDERERS = {"classic": False, "nodes2": True}
 #: Below about .57 the classic renderer leaves out all text.
 READABLE = 0.6
+#: Pixels between a wire and a node that isn't its own.
+WIRE_ROOM = 3
 #: Boxes of all nodes in pixels of the page: as the Vue renderer drew them, else as the canvas does.
 BOXES = """() => window.app.graph._nodes.map((n) => {
     const ds = window.app.canvas.ds, page = window.app.canvas.canvas.getBoundingClientRect();
     const drawn = document.querySelector(`[data-node-id="${n.id}"]`)?.getBoundingClientRect();
-    if (drawn?.width) return [n.title, drawn.x, drawn.y, drawn.right, drawn.bottom];
+    if (drawn?.width) return [n.title, drawn.x, drawn.y, drawn.right, drawn.bottom, n.id];
     const b = n.getBounding();
     const at = (v, i) => (v + ds.offset[i]) * ds.scale + (i ? page.y : page.x);
-    return [n.title, at(b[0], 0), at(b[1], 1), at(b[0] + b[2], 0), at(b[1] + b[3], 1)];
+    return [n.title, at(b[0], 0), at(b[1], 1), at(b[0] + b[2], 0), at(b[1] + b[3], 1), n.id];
 })"""
+
+#: Each link in pixels of the page: its nodes, and its sockets where the Vue renderer drew them, else the canvas.
+WIRES = """() => {
+    const graph = window.app.canvas.graph, ds = window.app.canvas.ds;
+    const page = window.app.canvas.canvas.getBoundingClientRect();
+    const at = (id, slot, input) => {
+        const key = `${id}-${input ? 'in' : 'out'}-${slot}`;
+        const dot = document.querySelector(`[data-slot-key="${key}"]`)?.getBoundingClientRect();
+        if (dot?.width) return [dot.x + dot.width / 2, dot.y + dot.height / 2];
+        const [x, y] = graph.getNodeById(id).getConnectionPos(input, slot);
+        return [(x + ds.offset[0]) * ds.scale + page.x, (y + ds.offset[1]) * ds.scale + page.y];
+    };
+    return [...graph.links.values()].map((l) => [l.origin_id, l.target_id,
+        at(l.origin_id, l.origin_slot, false), at(l.target_id, l.target_slot, true)]);
+}"""
 
 
 def settings_of(renderer: str) -> dict[str, Any]:
@@ -81,15 +98,24 @@ def cut_texts(page: Any) -> list[str]:
     )
 
 
+def wires_behind(page: Any, boxes: list[list]) -> list[str]:
+    """Wires of the open graph that run behind or along its nodes; boxes as `BOXES` gives them."""
+    drawn = [
+        wires.Wire(source, target, start, end)
+        for source, target, start, end in page.evaluate(WIRES)
+    ]
+    return wires.behind(drawn, [wires.Box(ident, *box) for *box, ident in boxes], WIRE_ROOM)
+
+
 def problems(page: Any) -> list[str]:
-    """What keeps the open graph from being read: small text, overlaps, nodes outside the window."""
+    """What keeps the open graph from being read: small text, overlaps, hidden wires, nodes outside the window."""
     boxes = page.evaluate(BOXES)
-    found = [*overlaps(boxes), *cut_texts(page)]
+    found = [*overlaps(boxes), *cut_texts(page), *wires_behind(page, boxes)]
     scale = page.evaluate("window.app.canvas.ds.scale")
     if scale < READABLE:
         found.append(f"drawn at {scale:.2f}, text needs {READABLE}")
     width, height = page.viewport_size["width"], page.viewport_size["height"]
-    for title, left, top, right, bottom in boxes:
+    for title, left, top, right, bottom, _ in boxes:
         if left < 0 or top < 0 or right > width or bottom > height:
             found.append(f"'{title}' is not wholly in the window")
     return found

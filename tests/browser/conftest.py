@@ -32,6 +32,14 @@ def chromium() -> str:
 #: style, last settings) that needn't be there, a newer one asks an older server for what it doesn't have, and the
 #: models of the stock graph that it begins with for their sizes.
 NOISE = ("api.comfy.org", "huggingface.co", "status of 404", "[Jobs API]", "JobsApiError")
+#: What stands in the address of everything that the extension serves; none of it may be missing.
+OURS = ("/extensions/hywu/", "/workflow_templates/hywu/", "/global_subgraphs", "/hywu/")
+
+
+def refused_of_ours(answer) -> list[str]:
+    """A line where a file of the extension was asked for and refused."""
+    ours = answer.status >= 400 and any(part in answer.url for part in OURS)
+    return [f"{answer.status} {answer.url}"] if ours else []
 
 
 class Servers:
@@ -118,6 +126,8 @@ def settings() -> dict:
 def page(browser, server: LocalServer, frontend: str, errors: list[str], settings: dict):
     """A page with the frontend loaded; what it writes to the console as errors later is in `errors`."""
     context = browser.new_context(viewport={"width": 1600, "height": 1000})
+    refused: list[str] = []  # from the first request on, which `errors` doesn't see
+    context.on("response", lambda answer: refused.extend(refused_of_ours(answer)))
     renderer = {"Comfy.VueNodes.Enabled": FRONTENDS[frontend][1]}
     opened = open_frontend(context, server.url, settings | renderer)
 
@@ -129,6 +139,7 @@ def page(browser, server: LocalServer, frontend: str, errors: list[str], setting
     opened.on("pageerror", lambda error: note(str(error)))
     yield opened
     context.close()
+    assert refused == [], "the extension's own files, templates and blueprints"
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ and CLIP: the same condition, for images that are neither square nor small.
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -48,7 +49,7 @@ T5 = {
     "feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu_pytorch_tanh", "is_gated_act": True,
 }  # fmt: skip
 PREFIXES = {"CLIPVision": "vision_model.", "Siglip": "vision_model.", "CLIPText": "text_model."}
-COMFY = Path(comfy.sd.__file__).parent
+COMFY = Path(inspect.getfile(comfy.sd)).parent
 # neither a square nor of the models' sides
 IMAGES = torch.rand(2, 3, 61, 90, generator=torch.Generator().manual_seed(1))
 SECOND = torch.rand(2, 3, 40, 33, generator=torch.Generator().manual_seed(2))
