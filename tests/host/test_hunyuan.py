@@ -148,6 +148,8 @@ def test_the_whole_graph_is_the_engines(folders):
         assert distance(made, p.vae.unscaled(alone)) < EQUAL
         image = g.images(folders, outputs, f"save{tag}")
         assert g.levels(image, p.decode(alone)) <= g.SAME
+    assert outputs["encode"]["hywu_warnings"] == []
+    assert g.said(outputs, "encode")["text_from"] == "conditioning"
     report = g.said(outputs, "apply")
     assert report["mode"] == "unmerged"
     assert report["matched"] == report["active"] == 21

@@ -32,7 +32,12 @@ ENCODERS = {
 
 
 class HostEncoder(base.Encoder, Protocol):
-    """An encoder that knows what of a condition won't do what the user hopes."""
+    """An encoder that knows what of a condition won't do what the user hopes.
+
+    any_number: of images per item is read, whatever the generator was trained with.
+    """
+
+    any_number: bool
 
     def warnings(self, texts: Sequence[str], condition: Condition) -> list[str]: ...
 
@@ -67,7 +72,7 @@ def encode(
     if not bool(condition.is_finite()):
         raise HYWUError("The condition has NaN or infinite values; look at the image for them.")
     text_from = condition.origin.get("text_from", "instruction")
-    warnings = base.number_warnings(generator.reads, len(rows))
+    warnings = [] if make.any_number else base.number_warnings(generator.reads, len(rows))
     warnings += make.warnings(texts if given is None else [], condition)
     if given is None:
         warnings += _untrained(generator.config.provenance.get("phrasings") or {}, texts)

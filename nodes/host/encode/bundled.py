@@ -45,6 +45,8 @@ class BundledEncoder:
     Raises HYWUError on another one, or on an editor that the generator wasn't trained for.
     """
 
+    any_number = False
+
     def __init__(self, reads: Reads, sockets: Mapping[str, Any]) -> None:
         self.patcher = own_editor()
         editor, wanted = self.patcher.model, reads.identity.get("editor")

@@ -37,6 +37,8 @@ class GraphEncoder:
     Raises HYWUError on an encoder that is missing or too wide.
     """
 
+    any_number = False
+
     def __init__(self, reads: Reads, sockets: Mapping[str, Any]) -> None:
         self.parts, self.identity, self.sockets = reads.parts, reads.identity, sockets
         for part, width in self.parts.items():

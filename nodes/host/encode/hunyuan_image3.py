@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -22,6 +23,8 @@ class HunyuanEncoder:
     With a conditioning of HunyuanImage-3 Edit Prompt, its images, instructions and thoughts are what is
     read, and its noise; else those of the node, without a thought.
     """
+
+    any_number = True
 
     def __init__(self, reads: Reads, sockets: Mapping[str, Any]) -> None:
         self.parts, self.identity, self.sockets = reads.parts, reads.identity, sockets
@@ -56,7 +59,12 @@ class HunyuanEncoder:
             sources = encoded(reader, requests)
         states = hidden_states(self.model, requests, sources).float().cpu()
         lengths = [len(reader.prompts.ratio(request)) for request in requests]
-        return condition_of(states, lengths, requests, reader.prompts.folder.path.name)
+        made = condition_of(states, lengths, requests, reader.prompts.folder.path.name)
+        return (
+            made
+            if given is None
+            else replace(made, origin={**made.origin, "text_from": "conditioning"})
+        )
 
     def warnings(self, texts: Sequence[str], condition: Condition) -> list[str]:
         return []

@@ -29,6 +29,7 @@ from hunyuan_golden import (
 )
 from hywu_nodes.hywu_core.bases.hunyuan_image3.attention import KVCache
 from hywu_nodes.hywu_core.errors import HYWUError
+from hywu_nodes.nodes.host.encode import encode
 from hywu_nodes.nodes.host.hunyuan_image3 import prompt
 from hywu_nodes.nodes.host.hunyuan_image3.model import Banks
 
@@ -193,6 +194,22 @@ def test_a_lora_on_the_positive_branch_or_a_part_of_the_sampling(call, loaded, h
     alone = run(model, negative, negative, latent, noise, steps=1, cfg=1.0)
     assert distance(made, alone + 2.5 * (parts[0] - alone)) < EQUAL
     assert KVCache.live() == 0
+
+
+def test_a_condition_of_two_images_warns_of_nothing(call, loaded, hypernetwork):
+    """Without a prompt the node's own images are read, any number of them."""
+    image = pixels(source())
+    node = call.HYWUConditionEncode
+    one, two = (
+        node(hypernetwork, image, "make it red", model=loaded[0], **more)[0]
+        for more in ({}, {"image2": image})
+    )
+    assert two.num_tokens > one.num_tokens
+    made, _, warnings = encode(
+        hypernetwork, {"image": image, "image2": image}, "make it red", model=loaded[0]
+    )
+    assert warnings == []
+    assert made.digest() == two.digest()
 
 
 def test_one_pass_over_the_prefix_and_one_per_step(call, loaded):
