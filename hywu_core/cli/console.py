@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import math
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -13,6 +15,14 @@ def say(text: str = "") -> None:
     """Write one line to standard output; control characters, which could steer a terminal, are shown."""
     sys.stdout.write(_CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text) + "\n")
     sys.stdout.flush()
+
+
+def number(text: str) -> float:
+    """The type of options that are finite numbers: "nan" and "inf" are numbers to Python."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is no finite number")
+    return value
 
 
 def format_table(rows: Iterable[Sequence[object]], header: Sequence[str]) -> str:

@@ -37,7 +37,7 @@ from ..errors import HYWUError
 from ..files import atomic_folder
 from ..images import WRITABLE, load_image, write_image
 from . import hunyuan_folder
-from .console import say
+from .console import number, say
 from .generate import add_generator_options, check_generator_options, say_plan, size_of
 from .generate import load as load_generator
 
@@ -68,7 +68,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "plan", help="what a run takes, for each precision; reads heads of files only"
     )
     plan.add_argument("folder")
-    plan.add_argument("--budget", type=float, metavar="GB", help="of weights on the device")
+    plan.add_argument("--budget", type=number, metavar="GB", help="of weights on the device")
     plan.add_argument("--generator", help="a generator to run before the sampling")
     plan.add_argument(
         "--generator-memory-budget", type=size_of, metavar="SIZE",
@@ -124,7 +124,7 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
         help="how routers multiply: float32, or bfloat16 as official runs (default float32)",
     )  # fmt: skip
     parser.add_argument(
-        "--budget", type=float, metavar="GB",
+        "--budget", type=number, metavar="GB",
         help="most gigabytes of weights and LoRA on the device; experts that don't fit are copied in chunks, and "
         "a generator comes before or beside the model",
     )  # fmt: skip

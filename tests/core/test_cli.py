@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import hywu_core
 from hywu_core import HYWUError, load_generator, load_lora
+from hywu_core.bases.hunyuan_image3.editing import Sampling
+from hywu_core.bases.hunyuan_image3.thinking import Sampler
 from hywu_core.cli import generate as generate_command
 from hywu_core.cli import inspect as inspect_command
 from hywu_core.cli import main
@@ -379,3 +381,23 @@ def test_inspect_does_not_believe_a_header(tmp_path, lora, capsys, format):
     save_file(tensors, weights, metadata=metadata)
     assert main(["inspect", str(path)]) == 1
     assert "another program changed it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e999"])
+def test_numbers_that_are_none(value, capsys):
+    for words in (
+        ["hunyuan", "plan", "folder", f"--budget={value}"],
+        ["eval", "score", "results", f"--price-in={value}"],
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(words)
+        assert f"{value} is no finite number" in capsys.readouterr().err
+    for make in (
+        lambda: Sampling(4, float(value), 3.0),
+        lambda: Sampling(4, 2.5, float(value)),
+        lambda: Sampling(4, 2.5, 0.0),
+        lambda: Sampler(float(value)),
+        lambda: Sampler(1.0, 0, float(value)),
+    ):
+        with pytest.raises(HYWUError, match="finite number"):
+            make()

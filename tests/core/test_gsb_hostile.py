@@ -40,6 +40,11 @@ def test_a_host_name_counts_however_it_is_written(tmp_path, given):
             assert server.ask(S + "state", BODY, Host=name)[0] == 403
 
 
+@pytest.mark.parametrize("host", ["votes.example", "Votes.EXAMPLE", "votes.example."])
+def test_the_name_that_is_listened_on_counts_too(host):
+    assert "votes.example" in allowed_hosts(host, ())
+
+
 @pytest.mark.parametrize("given", ["", "http://", "a b", "[::1", "ex*mple.org", "user@host"])
 def test_what_is_no_host_name_is_an_error(tmp_path, given):
     with pytest.raises(HYWUError, match="--allow-host"):

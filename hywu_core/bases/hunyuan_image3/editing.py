@@ -8,6 +8,7 @@ only. Both branches of guidance are rows of one batch.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -136,6 +137,14 @@ class Sampling:
     steps: int
     guidance: float
     flow_shift: float
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.guidance):
+            raise HYWUError(f"The guidance is {self.guidance}; it must be a finite number.")
+        if not 0 < self.flow_shift < math.inf:
+            raise HYWUError(
+                f"The flow shift is {self.flow_shift}; it must be a finite number above 0."
+            )
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ size, by the tokens that ask for the ratio, of which the best is taken. Any rati
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -38,6 +39,13 @@ class Sampler:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.temperature) or not 0 <= self.top_p <= 1:
+            raise HYWUError(
+                f"The temperature is {self.temperature} and top-p {self.top_p}; they must be a finite number, "
+                "and one from 0 to 1."
+            )
 
     def __call__(self, step: int, logits: Tensor, generator: torch.Generator) -> int:
         """logits float32 ``[vocabulary]``; step counts from 0. Draws on the CPU, so that a seed means

@@ -19,7 +19,7 @@ from pathlib import Path
 from ...evaluation.benchmarks import QUESTIONNAIRES
 from ...evaluation.scores import write_scores
 from ...evaluation.tables import Table
-from ..console import say, table
+from ..console import number, say, table
 from . import shared
 
 
@@ -31,8 +31,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     shared.add_data(parser, required=False)
     shared.add_questionnaire(parser)
     shared.add_choice(parser)
-    parser.add_argument("--price-in", type=float, default=0, help="money per million tokens in")
-    parser.add_argument("--price-out", type=float, default=0, help="money per million tokens out")
+    parser.add_argument("--price-in", type=number, default=0, help="money per million tokens in")
+    parser.add_argument("--price-out", type=number, default=0, help="money per million tokens out")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -192,7 +192,7 @@ def allowed_hosts(host: str, more: Iterable[str]) -> frozenset[str]:
     more: names that voters use, with or without scheme, port and capitals.
     Raises HYWUError on a text that holds no host name.
     """
-    found = {*LOOPBACK, host.lower()}
+    found = {*LOOPBACK, host.lower().removesuffix(".")}
     number = _number(host)
     if number is not None and not number.is_loopback:
         found.add(ANY_NUMBER)
