@@ -193,9 +193,9 @@ def write_json(
     return write_text(path, json.dumps(data, indent=indent, ensure_ascii=ascii) + end)
 
 
-def write_text(path: str | Path, text: str) -> Path:
-    """Write UTF-8 text through a temporary file, replacing one; lone surrogates are escaped."""
-    with atomic_path(path, overwrite=True) as part:
+def write_text(path: str | Path, text: str, overwrite: bool = True) -> Path:
+    """Write UTF-8 text through a temporary file; lone surrogates are escaped."""
+    with atomic_path(path, overwrite) as part:
         # in JSON the escape of a surrogate is the surrogate
         part.write_bytes(text.encode("utf-8", "backslashreplace"))
     return Path(path)

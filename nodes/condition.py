@@ -123,8 +123,7 @@ class HYWUSaveCondition:
         return ui.checked(lambda: paths.check_prefix(filename_prefix))
 
     def save(self, condition, filename_prefix):
-        path, name = paths.save_path(filename_prefix, ".safetensors")
-        condition.save(path)
+        name = paths.save_new(filename_prefix, ".safetensors", condition.save)
         return ui.shown(name, (name,))
 
 

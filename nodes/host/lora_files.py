@@ -44,12 +44,10 @@ def save_lora(lora: GeneratedLoRA, prefix: str, format: str) -> list[str]:
     kind, suffix = FORMATS[format]
     lora.check_finite("The LoRA")
     items = [lora] if kind == "native" else [lora.select(i) for i in range(lora.batch_size)]
-    names = []
-    for item in items:
-        path, name = paths.save_path(prefix, suffix)
-        item.save(path, kind)
-        names.append(name)
-    return names
+    return [
+        paths.save_new(prefix, suffix, lambda path, item=item: item.save(path, kind))
+        for item in items
+    ]
 
 
 def load_lora(

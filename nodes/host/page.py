@@ -45,8 +45,7 @@ class Page:
         if not text:
             return
         try:
-            path, name = paths.save_path(KEPT, ".txt")
-            write_text(path, text)
+            name = paths.save_new(KEPT, ".txt", lambda path: write_text(path, text, False))
             where = (
                 f"is kept in {name} of the output folder; it can be pasted into cot of Edit Prompt"
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import folder_paths
@@ -267,9 +268,24 @@ def save_path(prefix: str, suffix: str) -> tuple[Path, str]:
     folder, name, counter, subfolder = _place(prefix)
     while True:
         path = Path(folder) / f"{name}_{counter:05}_{suffix}"
-        if not path.exists():
+        if not os.path.lexists(path):
             return path, os.path.join(subfolder, path.name)
         counter += 1
+
+
+def save_new(prefix: str, suffix: str, write: Callable[[Path], object]) -> str:
+    """`write` to the next free path, which must take the place of nothing; returns the name below the output folder.
+
+    Another server on the same folder may take a number first: then the next one is ours.
+    """
+    while True:
+        path, name = save_path(prefix, suffix)
+        try:
+            write(path)
+            return name
+        except HYWUError:
+            if not os.path.lexists(path):
+                raise
 
 
 def check_prefix(prefix: str | None) -> None:

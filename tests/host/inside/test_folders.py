@@ -7,6 +7,7 @@ import re
 import folder_paths
 import pytest
 from hywu_nodes.hywu_core.errors import HYWUError
+from hywu_nodes.hywu_core.files import atomic_path
 from hywu_nodes.nodes.host import paths
 
 import dev
@@ -128,3 +129,25 @@ def test_what_a_list_has_passes_and_is_counted(base, monkeypatch):
     monkeypatch.setattr(paths, "generator_names", lambda: [f"g{i}" for i in range(30)])
     with pytest.raises(HYWUError, match="'g7' and 22 more"):
         paths.check_generator("h")
+
+
+def test_two_servers_save_under_one_prefix_and_nothing_is_lost(base):
+    theirs = []
+
+    def write(path):
+        if not theirs:  # another server takes the number between the look and the save
+            theirs.append(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"theirs")
+        with atomic_path(path) as part:
+            part.write_bytes(b"ours")
+
+    name = paths.save_new("race/x", ".txt", write)
+    assert theirs[0].read_bytes() == b"theirs"
+    assert (base / "output" / name).read_bytes() == b"ours"
+    with pytest.raises(HYWUError, match="full"):
+        paths.save_new("race/x", ".txt", full)
+
+
+def full(path):
+    raise HYWUError("the disk is full")
