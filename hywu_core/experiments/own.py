@@ -28,7 +28,15 @@ from ..evaluation.results import read_manifest
 from ..evaluation.scores import MethodScores
 from ..evaluation.statistics import Estimate, bootstrap_mean
 from ..evaluation.tables import Table, comparison_table
-from ..files import atomic_path, read_json, read_json_lines, read_tensors, slug, write_json
+from ..files import (
+    atomic_path,
+    check_fields,
+    read_json,
+    read_json_lines,
+    read_tensors,
+    slug,
+    write_json,
+)
 from ..fingerprint import of_files
 from ..images import write_image
 from .conflict.evaluate import EvaluationSet, evaluation_set
@@ -70,7 +78,7 @@ def experiment_plan(folder: Path | None) -> ConflictPlan:
     """
     if folder is None:
         return ConflictPlan()
-    found = read_json(folder / "plan.json")
+    found = read_json(folder / "plan.json", dict)
     try:
         plan, made_for = {**BEFORE, **found["plan"]}, found["editor"]["editor"]
         names = ("crops", "max_images", "sampling_steps", "seed", "main_rank", "evaluation_size")
@@ -117,7 +125,11 @@ def write_items(out: Path, plan: ConflictPlan, size: int, progress: bool = True)
         _write_set(root, data, files, progress)
         about = {"images": len(set(data.image)), "items": len(data)}
         write_json(path, {"asked": asked, "photographs": photos, **about})
-    about = read_json(path)
+    about = read_json(path, dict, "remove the folder to make it anew")
+    fields = {"asked": dict, "photographs": list}
+    check_fields(about, fields, str(path), null=False)
+    if missing := fields.keys() - about.keys():
+        raise HYWUError(f"{path}: lacks {missing.pop()}; remove the folder to make it anew.")
     if about["asked"] != asked:
         raise HYWUError(
             f"{path}: this folder holds another set of items ({_difference(about['asked'], asked)}); "

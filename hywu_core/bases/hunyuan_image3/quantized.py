@@ -141,6 +141,7 @@ def _comfy(
 ) -> Quantized:  # fmt: skip
     state = _json(read(stem + MARKER, None), f"{where}: {stem}{MARKER}")
     weight, kind = f"{stem}.weight", state.get("format")
+    kind = kind if isinstance(kind, str) else f"{kind!r:.60}"
     params = state.get("params") if isinstance(state.get("params"), dict) else {}
     if weight not in shapes or stem + SCALE not in shapes:
         raise HYWUError(
