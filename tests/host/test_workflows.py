@@ -261,6 +261,7 @@ def test_thumbnail_and_notes(name):
     notes = [n["widgets_values"][0] for n in saved(name)["nodes"] if n["type"] == "MarkdownNote"]
     assert len(notes) >= 2
     assert any("**Run**" in text for text in notes)
+    assert not any("`" in text for text in notes)  # Nodes 2.0 has code in blue, on the notes' brown
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "app" in build.layout_of(name)])
