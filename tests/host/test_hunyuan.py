@@ -350,7 +350,8 @@ def test_a_thought_is_interrupted(folders):
     assert state["kept"] == 0
     assert state["late"] <= 1
     written = len(state["tokens"])
-    assert 20 <= last <= written <= last + 1 < 3000
+    # newer releases don't tell every step
+    assert 20 <= last <= written < 3000
     assert {data["node"] for data in shown} == {"think"}
     texts = [data["output"]["text"][0] for data in shown]
     assert all(one.startswith("<think>a") for one in texts)
