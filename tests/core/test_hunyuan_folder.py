@@ -130,6 +130,26 @@ def test_refused_configs(tmp_path, changes, said):
     assert str(folder / "config.json") in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("part", "key", "value", "said"),
+    [
+        ("", "num_hidden_layers", 10**9, "num_hidden_layers 1e"),
+        ("", "num_experts", 10**6, "num_experts 1,000,000, the files hold 8"),
+        ("", "hidden_size", 10**30, "hidden_size is a number of many digits"),
+        ("vae", "layers_per_block", 10**6, "layers_per_block 1,000,000, the files hold"),
+        ("vit", "num_hidden_layers", 10**6, "num_hidden_layers 1,000,000, the files hold"),
+    ],
+)
+def test_refused_counts_of_which_nothing_is_built(tmp_path, part, key, value, said, monkeypatch):
+    monkeypatch.setattr("hywu_core.bases.hunyuan_image3.pipeline.build", None)
+    folder = copy_folder(tmp_path / "base")
+    data = json.loads((folder / "config.json").read_text("utf-8"))
+    (data[part] if part else data)[key] = value
+    (folder / "config.json").write_text(json.dumps(data), "utf-8")
+    with pytest.raises(HYWUError, match=said):
+        load(folder)
+
+
 def test_refused_the_base_variant_with_an_edit(tmp_path):
     folder = copy_folder(tmp_path / "base")
     edit_json(folder / "generation_config.json", sequence_template="pretrain")
