@@ -16,6 +16,7 @@ from hywu_core.cli import main
 from hywu_core.errors import HYWUError
 from hywu_core.evaluation.benchmarks import load_questionnaire
 from hywu_core.evaluation.judges.base import Failure, Refusal
+from hywu_core.evaluation.judges.faults import Concern, Fault
 from hywu_core.evaluation.judges.openai import OpenAIJudge
 from hywu_core.evaluation.run import judge as run_judge
 from hywu_core.evaluation.store import FAILED, REFUSED
@@ -66,6 +67,11 @@ def test_settings_stop_the_run_and_are_asked_again(tmp_path, stub, kind):
     server.behave = lambda prompt, n: GOOD
     count = run(tmp_path, judge_at(server.url), 12)
     assert (count.answered, count.kept) == (12, 0)
+
+
+@pytest.mark.parametrize("status", [302, 401, 402, 403, 404, 405, 410])
+def test_a_status_counts_without_any_word(status):
+    assert Fault(status, "no").concern is Concern.SETTINGS
 
 
 def test_credit_that_runs_out_in_mid_run_keeps_what_was_answered(tmp_path, stub):
