@@ -19,7 +19,7 @@ if os.name == "posix":
     import fuzz
     from fuzz_kinds import KINDS
 
-COUNT = 120
+COUNT = 180
 
 
 @pytest.mark.parametrize("name", [row[0] for row in KINDS] if os.name == "posix" else [])
