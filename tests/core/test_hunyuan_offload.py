@@ -12,7 +12,7 @@ from hunyuan_golden import BASE, SYSTEM, generator, golden, pipeline, source
 from hywu_core import HYWUError
 from hywu_core.bases.hunyuan_image3 import Pipeline, Request, Sampler, layers
 from hywu_core.bases.hunyuan_image3.attention import KVCache
-from hywu_core.bases.hunyuan_image3.offload import OffloadedBank, routed
+from hywu_core.bases.hunyuan_image3.offload import OffloadedBank, in_memory, routed
 from hywu_core.bases.hunyuan_image3.placement import CHUNK, SLOTS, Matrix, place
 from hywu_core.bases.hunyuan_image3.quantize import quantize
 from hywu_core.bases.hunyuan_image3.resting import dense_bytes, held_bytes
@@ -237,3 +237,23 @@ def test_layers_are_dispatched_by_accelerate():
             Pipeline.load(BASE, dtype=torch.float32, system=SYSTEM, device_map=wrong)
     with pytest.raises(HYWUError, match="none with a budget"):
         Pipeline.load(BASE, system=SYSTEM, device_map="auto", budget=1 << 30)
+
+
+def test_banks_in_page_locked_memory(monkeypatch):
+    """In pieces, so that rounding each up to a power of two wastes little; the same bytes."""
+    bank = load(fixed() + SLOTS * MATRIX).model.model.layers[0].mlp.experts.w2
+    empty, sizes = torch.empty, []
+
+    def pinned(*shape, pin_memory=False, **how):
+        made = empty(*shape, **how)
+        sizes.extend([made.nbytes] if pin_memory else [])
+        return made
+
+    monkeypatch.setattr(torch, "empty", pinned)
+    kept = in_memory(bank.source, 8, pin=True)
+    # 3 x 2^12 bytes a matrix: 5 of them take 94 % of a power of two
+    assert sizes == [5 * MATRIX, 3 * MATRIX]
+    one, other = empty(3, MATRIX, dtype=torch.uint8), empty(3, MATRIX, dtype=torch.uint8)
+    kept.read([1, 4, 7], one)
+    bank.source.read([1, 4, 7], other)
+    assert torch.equal(one, other)

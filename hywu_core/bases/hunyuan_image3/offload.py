@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import HYWUError
+from ...generator.speed.offload import blocks_per_buffer
 from ...grouped import grouped_linear
 from .checkpoint import Folder, Slot, stored_tensors
 from .codecs import Codec, Plain
@@ -126,15 +127,20 @@ class Source:
 
 
 class InMemory(Source):
-    """A bank as bytes ``[experts, matrix]`` in memory, page-locked where the device is CUDA."""
+    """A bank in memory: pieces ``[n, matrix]`` of bytes, of n experts each (the last may have fewer).
 
-    def __init__(self, bank: Tensor, shape: tuple[int, int], codec: Codec) -> None:
+    Page-locked where the device is CUDA; pieces, because torch rounds such memory up to powers of two.
+    """
+
+    def __init__(self, pieces: Sequence[Tensor], shape: tuple[int, int], codec: Codec) -> None:
         super().__init__(shape, codec)
-        self.bank = bank
+        self.pieces = list(pieces)
 
     def read(self, experts: Sequence[int], into: Tensor) -> None:
+        each = len(self.pieces[0])
         for place_, expert in enumerate(experts):
-            into[place_].copy_(self.bank[expert], non_blocking=True)
+            piece = self.pieces[expert // each]
+            into[place_].copy_(piece[expert % each], non_blocking=True)
 
 
 class InFile(Source):
@@ -205,8 +211,10 @@ class CodedBank(nn.Module):
 
     def read(self) -> None:
         """Take the weights from where they are stored."""
-        made = _in_memory(self.source, self.num_experts, self._device)
-        self.coded = nn.Parameter(made.bank, requires_grad=False)
+        shape = (self.num_experts, self.source.matrix_bytes)
+        coded = torch.empty(shape, dtype=torch.uint8, device=self._device)
+        self.source.read(range(self.num_experts), coded)
+        self.coded = nn.Parameter(coded, requires_grad=False)
 
     def forward(self, x: Tensor, ends: Tensor, items: Tensor | None = None) -> Tensor:
         """See `GroupedLinear`. Waits for the device once, to learn which experts have rows."""
@@ -346,16 +354,22 @@ def offload(
                 continue
             assert slots is not None
             if rest == "ram":
-                source = _in_memory(source, count, torch.device("cpu"), device.type == "cuda")
+                source = in_memory(source, count, device.type == "cuda")
             made = OffloadedBank(bank, source, slots, placement.chunk, workspace)
             setattr(experts, name, made)
     return Offloaded(placement, slots, workspace)
 
 
-def _in_memory(source: Source, count: int, device: torch.device, pin: bool = False) -> InMemory:
-    bank = torch.empty(count, source.matrix_bytes, dtype=torch.uint8, device=device, pin_memory=pin)
-    source.read(range(count), bank)
-    return InMemory(bank, source.shape, source.codec)
+def in_memory(source: Source, count: int, pin: bool = False) -> InMemory:
+    """A bank of so many experts, copied to host memory."""
+    each = blocks_per_buffer(source.matrix_bytes, count) if pin else count
+    pieces = []
+    for first in range(0, count, each):
+        experts = range(first, min(first + each, count))
+        shape = (len(experts), source.matrix_bytes)
+        pieces.append(torch.empty(shape, dtype=torch.uint8, pin_memory=pin))
+        source.read(experts, pieces[-1])
+    return InMemory(pieces, source.shape, source.codec)
 
 
 def _sources(
