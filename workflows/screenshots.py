@@ -48,7 +48,8 @@ WIRES = """() => {
         const key = `${id}-${input ? 'in' : 'out'}-${slot}`;
         const dot = document.querySelector(`[data-slot-key="${key}"]`)?.getBoundingClientRect();
         if (dot?.width) return [dot.x + dot.width / 2, dot.y + dot.height / 2];
-        const [x, y] = graph.getNodeById(id).getConnectionPos(input, slot);
+        const node = graph.getNodeById(id);
+        const [x, y] = input ? node.getInputPos(slot) : node.getOutputPos(slot);
         return [(x + ds.offset[0]) * ds.scale + page.x, (y + ds.offset[1]) * ds.scale + page.y];
     };
     return [...graph.links.values()].map((l) => [l.origin_id, l.target_id,

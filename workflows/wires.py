@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 from .canvas import INPUT, OUTPUT, SLOT, TITLE, WIDGET
 
-#: How near a wire may come to a node that it doesn't belong to, and reach behind one that it does.
-MARGIN, BEHIND = 8, 8
+#: How near a wire may come to a node that it doesn't belong to, and reach behind one that it does: the
+#: classic renderer's sockets lie 10 within.
+MARGIN, BEHIND = 8, 16
 POINTS = 100
 
 
