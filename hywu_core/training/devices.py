@@ -5,7 +5,9 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,14 +74,35 @@ def make_accelerator(device: str | None, precision: str) -> Any:
             "environment variables (ACCELERATE_USE_CPU, CUDA_VISIBLE_DEVICES)."
         )
     if count > 1:
+        atexit.unregister(_leave)
         atexit.register(_leave)
     return made
 
 
 def _leave() -> None:
-    """End the group of processes before the interpreter does: what still waits for a peer would abort it."""
+    """End the group of processes before the interpreter does, and let its threads come to rest.
+
+    They outlive the group, which a wrapped module holds for good, and drop the tensors of a collective some time
+    after it; once the interpreter ends, that aborts the process.
+    """
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    tasks = Path("/proc/self/task")
+    calm = 0
+    for _ in range(300):
+        time.sleep(0.02)  # which lets them have the interpreter
+        calm = 0 if any(map(_busy, tasks.glob("*"))) else calm + 1
+        if calm == (3 if tasks.is_dir() else 25):
+            return
+
+
+def _busy(task: Path) -> bool:
+    """Whether a thread (Linux) is one of gloo's and runs, or waits to."""
+    try:
+        name, _, rest = (task / "stat").read_text().rpartition(")")
+    except OSError:
+        return False
+    return "gloo" in name and rest.split()[0] == "R"
 
 
 @contextlib.contextmanager
