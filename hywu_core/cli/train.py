@@ -76,6 +76,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="stop after N measurements without a better one (default 0: never)",
     )  # fmt: skip
     parser.add_argument("--tensorboard", action="store_true", help="also log for TensorBoard")
+    parser.add_argument("--wandb", action="store_true", help="also log to Weights & Biases")
     parser.add_argument("--editor", type=Path, help="another editor's file as the base")
     parser.add_argument("--device", help="such as cpu or cuda (default: the accelerator there is)")
     parser.add_argument("--commit", default="", help="commit of the code, kept in the provenance")

@@ -68,6 +68,7 @@ class Request:
     validation: float = 0.0
     patience: int = 0
     tensorboard: bool = False
+    wandb: bool = False
     editor: Path | None = None
     device: str | None = None
     commit: str = ""
@@ -142,7 +143,7 @@ class Training:
         return Trainer(
             self.base, strategy, data.batches, self.config, request.out, samples=data.samples,
             save_every=request.save_every, sample_every=request.sample_every,
-            tensorboard=request.tensorboard, device=request.device, validation=validation,
+            tensorboard=request.tensorboard, wandb=request.wandb, device=request.device, validation=validation,
             identity=data.identity | _made_of(request, self.base, strategy),
         )  # fmt: skip
 

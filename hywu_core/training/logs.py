@@ -1,9 +1,10 @@
-"""What a training leaves for people: a CSV, TensorBoard on request, a loss plot, sample grids."""
+"""What a training leaves for people: a CSV, TensorBoard and Weights & Biases on request, a loss plot, sample grids."""
 
 from __future__ import annotations
 
 import contextlib
 import csv
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import fingerprint
 from ..charts import draw_loss
 from ..errors import HYWUError, get_logger, need, one_line
 from ..files import atomic_path
@@ -23,16 +25,18 @@ FIELDS = ("step", "loss", "lr", "grad_norm", "seconds")
 class Log:
     """One row per logged step in a CSV file; rows after the step that a run resumes at are dropped.
 
+    wandb: also to Weights & Biases, one run per folder, in the project that WANDB_PROJECT names ("hywu").
     writes: False keeps the rows in memory only, as the processes do that aren't the main one.
     """
 
     def __init__(
-        self, folder: Path, resumed_at: int, tensorboard: bool = False, name: str = "log.csv",
+        self, folder: Path, resumed_at: int, tensorboard: bool = False, wandb: bool = False, name: str = "log.csv",
         fields: Sequence[str] = FIELDS, writes: bool = True,
     ) -> None:  # fmt: skip
         self.path, self.fields, self.writes = folder / name, fields, writes
         self.rows = [row for row in read_log(self.path, fields) if row["step"] <= resumed_at]
         self._board: Any = None
+        self._run: Any = None
         if not writes:
             return
         with atomic_path(self.path, overwrite=True) as part, part.open("w", newline="") as file:
@@ -45,6 +49,13 @@ class Log:
                 str(folder / "tensorboard"), purge_step=resumed_at + 1
             )
 
+        if wandb:
+            package = need("wandb", "to log for Weights & Biases")
+            self._run = package.init(
+                project=os.environ.get("WANDB_PROJECT", "hywu"), name=folder.name, dir=str(folder),
+                id=fingerprint.digest([str(folder.resolve())], 16), resume="allow",
+            )  # fmt: skip
+
     def add(self, row: Mapping[str, float]) -> None:
         self.rows.append(dict(row))
         if not self.writes:
@@ -55,7 +66,13 @@ class Log:
             for key in self.fields[1:]:
                 self._board.add_scalar(key, row[key], int(row["step"]))
 
+        if self._run is not None:
+            about = {key: row[key] for key in self.fields[1:]}
+            self._run.log(about, step=int(row["step"]))
+
     def close(self) -> None:
+        if self._run is not None:
+            self._run.finish()
         if self._board is not None:
             self._board.close()
 

@@ -80,6 +80,7 @@ class Trainer:
         save_every: int = 100,
         sample_every: int = 0,
         tensorboard: bool = False,
+        wandb: bool = False,
         device: str | None = None,
         channels_last: bool = False,
         identity: Mapping[str, Any] | None = None,
@@ -92,7 +93,7 @@ class Trainer:
         self.on_step, self.on_save, self.validation = on_step, on_save, validation
         self.config, self.folder, self.samples = config, Path(folder), samples
         self.save_every, self.sample_every = save_every, sample_every
-        self.tensorboard, self.extra = tensorboard, dict(extra or {})
+        self.boards, self.extra = (tensorboard, wandb), dict(extra or {})
         self.identity = {"strategy": strategy.name, "base": base.name, **(identity or {})}
         self.memory_format = torch.channels_last if channels_last else torch.preserve_format
         self.seconds, self.step, self.interrupted = 0.0, 0, False
@@ -102,11 +103,12 @@ class Trainer:
         config = self.config
         self.accelerator = make_accelerator(device, config.precision)
         self.device, processes = self.accelerator.device, self.accelerator.num_processes
-        if config.batch_size % (processes * config.accumulation):
+        parts = processes * config.accumulation
+        if config.batch_size % config.accumulation or config.batch_size < parts:
             raise HYWUError(
-                f"training: a batch of {config.batch_size} can't be split evenly over {processes} "
-                f"processes with {config.accumulation} parts each; choose a multiple of "
-                f"{processes * config.accumulation}."
+                f"training: a batch of {config.batch_size} can't be split evenly into {config.accumulation} parts "
+                f"with an example for each of {processes} processes; choose a multiple of {config.accumulation}, "
+                f"{parts} at least."
             )
         trained, base = self.strategy.trained, self.base.module
         self.parameters = {n: p for n, p in trained.named_parameters() if p.requires_grad}
@@ -139,7 +141,7 @@ class Trainer:
         frozen = self.strategy.trained is not self.base.module
         digest = frozen_digest(self.base.module) if frozen else ""
         self._resume()
-        log = Log(self.folder, self.step, self.tensorboard) if self._main else None
+        log = Log(self.folder, self.step, *self.boards) if self._main else None
         if self.validation is not None:
             self.validation.begin(self.folder, self.step, self._main)
         stop = min(self.config.steps, until or self.config.steps)
@@ -198,12 +200,13 @@ class Trainer:
         config, accelerator = self.config, self.accelerator
         for group in self.optimizer.param_groups:
             group["lr"] = lr_at(config, step)
-        parts = self._shares(step)
+        parts, usual = self._shares(step), config.batch_size / accelerator.num_processes
         total = torch.zeros((), device=self.device)
         for i, (batch, draws) in enumerate(parts):
             last = i == len(parts) - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(self.objective):
-                loss = self.objective(batch, draws) / len(parts)
+                # the mean over processes counts each the same, however many items it had
+                loss = self.objective(batch, draws) / (usual / len(batch))
                 accelerator.backward(loss)
             total += loss.detach().float()
         norm = accelerator.clip_grad_norm_(self.parameters.values(), config.clip)
@@ -222,11 +225,12 @@ class Trainer:
                 f"{self.config.batch_size}."
             )
         draws = self.base.draw(whole, _mix(self.config.seed, step))
-        size = len(whole) // self.accelerator.num_processes
-        start, part = self.accelerator.process_index * size, size // self.config.accumulation
+        size, config = len(whole), self.config
+        parts = self.accelerator.num_processes * config.accumulation
+        first = self.accelerator.process_index * config.accumulation
         shares = []
-        for at in range(start, start + size, part):
-            items = list(range(at, at + part))
+        for part in range(first, first + config.accumulation):
+            items = list(range(part * size // parts, (part + 1) * size // parts))
             share = {key: value[items] for key, value in draws.items()}
             shares.append(self._on_device(whole.select(items), share))
         return shares

@@ -90,6 +90,27 @@ def test_a_run_of_two_processes_goes_on_with_one(two, tmp_path):
     assert max(float((one[key] - both[key]).abs().max()) for key in one) < 1e-3
 
 
+def test_a_run_of_two_processes_goes_on_with_three_whose_shares_differ(two, tmp_path):
+    """Batches of 8 examples: 2, 3 and 3."""
+    for combination in ("hywu-adamw", "shared-muon"):
+        shutil.copytree(two / combination, tmp_path / combination)
+    done = torchrun(3, str(TOY), str(tmp_path), "8", "8", "hywu-adamw", "shared-muon")
+    assert done.returncode == 0, done.stderr[-3000:]
+    for combination in ("hywu-adamw", "shared-muon"):
+        name, optimizer = combination.split("-")
+        state = tmp_path / combination / "state.safetensors"
+        assert (read_header(state)["processes"], read_header(state)["step"]) == (3, 8)
+        shutil.copytree(two / combination, tmp_path / "one" / combination)
+        toy.make_trainer(tmp_path / "one" / combination, name, optimizer=optimizer).run()
+        before = parameters(two / combination)
+        one, three = parameters(tmp_path / "one" / combination), parameters(tmp_path / combination)
+        moved, apart = (
+            sum(float((one[key] - other[key]).square().sum()) for key in one) ** 0.5
+            for other in (before, three)
+        )
+        assert apart < (1e-3 if optimizer == "adamw" else 0.1) * moved
+
+
 def train(out: Path, *more: str) -> list[str]:
     """The arguments of `hywu train` on the tiny editor, as docs/training.md has them."""
     return ["-m", "hywu_core.cli", "train", "--out", str(out), "--steps", "2", "--strategy", "shared",

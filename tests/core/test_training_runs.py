@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+import types
 
 import pytest
 import torch
@@ -255,3 +257,30 @@ def test_channels_last_trains_the_same(tmp_path):
     toy.make_trainer(tmp_path / "two", "sft", channels_last=True).run()
     one, two = (read_tensors(tmp_path / n / STATE)[0] for n in ("one", "two"))
     assert max(float((one[k] - two[k]).abs().max()) for k in one) < 1e-4
+
+
+# -- Weights & Biases --------------------------------------------------------------------------------
+
+
+def test_weights_and_biases_get_one_run_per_folder_or_are_asked_for_by_name(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(HYWUError, match="wandb is needed to log for Weights & Biases: .*pip inst"):
+        toy.make_trainer(tmp_path, wandb=True).run()
+    logged: dict[str, list[int]] = {}
+
+    class Run:
+        def __init__(self, **given):
+            assert (given["project"], given["resume"]) == ("hywu", "allow")
+            self.steps = logged.setdefault(given["id"], [])
+
+        def log(self, values, step):
+            assert values["loss"] > 0
+            self.steps.append(step)
+
+        def finish(self):
+            self.steps.append(-1)
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=Run))
+    toy.make_trainer(tmp_path, wandb=True).run(until=3)
+    toy.make_trainer(tmp_path, wandb=True).run()
+    assert list(logged.values()) == [[1, 2, 3, -1, 4, 5, 6, 7, 8, -1]]

@@ -102,7 +102,7 @@ def make_strategy(base: ToyBase, name: str, rank: int = 2):
 
 
 #: Arguments of `Trainer`; all others of `make_trainer` are settings.
-OPTIONS = ("device", "identity", "on_step", "on_save", "channels_last", "save_every")
+OPTIONS = ("device", "identity", "wandb", "on_step", "on_save", "channels_last", "save_every")
 
 
 def make_trainer(folder: Path, name: str = "hywu", **settings) -> Trainer:
