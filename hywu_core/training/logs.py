@@ -83,6 +83,8 @@ def read_log(path: Path, fields: Sequence[str] = FIELDS) -> list[dict[str, float
     """
     if not path.exists():
         return []
+    if not path.is_file():  # a pipe's reader waits for ever
+        raise HYWUError(f"{path}: is no file, and a log goes there; move it away.")
     rows = []
     try:
         with path.open(encoding="utf-8", newline="") as file:

@@ -304,3 +304,23 @@ def test_lines_of_logs_can_be_written_anywhere():
         logger.removeHandler(handler)
     stream.flush()
     assert stream.buffer.getvalue() == b"module half \\ud83d of 3\n100 % \\udc80\n"
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_what_is_promised_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch, folder):
+    """A rename outlives a power loss before the bytes do."""
+    target, done = tmp_path / "it", []
+    real = os.fsync
+
+    def sync(handle):
+        done.append(target.exists())
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    if folder:
+        with atomic.atomic_folder(target) as new:
+            (new / "a").write_text("a")
+    else:
+        with atomic.atomic_path(target) as part:
+            part.write_text("a")
+    assert done == [False, True] or (os.name == "nt" and done == [False])

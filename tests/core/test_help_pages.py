@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from urllib.parse import urljoin
 
 import node_definitions as nodes
 import pytest
@@ -53,3 +54,21 @@ def test_the_page_that_frontends_ask_for_first_is_the_same(name):
     """They ask for en.md and, where it isn't there, say so in the console before they take NAME.md, which is
     also what all other languages get. `python3 dev.py help-images` copies it."""
     assert (DOCS / name / "en.md").read_bytes() == (DOCS / f"{name}.md").read_bytes()
+
+
+def test_scripts_are_imported_from_where_comfyui_lies():
+    """Under a path of a reverse proxy too: `/scripts/app.js` would leave it."""
+    found = 0
+    for file in sorted((nodes.ROOT / "web" / "js").glob("*.js")):
+        place = f"http://host/comfy/extensions/hywu/js/{file.name}"
+        for name in re.findall(
+            r"""(?:from|import\()\s*["']([^"']+)["']""", file.read_text("utf-8")
+        ):
+            leads = urljoin(place, name)
+            own = leads.startswith("http://host/comfy/extensions/hywu/js/")
+            assert own or re.fullmatch("http://host/comfy/scripts/[a-z]+[.]js", leads), (
+                file.name,
+                name,
+            )
+            found += not own
+    assert found >= 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 import types
 
@@ -284,3 +285,17 @@ def test_weights_and_biases_get_one_run_per_folder_or_are_asked_for_by_name(tmp_
     toy.make_trainer(tmp_path, wandb=True).run(until=3)
     toy.make_trainer(tmp_path, wandb=True).run()
     assert list(logged.values()) == [[1, 2, 3, -1, 4, 5, 6, 7, 8, -1]]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+def test_a_pipe_in_the_logs_place_is_said(tmp_path):
+    os.mkfifo(tmp_path / "log.csv")
+    with pytest.raises(HYWUError, match="is no file"):
+        read_log(tmp_path / "log.csv")
+
+
+@pytest.mark.parametrize("data", [b"step,loss\n\xff\xfe", b'step,loss\n"' + b"x" * 200_000])
+def test_a_log_that_is_no_text_is_said(tmp_path, data):
+    (tmp_path / "log.csv").write_bytes(data)
+    with pytest.raises(HYWUError, match="move it away"):
+        read_log(tmp_path / "log.csv")

@@ -7,8 +7,8 @@
  * Only what both the frontend of ComfyUI 0.3.75 and the current ones offer is used (a DOM widget, which
  * the canvas and the Vue nodes both place), and each piece is asked for before it is used.
  */
-import { app } from "/scripts/app.js";
-import { api } from "/scripts/api.js";
+import { app } from "../../../scripts/app.js";
+import { api } from "../../../scripts/api.js";
 import { currentLocale, translateDefinitions, translateNode } from "./locale.js";
 import { notice } from "./notices.js";
 import { element, frame, grow, nodesAt, panel, panelOf, removePanel } from "./panel.js";

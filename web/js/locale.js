@@ -3,8 +3,8 @@
  * stay English. Here the same locales are applied once more, by hand; a frontend that has applied them
  * already (all current ones) is left alone.
  */
-import { app } from "/scripts/app.js";
-import { api } from "/scripts/api.js";
+import { app } from "../../../scripts/app.js";
+import { api } from "../../../scripts/api.js";
 
 const PREFIX = "HYWU";
 /** Class -> {locale, english, display_name, description, inputs, outputs}, of nodes that stayed English. */

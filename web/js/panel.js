@@ -2,7 +2,7 @@
  * A panel of a node's own: an element of the page that the canvas and the Vue nodes both place, as a widget
  * that is neither sent with a prompt nor saved.
  */
-import { app } from "/scripts/app.js";
+import { app } from "../../../scripts/app.js";
 
 export function element(tag, style, text = "") {
   const made = document.createElement(tag);
