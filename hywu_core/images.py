@@ -29,6 +29,8 @@ DENSEST = 9000
 
 #: What a gray PNG of few bits says is transparent counts in those bits; the pixels come in 8.
 _GRAY_STEPS = {"1": 255, "L;1": 255, "L;2": 85, "L;4": 17}
+#: Of files that are images.
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
 def load_image(file: str | Path | BinaryIO) -> Image.Image:

@@ -37,6 +37,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "eval": (".eval", "WU-Eval, GEdit-Bench, ImgEdit-Bench, human GSB"),
     "hunyuan": (".hunyuan", "the published system: HunyuanImage-3.0-Instruct with HY-WU"),
     "comfy": (".comfy", "run a workflow on a ComfyUI server"),
+    "comfy batch": (".comfy_batch", "many images through a workflow, on several servers"),
 }
 
 EPILOG = "`hywu COMMAND --help` explains one command and shows an example."
@@ -62,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv:
         parser.print_help()
         return 0
-    args = parser.parse_args(argv[:1])
+    words = 2 if " ".join(argv[:2]) in COMMANDS else 1
+    args = parser.parse_args([" ".join(argv[:words])])
     module = importlib.import_module(COMMANDS[args.command][0], package=__package__)
     command = argparse.ArgumentParser(
         prog=f"hywu {args.command}",
@@ -70,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     module.configure(command)
-    parsed = command.parse_args(argv[1:])
+    parsed = command.parse_args(argv[words:])
     with _ended_like_ctrl_c():
         return _run(args.command, lambda: int(module.run(parsed) or 0))
 

@@ -117,12 +117,12 @@ def generate(
         count = GenerationCount(kept=len(chosen.items) - len(missing))
         failures = Failures(results)
         failures.settle(items)  # a killed run may have left half a line
-        title = f"generating {results.method}"
+        title, close = f"generating {results.method}", getattr(editor, "close", None)
         try:
             with tqdm(
                 total=len(chosen.items), initial=count.kept, desc=title, disable=not progress
             ) as bar:
-                for item, reason in in_threads(missing, make, editor.parallel):
+                for item, reason in in_threads(missing, make, editor.parallel, close):
                     if reason:
                         count.failed[item.id] = reason
                         failures.add(item, reason)
@@ -131,6 +131,8 @@ def generate(
                         count.made += 1
                         bar.update()
         finally:
+            if close is not None:
+                close()
             failures.settle(items)
     return count
 

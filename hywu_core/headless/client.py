@@ -20,6 +20,7 @@ from ..files import FORBIDDEN, parse_json
 from .address import Address
 from .follow import Follower
 from .trouble import (
+    Busy,
     Cleared,
     Denied,
     Interrupted,
@@ -34,7 +35,7 @@ from .trouble import (
 )
 
 __all__ = [
-    "Cleared", "Client", "Denied", "Interrupted", "NodeFailed", "Refused", "Removed", "Restarted",
+    "Busy", "Cleared", "Client", "Denied", "Interrupted", "NodeFailed", "Refused", "Removed", "Restarted",
     "ServerError", "ServerGone", "TimedOut", "describe_refusal", "outputs", "run_sync",
 ]  # fmt: skip
 
@@ -44,6 +45,11 @@ PASSING = BUSY | {408, 500, 502, 504}
 
 #: (node id or None, steps done, steps in all), called as the server reports.
 Progress = Callable[["str | None", int, int], None]
+
+
+def new_id() -> str:
+    """An id for a prompt, as ComfyUI's frontend makes them."""
+    return str(uuid.uuid4())
 
 
 class Client:
@@ -155,6 +161,29 @@ class Client:
             )
         return "/".join(filter(None, (answer.get("subfolder"), answer["name"])))
 
+    async def upload_temporary(self, name: str, data: bytes) -> str:
+        """Upload an image into the server's temporary folder, over one of this name.
+
+        The server empties that folder when it starts and ends, see also `empty`. Returns what LoadImage calls it.
+        Raises Busy where the server may take it later.
+        """
+        form = self.http.FormData(quote_fields=False)
+        form.add_field("image", data, filename=name)
+        form.add_field("type", "temp")
+        form.add_field("overwrite", "true")
+        status, body = await self.call("POST", "/upload/image", data=form)
+        if status != 200:
+            kind = Busy if status in PASSING else ServerError
+            raise kind(f"{self.url} takes no upload (HTTP {status}: {self._said(body)}).")
+        answer = parse_json(body, f"{self.url}/upload/image", dict, finite=False)
+        place = "/".join(filter(None, (answer.get("subfolder"), str(answer.get("name") or name))))
+        return f"{place} [temp]"
+
+    async def empty(self, name: str) -> None:
+        """Take the bytes of a temporary upload, as ComfyUI can't delete one; no failure of it counts."""
+        with contextlib.suppress(HYWUError, asyncio.TimeoutError):
+            await asyncio.wait_for(self.upload_temporary(name, b""), 15)
+
     async def declared(self, kind: str) -> dict[str, Any]:
         """Input -> its declaration ``[type, options]`` of a class of nodes; empty where it isn't said."""
         try:
@@ -171,7 +200,7 @@ class Client:
 
         prompt: the id it shall have.
         """
-        prompt = prompt or str(uuid.uuid4())
+        prompt = prompt or new_id()
         body = {"prompt": graph, "client_id": self.id, "prompt_id": prompt}
         status, raw = await self._asked_again("POST", "/prompt", BUSY, json=body)
         try:
@@ -183,6 +212,8 @@ class Client:
                 f"No ComfyUI answers at {self.url} (HTTP {status} for /prompt); give the address at "
                 "which its page opens."
             )
+        if status in BUSY:
+            raise Busy(f"{self.url} takes no prompts now (HTTP {status}: {self._said(raw)}).")
         if status != 200:
             raise Refused(f"The server refused the workflow: {self._refusal(answer)}.")
         if not isinstance(answer, dict) or not isinstance(answer.get("prompt_id"), str):
@@ -202,6 +233,18 @@ class Client:
         """Take a prompt out of the queue, or stop it where it runs."""
         await self.call("POST", "/queue", json={"delete": [prompt]})
         await self.call("POST", "/interrupt", json={"prompt_id": prompt})
+
+    async def knows(self, prompt: str) -> bool:
+        """Whether the server has a prompt, in whatever state. Raises ServerError where it doesn't say."""
+        # in this order: a prompt goes from the queue to the records, never back
+        lists = await self.json("GET", "/queue")
+        rows = [row for part in ("queue_running", "queue_pending") for row in lists.get(part) or ()]
+        return any(prompt in row[1:2] for row in rows) or bool(await self.history(prompt))
+
+    async def withdraw(self, prompt: str) -> bool:
+        """Take a prompt that still waits out of the queue; whether it is out, and wasn't run."""
+        await self.call("POST", "/queue", json={"delete": [prompt]})
+        return not await self.knows(prompt)
 
     async def free(self) -> None:
         """Unload the server's models and drop its caches."""
@@ -237,30 +280,35 @@ class Client:
         Cancelling (Ctrl-C) interrupts the prompt on the server. Raises Refused, NodeFailed, Interrupted,
         TimedOut, Removed, Cleared, Restarted, ServerGone, Denied.
         """
-        follower = Follower(self, str(uuid.uuid4()), progress, events)
+        follower = Follower(self, new_id(), progress, events)
         async with follower.listening():
             try:
                 return await asyncio.wait_for(self._queue_and_follow(graph, follower), self.timeout)
             except asyncio.TimeoutError as error:
-                await self._take_back(follower.prompt)
+                await self.take_back(follower.prompt)
                 raise TimedOut(
                     f"The prompt took longer than {self.timeout:g} s and was interrupted: "
                     "give it more with --timeout."
                 ) from error
             except asyncio.CancelledError:
-                await self._take_back(follower.prompt)
+                await self.take_back(follower.prompt)
                 raise
 
     async def _queue_and_follow(self, graph: dict[str, Any], follower: Follower) -> dict[str, Any]:
+        await self.enter(graph, follower)
+        return await follower.end()
+
+    async def enter(self, graph: dict[str, Any], follower: Follower) -> None:
+        """Queue a graph under a follower's id. Raises Refused, ServerGone."""
         try:
             follower.prompt = await self.queue(graph, follower.prompt)
         except ServerGone:
             # the answer may have got lost behind a prompt that was taken
             if not await follower.known():
                 raise
-        return await follower.end()
 
-    async def _take_back(self, prompt: str) -> None:
+    async def take_back(self, prompt: str) -> None:
+        """`interrupt`, for as long as a server may take that doesn't answer; no failure of it counts."""
         with contextlib.suppress(ServerError, asyncio.TimeoutError):
             await asyncio.wait_for(self.interrupt(prompt), 15)
 

@@ -17,6 +17,7 @@ from .trouble import (
     Restarted,
     ServerError,
     ServerGone,
+    TimedOut,
     check_record,
     failure,
 )
@@ -34,22 +35,30 @@ NOWHERE = 4
 
 
 class Follower:
-    """One prompt on one server. `prompt` is its id."""
+    """One prompt on one server. `prompt` is its id. limit: seconds that it may run, once it has begun."""
 
     def __init__(
         self,
         client: Client,
         prompt: str,
-        progress: Callable[[str | None, int, int], None] | None,
+        progress: Callable[[str | None, int, int], None] | None = None,
         events: Callable[[str, dict[str, Any]], None] | None = None,
+        limit: float | None = None,
     ) -> None:
         self.client, self.prompt, self.progress, self.events = client, prompt, progress, events
+        self.limit = limit
+        #: When it was first seen running, or ended; None before.
+        self.began: float | None = None
         self._look = asyncio.Event()
         self._open, self._tried = False, asyncio.Event()
         self._dropped = self._unanswered = False
         #: What is known of it: "" nothing, "waiting", "running", "done".
         self._seen = ""
         self._failure: ServerError | None = None
+
+    def look(self) -> None:
+        """Ask the server now, not after the usual pause."""
+        self._look.set()
 
     # -- hints ------------------------------------------------------------------------------------
 
@@ -100,10 +109,15 @@ class Follower:
                 self.progress(data.get("node"), int(data["value"]), int(data["max"]))
         except (HYWUError, KeyError, TypeError, ValueError):
             return  # a hint that can't be read is none
-        self._seen = "done" if kind == "execution_success" else self._seen or "running"
+        self._is("done" if kind == "execution_success" else "running")
         self._failure = self._failure or failure(kind, data)
         if self._failure or self._seen == "done":
             self._look.set()
+
+    def _is(self, state: str) -> None:
+        self._seen = state if self._seen != "done" else "done"
+        if state != "waiting" and self.began is None:
+            self.began = time.monotonic()
 
     # -- the truth ----------------------------------------------------------------------------------
 
@@ -127,6 +141,8 @@ class Follower:
                 raise self._failure
             if nowhere >= NOWHERE:
                 raise await self._lost()
+            if self.limit and self.began and time.monotonic() - self.began > self.limit:
+                raise TimedOut(f"The prompt ran for more than {self.limit:g} s.")
             await self._pause(0.25 if nowhere else None)
 
     async def known(self) -> bool:
@@ -143,7 +159,7 @@ class Follower:
             rows = lists.get(name) if isinstance(lists, dict) else None
             for row in rows if isinstance(rows, list) else ():
                 if isinstance(row, (list, tuple)) and self.prompt in row[1:2]:
-                    self._seen = state if self._seen != "done" else self._seen
+                    self._is(state)
                     return True
         return False
 

@@ -59,6 +59,39 @@ def find_node(graph: Graph, name: str) -> str:
     )
 
 
+def locate(graph: Graph, name: str) -> tuple[str, str]:
+    """(node id, input) of ``NODE.input``. Raises HYWUError where there is none."""
+    node, dot, key = name.rpartition(".")
+    if not dot:
+        raise HYWUError(f"{name}: must be NODE.input, for instance 12.image.")
+    node = find_node(graph, node)
+    if key not in (inputs := graph[node]["inputs"]):
+        raise HYWUError(f"Node {node} has no input {key}; it has: {', '.join(inputs)}.")
+    return node, key
+
+
+def instruction_input(graph: Graph) -> tuple[str, str]:
+    """Where a graph takes its instruction: an input of that name, or the text that is connected to it.
+
+    Raises HYWUError unless there is one such place.
+    """
+    found = set()
+    for name, node in graph.items():
+        value = node["inputs"].get("instruction")
+        if isinstance(value, str):
+            found.add((name, "instruction"))
+        elif isinstance(value, list) and value and isinstance(graph.get(value[0]), dict):
+            inputs = graph[value[0]]["inputs"]
+            found |= {(value[0], key) for key, text in inputs.items() if isinstance(text, str)}
+    if len(found) != 1:
+        there = ", ".join(sorted(".".join(place) for place in found)) or "none"
+        raise HYWUError(
+            f"The workflow has no one input for the instruction (found: {there}); say which with "
+            "--instruction-input NODE.input."
+        )
+    return found.pop()
+
+
 def _kind(node: Mapping[str, Any]) -> str:
     kind = node.get("class_type")
     return kind if isinstance(kind, str) else ""

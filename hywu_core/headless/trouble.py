@@ -29,6 +29,10 @@ class Refused(ServerError):
     exit_code = 4
 
 
+class Busy(Refused):
+    """The server takes no more for now: its queue, or what stands before it, is full."""
+
+
 class NodeFailed(ServerError):
     """A node raised an exception."""
 

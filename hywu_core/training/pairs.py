@@ -18,14 +18,12 @@ from torch import Tensor
 from .. import fingerprint
 from ..errors import HYWUError, get_logger, need, one_line
 from ..files import parse_json, read_json_lines
-from ..images import MAX_SIDE, image_size, load_image, read_image
+from ..images import MAX_SIDE, SUFFIXES, image_size, load_image, read_image
 
 logger = get_logger(__name__)
 
 #: Images of a row besides source and target.
 MAX_REFERENCES = 2
-#: Endings of images in folders and shards.
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)

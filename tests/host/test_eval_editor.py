@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from PIL import Image
+
 from hywu_core.cli import main
 from hywu_core.headless.local import LocalServer, free_port
 
@@ -39,3 +41,27 @@ def test_a_workflow_as_an_editor(server: LocalServer, tmp_path: Path):
     failures = (out / "gone" / "failures.jsonl").read_text().splitlines()
     assert len(failures) == 2
     assert all("No ComfyUI answers" in json.loads(line)["error"] for line in failures)
+
+
+def test_many_images_through_a_server_beside_one_that_is_not_there(server: LocalServer, tmp_path):
+    """`hywu comfy batch`: results named after their sources, nothing left of the uploads."""
+    (tmp_path / "blur.json").write_text(json.dumps(BLUR))
+    sources = tmp_path / "sources"
+    sources.mkdir()
+    for name, shade in (("a.png", 40), ("b.jpg", 200)):
+        Image.new("RGB", (32, 32), (shade, 0, 0)).save(sources / name)
+    gone = f"http://127.0.0.1:{free_port()}"
+    command = ["comfy", "batch", str(sources), "--workflow", str(tmp_path / "blur.json")]
+    command += ["--server", gone, "--server", server.url, "--out", str(tmp_path / "out")]
+    assert main([*command, "--set", "2.blur_radius=3"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").open()]
+    assert sorted((row["name"], row["server"]) for row in rows) == [
+        ("a", server.url), ("b", server.url),
+    ]  # fmt: skip
+    for name, shade in (("a.png", 40), ("b.png", 200)):
+        red = Image.open(tmp_path / "out" / name).getpixel((16, 16))[0]
+        assert abs(red - shade) <= 2
+    uploads = list((Path(server.base) / "temp").rglob("hywu_*"))
+    assert len(uploads) == 2
+    assert all(path.stat().st_size == 0 for path in uploads)
+    assert main([*command, "--set", "2.blur_radius=9"]) == 1  # another workflow
