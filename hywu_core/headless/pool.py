@@ -86,13 +86,9 @@ class _Run:
         self.queued = self.stolen = self.contested = False
 
     @property
-    def began(self) -> bool:
-        return self.follower is not None and self.follower.began is not None
-
-    @property
     def waits(self) -> bool:
         """Whether another server may have it."""
-        return self.queued and not (self.began or self.stolen or self.contested)
+        return self.queued and not (self.follower.began or self.stolen or self.contested)
 
 
 class _Server:
@@ -133,6 +129,7 @@ class Pool:
         self._news = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._releases: list[asyncio.Task[None]] = []
+        self._closed = False
         #: Why there is no server left.
         self.failed: ServerError | None = None
 
@@ -152,9 +149,12 @@ class Pool:
 
     async def __aexit__(self, *_: object) -> None:
         """Take back what is on the servers."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._closed, tasks = True, set(self._tasks)
+        while tasks:
+            for task in tasks:
+                task.cancel()
+            # wait_for of Python before 3.12 may drop a cancellation
+            _, tasks = await asyncio.wait(tasks, timeout=20)
         await asyncio.gather(*self._releases, return_exceptions=True)
         for end in self._ends.values():
             end.cancel()
@@ -219,6 +219,8 @@ class Pool:
     async def _next(self, server: _Server) -> Work:
         while True:
             await server.up.wait()
+            if self._closed:
+                raise asyncio.CancelledError
             work = None if server.unfit else self._take(server) or await self._steal(server)
             if work is not None:
                 return work
@@ -341,7 +343,7 @@ class Pool:
 
     def _lost(self, server: _Server, run: _Run, error: ServerError) -> None:
         """The work goes to the others; not for ever, where a server went away whenever it ran."""
-        if run.began or isinstance(error, Removed):
+        if (run.queued and run.follower.began) or isinstance(error, Removed):
             run.work.deaths += 1
             run.work.avoid.add(server.url)
         self._again(run.work, error, run.work.deaths >= DEATHS)
@@ -360,13 +362,12 @@ class Pool:
         server.trouble = error
         if server.up.is_set():
             server.up.clear()
-            self._tasks = [task for task in self._tasks if not task.done()]
             self._tasks.append(asyncio.create_task(self._revive(server)))
             log.warning("%s rests: %s", server.url, error)
 
     async def _revive(self, server: _Server) -> None:
         async with server.client() as client:
-            while not server.up.is_set():
+            while not (server.up.is_set() or self._closed):
                 await asyncio.sleep(server.pause)
                 server.pause = min(2 * server.pause, LONGEST_PAUSE)
                 try:
