@@ -153,6 +153,7 @@ class Batch:
                             done += self._end(running.pop(task), task, pool)
                         progress(done, len(self.failed))
             finally:
+                await asyncio.gather(*running, return_exceptions=True)
                 self._write_failures()
 
     def _begin(
