@@ -73,8 +73,8 @@ def test_the_rate_with_the_lowest_loss_is_taken_and_kept(make, monkeypatch, trai
 def test_trials_of_another_plan_do_not_count(make, monkeypatch, trainings, tmp_path):
     rates(monkeypatch, 1e-3)
     make().learning_rate(SHARED)
-    for folder in (tmp_path / "tuning").glob("*/"):
-        (folder / "state.safetensors").unlink(missing_ok=True)
+    for state in (tmp_path / "tuning").glob("*/state.safetensors"):
+        state.unlink()
     make(seed=1).learning_rate(SHARED)
     assert [t.config.seed for t in trainings] == [0, 1]
 

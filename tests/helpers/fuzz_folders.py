@@ -336,7 +336,7 @@ def experiment(folder: Path) -> Path:
     (folder / "conflict").mkdir()
     told = {
         "plan": as_json(ConflictPlan().to_json()),
-        "editor": {"editor": editor_identity(_editor())},
+        "editor": {"editor": editor_identity(load_editor())},
         "tasks": VERSION,
     }
     (folder / "conflict" / "plan.json").write_text(json.dumps(told))
