@@ -133,13 +133,19 @@ def test_decoding_holds_what_its_budget_says(method):
 
 
 def test_the_least_budget_of_a_quantized_folder(quantized):
-    """One matrix stored twice and decoded once beside the fixed weights; a byte less is refused."""
+    """One matrix stored twice and decoded once beside the fixed weights; of a byte less, dense parts are dropped."""
     codec, placement = codec_of(quantized.name), load(quantized).offloaded.placement
     largest = max(64 * codec.row_bytes(48), 48 * codec.row_bytes(64))
     least = placement.fixed_bytes + 2 * largest + placement.decode_bytes - 7 * 64 * 48 * 4
-    assert load(quantized, budget=least).offloaded.placement.total_bytes == least
-    with pytest.raises(HYWUError, match=f"at least {least:,} .*one that is decoded"):
-        load(quantized, budget=least - 1)
+    kept = load(quantized, budget=least).offloaded.placement
+    assert (kept.total_bytes, kept.dropped) == (least, 0)
+    assert load(quantized, budget=least - 1).offloaded.placement.dropped > 0
+    with pytest.raises(HYWUError, match="one that is decoded") as caught:
+        load(quantized, budget=1)
+    smallest = int(str(caught.value).split("at least ")[1].split()[0].replace(",", ""))
+    assert load(quantized, budget=smallest).offloaded.placement.total_bytes == smallest < least
+    with pytest.raises(HYWUError, match=f"at least {smallest:,} "):
+        load(quantized, budget=smallest - 1)
 
 
 def test_killed_and_run_again(tmp_path):

@@ -72,7 +72,7 @@ def test_a_lora_is_of_the_weights_that_were_loaded(call, checkpoint, condition, 
 @pytest.mark.parametrize("way", ["over it", "in its place"])
 def test_a_file_swapped_with_its_times_kept_is_loaded_anew(nodes, checkpoint, tmp_path, way):
     node = nodes["HYWULoadGenerator"]
-    before, at = node.IS_CHANGED(checkpoint.name, "auto"), checkpoint.stat()
+    before, at = node.IS_CHANGED(checkpoint=checkpoint.name, precision="auto"), checkpoint.stat()
     kept = shutil.copy2(checkpoint, tmp_path)
     other = shutil.copy2(checkpoint, tmp_path / "other.safetensors")
     os.utime(other, ns=(at.st_atime_ns, at.st_mtime_ns))
@@ -83,13 +83,16 @@ def test_a_file_swapped_with_its_times_kept_is_loaded_anew(nodes, checkpoint, tm
             checkpoint.unlink()
             shutil.copy2(other, checkpoint)
         assert checkpoint.stat().st_mtime_ns == at.st_mtime_ns
-        assert node.IS_CHANGED(checkpoint.name, "auto") != before
+        assert node.IS_CHANGED(checkpoint=checkpoint.name, precision="auto") != before
     finally:
         shutil.copy2(kept, checkpoint)
 
 
 def test_nothing_changed_is_the_same(call, nodes, checkpoint, condition):
-    stamps = {nodes["HYWULoadGenerator"].IS_CHANGED(checkpoint.name, "auto") for _ in range(3)}
+    stamps = {
+        nodes["HYWULoadGenerator"].IS_CHANGED(checkpoint=checkpoint.name, precision="auto")
+        for _ in range(3)
+    }
     assert len(stamps) == 1
     first, lora = generated(call, checkpoint.name, condition)
     second, same = generated(call, checkpoint.name, condition)
