@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,10 @@ class Training:
     def __init__(self, request: Request, say: Callable[[str], None]) -> None:
         self.request, self.say = request, say
         editor = load_editor(request.editor or bundled("editor"))
-        self.base = EditorBase(editor, error=_error(request), at_start=_at_start(request))
+        state = request.out / STATE
+        self.header = state_header(state) if state.exists() else {}
+        error = _error(request, self.header)
+        self.base = EditorBase(editor, error=error, at_start=_at_start(self.header))
         self.data = _data(
             request, getattr(editor.config, "train_size", ConflictPlan.crop_size), say
         )
@@ -114,8 +117,7 @@ class Training:
         self.main = self.trainer.accelerator.is_main_process
 
     def _config(self) -> TrainConfig:
-        request, state = self.request, self.request.out / STATE
-        header = state_header(state) if state.exists() else {}
+        request, state, header = self.request, self.request.out / STATE, self.header
         recorded = header.get("config", {})
         if header and request.data is None and "identity" not in header:
             raise HYWUError(
@@ -246,24 +248,19 @@ def _strategy(request: Request, base: EditorBase) -> Strategy:
     return HyperNetwork(base, config, request.checkpointing)
 
 
-def _error(request: Request) -> str:
+def _error(request: Request, header: Mapping[str, Any]) -> str:
     """As asked for, or that of the recipe which made the bundled weights; a run that was begun keeps its own."""
-    state = request.out / STATE
-    if not state.exists():
+    if not header:
         return request.error or "log"
-    begun = (
-        state_header(state).get("identity", {}).get("error", "mse")
-    )  # what runs had that don't say it
-    refuse_differences({"error": begun}, {"error": request.error or begun}, state)
+    begun = header.get("identity", {}).get("error", "mse")  # what runs had that don't say it
+    asked = {"error": request.error or begun}
+    refuse_differences({"error": begun}, asked, request.out / STATE)
     return begun
 
 
-def _at_start(request: Request) -> float:
+def _at_start(header: Mapping[str, Any]) -> float:
     """Of the recipe; a run that was begun keeps its own, and former ones had none at t = 1."""
-    state = request.out / STATE
-    return (
-        state_header(state).get("identity", {}).get("at_start", 0.0) if state.exists() else AT_START
-    )
+    return header.get("identity", {}).get("at_start", 0.0) if header else AT_START
 
 
 def _made_of(request: Request, base: EditorBase, strategy: Strategy) -> dict[str, Any]:

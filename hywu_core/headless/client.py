@@ -234,12 +234,20 @@ class Client:
         await self.call("POST", "/queue", json={"delete": [prompt]})
         await self.call("POST", "/interrupt", json={"prompt_id": prompt})
 
+    async def place(self, prompt: str) -> str:
+        """Where a prompt is in the queue: "running", "waiting", or "" for nowhere."""
+        lists = await self.json("GET", "/queue")
+        for name, state in (("queue_running", "running"), ("queue_pending", "waiting")):
+            rows = lists.get(name) if isinstance(lists, dict) else None
+            for row in rows if isinstance(rows, list) else ():
+                if isinstance(row, (list, tuple)) and prompt in row[1:2]:
+                    return state
+        return ""
+
     async def knows(self, prompt: str) -> bool:
         """Whether the server has a prompt, in whatever state. Raises ServerError where it doesn't say."""
         # in this order: a prompt goes from the queue to the records, never back
-        lists = await self.json("GET", "/queue")
-        rows = [row for part in ("queue_running", "queue_pending") for row in lists.get(part) or ()]
-        return any(prompt in row[1:2] for row in rows) or bool(await self.history(prompt))
+        return bool(await self.place(prompt)) or bool(await self.history(prompt))
 
     async def withdraw(self, prompt: str) -> bool:
         """Take a prompt that still waits out of the queue; whether it is out, and wasn't run."""

@@ -154,14 +154,9 @@ class Follower:
             return False
 
     async def _queued(self) -> bool:
-        lists = await self._ask(self.client.json("GET", "/queue"))
-        for name, state in (("queue_running", "running"), ("queue_pending", "waiting")):
-            rows = lists.get(name) if isinstance(lists, dict) else None
-            for row in rows if isinstance(rows, list) else ():
-                if isinstance(row, (list, tuple)) and self.prompt in row[1:2]:
-                    self._is(state)
-                    return True
-        return False
+        if state := await self._ask(self.client.place(self.prompt)):
+            self._is(state)
+        return bool(state)
 
     async def _ask(self, request: Any) -> Any:
         """A request's answer. Raises _NoAnswer where another try may help, Denied as it comes."""

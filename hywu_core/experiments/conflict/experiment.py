@@ -168,13 +168,13 @@ def make_experiment(
 
     path, editor_file = folder / "plan.json", editor_file or bundled("editor")
     editor = load_editor(editor_file)
-    if path.exists():
-        begun = read_json(path, dict, finite=False)["plan"]
-        plan = replace(plan, **{key: begun.get(key, value) for key, value in BEFORE.items()})
+    begun = read_json(path, dict, finite=False) if path.exists() else None
+    if begun is not None:
+        plan = replace(plan, **{k: begun["plan"].get(k, value) for k, value in BEFORE.items()})
     base = EditorBase(editor, plan.sampling_steps, plan.error, at_start=plan.at_start)
     mine = {"plan": as_json(plan.to_json()), "editor": dict(base.encoder), "tasks": VERSION}
-    if path.exists():
-        found = {"tasks": 1, **read_json(path, dict, finite=False)}
+    if begun is not None:
+        found = {"tasks": 1, **begun}
         if found["tasks"] != VERSION:
             raise HYWUError(
                 f"{path}: this folder's tasks are of version {found['tasks']}, this program's of {VERSION}: they "
