@@ -21,31 +21,18 @@ SIZES = {"LAYERS": 4, "HIDDEN": 512, "HEAD": 128, "EXPERTS": 32, "WIDTH": 400}
 SLACK = 24 << 20
 
 CHILD = """
-    import json, sys, threading, time
+    import json, sys
     import torch
+    sys.path.insert(0, "tests/helpers")
     from hywu_core.bases.hunyuan_image3.quantize import quantize
-
-    def anonymous():
-        with open("/proc/self/status") as status:
-            return next(int(l.split()[1]) << 10 for l in status if l.startswith("RssAnon"))
+    from resident import Watch
 
     torch.set_num_threads(1)
     small, base, out = sys.argv[1:]
     quantize(small, out + "-small", "nf4")
-    before, peak, done = anonymous(), 0, threading.Event()
-
-    def watch():
-        global peak
-        while not done.is_set():
-            peak = max(peak, anonymous() - before)
-            time.sleep(0.001)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    quantize(base, out, "nf4")
-    done.set()
-    thread.join()
-    print(json.dumps({"peak": peak}))
+    with Watch() as watch:
+        quantize(base, out, "nf4")
+    print(json.dumps({"peak": watch.peak}))
 """
 
 

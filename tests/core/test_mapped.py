@@ -107,36 +107,23 @@ def test_values_that_are_not_finite_are_found_in_blocks_that_stay_in_the_file(tm
 
 
 MEASURE = """
-    import json, sys, threading, time
+    import json, sys
     import torch
+    sys.path.insert(0, "tests/helpers")
     from hywu_core import Condition, load_generator
-
-    def anonymous():
-        with open("/proc/self/status") as status:
-            return next(int(l.split()[1]) << 10 for l in status if l.startswith("RssAnon"))
+    from resident import Watch
 
     small, path, budget, tokens = *sys.argv[1:3], int(sys.argv[3]), torch.randn(1, 6, 24)
     torch.set_num_threads(1)
     # torch imports parts of itself at the first generator, which is no memory of this one
     with torch.no_grad():
         load_generator(small, memory_budget=1 << 40)(Condition.of(tokens))
-    before, peak, done = anonymous(), 0, threading.Event()
-
-    def watch():
-        global peak
-        while not done.is_set():
-            peak = max(peak, anonymous() - before)
-            time.sleep(0.0005)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    generator = load_generator(path, memory_budget=budget or None)
-    with torch.no_grad():
-        for _ in range(3):
-            lora = generator(Condition.of(tokens))
-    done.set()
-    thread.join()
-    print(json.dumps(max(peak, anonymous() - before)))
+    with Watch() as watch:
+        generator = load_generator(path, memory_budget=budget or None)
+        with torch.no_grad():
+            for _ in range(3):
+                lora = generator(Condition.of(tokens))
+    print(json.dumps(watch.peak))
 """
 
 
