@@ -29,7 +29,8 @@ def use(name: str) -> torch.device:
     device = torch.device(name)
     if device.type != "cuda":
         return device
-    torch.cuda.set_device(device)
+    if device.index is not None:
+        torch.cuda.set_device(device)
     return torch.device("cuda", torch.cuda.current_device())
 
 
