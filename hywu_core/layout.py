@@ -228,9 +228,10 @@ class LoRALayout:
             skip = (
                 "" if wrong or len(missing) == whole else " or skip the missing ones (skip_missing)"
             )
+            way = model.misfit(missing) if hasattr(model, "misfit") else ""
             raise HYWUError(
-                f"{name} does not fit this LoRA layout: {'. '.join(parts)}. Use the base model that the "
-                f"generator or LoRA was made for{skip}."
+                f"{name} does not fit this LoRA layout: {'. '.join(parts)}. "
+                + (way or f"Use the base model that the generator or LoRA was made for{skip}.")
             )
         if missing:
             logger.warning(

@@ -105,9 +105,7 @@ class Training:
         self.header = state_header(state) if state.exists() else {}
         error = _error(request, self.header)
         self.base = EditorBase(editor, error=error, at_start=_at_start(self.header))
-        self.data = _data(
-            request, getattr(editor.config, "train_size", ConflictPlan.crop_size), say
-        )
+        self.data = _data(request, ConflictPlan.crop_size, say)
         self.config = self._config()
         torch.manual_seed(request.seed + 1)
         strategy = _strategy(request, self.base)

@@ -40,7 +40,7 @@ from ..files import (
 from ..fingerprint import of_files
 from ..images import write_image
 from .conflict.evaluate import EvaluationSet, evaluation_set
-from .conflict.experiment import BEFORE, edits_path
+from .conflict.experiment import edits_path
 from .conflict.plan import ConflictPlan
 from .images import photographs
 from .tasks import VERSION
@@ -80,7 +80,7 @@ def experiment_plan(folder: Path | None) -> ConflictPlan:
         return ConflictPlan()
     found = read_json(folder / "plan.json", dict)
     try:
-        plan, made_for = {**BEFORE, **found["plan"]}, found["editor"]["editor"]
+        plan, made_for = found["plan"], found["editor"]["editor"]
         names = ("crops", "max_images", "sampling_steps", "seed", "main_rank", "evaluation_size")
         chosen = {name: int(plan[name]) for name in names}
         ranks = tuple(plan["ranks"])
@@ -103,10 +103,10 @@ def experiment_plan(folder: Path | None) -> ConflictPlan:
     return result
 
 
-def write_items(out: Path, plan: ConflictPlan, size: int, progress: bool = True) -> OwnSet:
+def write_items(out: Path, plan: ConflictPlan, progress: bool = True) -> OwnSet:
     """Write the evaluation set of a plan as a folder benchmark, once; later calls take what is there.
 
-    size: side of the crops in pixels. Images come first, the lists next, ``set.json`` last, so that a
+    Images come first, the lists next, ``set.json`` last, so that a
     run stopped before the end starts the set anew. Raises HYWUError when `out` holds another set.
     """
     root = out / "items"
@@ -115,12 +115,12 @@ def write_items(out: Path, plan: ConflictPlan, size: int, progress: bool = True)
         "crops": plan.crops,
         "tasks": list(plan.tasks),
         "max_images": plan.max_images,
-        "size": size,
+        "size": plan.evaluation_size,
     }
     files = {phrasing: _items_file(out, phrasing) for phrasing in PHRASINGS}
     path = root / "set.json"
     if not path.is_file():
-        data = evaluation_set(plan, size)
+        data = evaluation_set(plan)
         photos = [name for name in photographs() if name in data.image]
         _write_set(root, data, files, progress)
         about = {"images": len(set(data.image)), "items": len(data)}

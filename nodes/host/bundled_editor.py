@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from ...hywu_core.bases.bundled.checkpoint import editor_identity, load_editor
 from ...hywu_core.bases.bundled.model import Editor
 from ...hywu_core.bases.bundled.sampling import tiled_velocity
-from ...hywu_core.bases.bundled.transformer import TransformerEditor
 from ...hywu_core.errors import HYWUError
 from . import operations
 from .instructions import lines_of
@@ -30,8 +29,8 @@ from .instructions import lines_of
 TIMESTEPS = 27720
 
 
-class HostEditor(nn.Module):
-    """An editor with the calling convention of ComfyUI's diffusion models, mixed into its class.
+class HostEditor(Editor):
+    """The editor with the calling convention of ComfyUI's diffusion models.
 
     identity: which weights these are; generators name the one that they were trained for.
     """
@@ -59,17 +58,6 @@ class _Tile:
     def __call__(self, *args: Tensor) -> Tensor:
         mm.throw_exception_if_processing_interrupted()
         return super(HostEditor, self.editor).forward(*args)
-
-
-class HostUNet(HostEditor, Editor):
-    """The editor of `hywu_core.bases.bundled.model`."""
-
-
-class HostTransformer(HostEditor, TransformerEditor):
-    """The editor of `hywu_core.bases.bundled.transformer`."""
-
-
-KINDS = {"hywu-editor-1": HostTransformer, "hywu-editor-2": HostUNet}
 
 
 class Pixels(comfy.latent_formats.LatentFormat):
@@ -223,7 +211,7 @@ def load_patcher(disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatc
 
 def load_host_editor() -> HostEditor:
     """Raises HYWUError when the weights are missing or damaged."""
-    editor = load_editor(operations=operations, kinds=KINDS)
+    editor = load_editor(operations=operations, kind=HostEditor)
     editor.identity = editor_identity(editor)
     return editor
 

@@ -162,6 +162,9 @@ def _left_out(path: Path, model: Any, keys: Set[str], some: bool, skip: bool) ->
     what = f"{len(names)} of its modules, such as {names[0]}, are no modules of {kind}"
     if skip and some:
         return [f"{path.name}: {what}; they were left out."]
+    misfit = getattr(model.model.diffusion_model, "misfit", None)
+    if said := misfit and misfit([name.removeprefix("diffusion_model.") for name in names]):
+        raise HYWUError(f"{path}: {what}. {said}")
     way = "turn skip_missing on to load the others" if some else "connect the model that it is for"
     raise HYWUError(
         f"{path}: {what}; {way}, or use ComfyUI's own Load LoRA, which also takes those of a CLIP."

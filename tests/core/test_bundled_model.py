@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny_editor import TINY, random_editor
 from torch import nn
 
 from hywu_core import LoRALayout, inject
 from hywu_core.bases.bundled import model as module
 from hywu_core.bases.bundled.checkpoint import (
     FORMER,
-    architecture,
     check_made_for,
     editor_identity,
     load_editor,
@@ -21,27 +21,11 @@ from hywu_core.bases.bundled.checkpoint import (
 )
 from hywu_core.bases.bundled.model import Editor, EditorConfig
 from hywu_core.bases.bundled.sampling import edit, tiled_velocity
-from hywu_core.bases.bundled.transformer import TransformerConfig, TransformerEditor
+from hywu_core.bases.bundled.text import split_words, word_pieces
 from hywu_core.encoders.bundled import EditorEncoder
 from hywu_core.errors import HYWUError
+from hywu_core.files import read_tensors, save_tensors
 from hywu_core.lora import GeneratedLoRA
-
-SMALL = EditorConfig(
-    widths=(4, 6, 8), encode=(0, 1, 0), decode=(1, 1, 2), steer=8, text_width=16, text_heads=2,
-    text_depth=1, buckets=256, max_pixels=40 * 40,
-)  # fmt: skip
-
-
-def random_editor(config: EditorConfig = SMALL, seed: int = 0) -> Editor:
-    """With a correction that is not zero and steering that matters."""
-    torch.manual_seed(seed)
-    editor = Editor(config)
-    editor.reset_parameters()
-    with torch.no_grad():
-        for block in (m for m in editor.modules() if isinstance(m, module.Block)):
-            block.film.weight.normal_(std=0.5)
-        editor.scales[0].leave.weight.normal_(std=0.3)
-    return editor.requires_grad_(False).eval()
 
 
 def images(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -55,7 +39,7 @@ def predict(editor: Editor, source: torch.Tensor, *texts: str, t: float = 0.7) -
 
 
 def test_it_starts_as_the_identity():
-    editor = Editor(SMALL)
+    editor = Editor(TINY)
     editor.reset_parameters()
     source = images(2, 3, 24, 20)
     assert torch.equal(predict(editor, source, "a", "b"), source)
@@ -133,13 +117,13 @@ def test_a_lora_reaches_every_target():
 
 def test_large_images_are_edited_in_tiles():
     editor = random_editor()
-    assert SMALL.tile(40, 40) == (40, 40)
-    assert SMALL.tile(20, 80) == (20, 80)
-    assert SMALL.tile(60, 70) == (40, 40)
+    assert TINY.tile(40, 40) == (40, 40)
+    assert TINY.tile(20, 80) == (20, 80)
+    assert TINY.tile(60, 70) == (40, 40)
     source, x = images(1, 3, 90, 40), images(1, 3, 90, 40, seed=2)
     text, mask = editor.encode_text(["a"])
     tiled = tiled_velocity(editor, x, 0.5, source, text, mask)
-    same = random_editor(replace(SMALL, max_pixels=1 << 20))
+    same = random_editor(replace(TINY, max_pixels=1 << 20))
     whole = tiled_velocity(same, x, 0.5, source, text, mask)
     difference = (tiled - whole).abs().mean(dim=(0, 1, 3))
     assert difference[:8].max() < 1e-4, "far from the first seam"
@@ -188,25 +172,48 @@ def test_muon_leaves_steering_and_text_to_adamw():
     assert "scales.0.leave.weight" not in matrices
 
 
-def test_files_say_which_architecture(tmp_path):
-    new = random_editor()
-    old = TransformerEditor(
-        TransformerConfig(width=24, depth=1, heads=2, text_depth=1, train_size=16)
+def test_a_file_comes_back_with_its_provenance(tmp_path):
+    editor = random_editor()
+    path = save_editor(editor, tmp_path / "e.safetensors", {"steps": 3})
+    read = load_editor(path)
+    assert read.provenance == {"steps": 3}
+    assert read.config == editor.config
+    assert editor_identity(read) == editor_identity(editor)
+    for name, value in read.state_dict().items():
+        assert torch.equal(value, editor.state_dict()[name].half().float()), name
+
+
+def test_a_damaged_file_is_explained(tmp_path):
+    tensors, header = read_tensors(save_editor(random_editor(), tmp_path / "e.safetensors", {}))
+    tensors.pop("scales.0.leave.bias")
+    tensors["steer.bias"] = torch.zeros(5)
+    tensors["time1.bias"] = torch.full_like(tensors["time1.bias"], float("nan"))
+    path = save_tensors(tmp_path / "bad.safetensors", tensors, header)
+    with pytest.raises(HYWUError, match=r"bad.safetensors.*steer.bias is \(5,\)") as caught:
+        load_editor(path)
+    assert "scales.0.leave.bias is missing" in str(caught.value)
+    assert "time1.bias holds values that are not finite" in str(caught.value)
+
+
+def test_files_of_the_former_editor_are_explained(tmp_path):
+    path = save_tensors(
+        tmp_path / "e.safetensors", {"a": torch.zeros(1)}, {"format": "hywu-editor-1"}
     )
-    for editor, name in ((new, "hywu-editor-2"), (old, "hywu-editor-1")):
-        path = save_editor(editor, tmp_path / f"{name}.safetensors", {"steps": 3})
-        assert architecture(editor) == name
-        read = load_editor(path)
-        assert type(read) is type(editor)
-        assert read.config == editor.config
-        assert read.provenance == {"steps": 3}
-        assert editor_identity(read) == editor_identity(editor)
+    with pytest.raises(HYWUError, match=r"e.safetensors: an editor of an earlier release"):
+        load_editor(path)
+    pair = torch.randn(1, 2, 4), torch.randn(1, 4, 2)
+    lora = GeneratedLoRA.from_pairs({"blocks.0.attn.qkv": pair}, 2.0)
+    with (
+        pytest.raises(HYWUError, match="bundled editor of an earlier release"),
+        inject(random_editor(), lora),
+    ):
+        pass
 
 
 def test_a_config_goes_through_json_and_is_checked():
-    assert EditorConfig.from_json(json.loads(json.dumps(SMALL.to_json()))) == SMALL
+    assert EditorConfig.from_json(json.loads(json.dumps(TINY.to_json()))) == TINY
     with pytest.raises(HYWUError, match="unknown or missing fields: pool"):
-        EditorConfig.from_json({k: v for k, v in SMALL.to_json().items() if k != "pool"})
+        EditorConfig.from_json({k: v for k, v in TINY.to_json().items() if k != "pool"})
     with pytest.raises(HYWUError, match="of one length"):
         EditorConfig(widths=(4, 8))
     with pytest.raises(HYWUError, match="last of encode 0"):
@@ -230,5 +237,64 @@ def test_a_generator_of_another_editor_is_explained():
         check_made_for(former, "a" * 16)
 
 
-def test_the_former_editor_is_the_one_shipped_until_now():
-    assert editor_identity(load_editor()) in FORMER
+def test_the_former_editor_is_not_the_shipped_one():
+    assert editor_identity(load_editor()) not in FORMER
+
+
+def test_the_seed_decides():
+    editor, source = random_editor(), images(1, 3, 16, 16) / 2 + 0.5
+    first = edit(editor, source, ["warm"], seed=1)
+    assert torch.equal(first, edit(editor, source, ["warm"], seed=1))
+    assert not torch.equal(first, edit(editor, source, ["warm"], seed=2))
+
+
+def test_tiles_agree_however_many_run_at_once():
+    editor = random_editor(replace(TINY, max_pixels=16 * 16))
+    source, x = images(2, 3, 40, 27), images(2, 3, 40, 27, seed=1)
+    text, mask = editor.encode_text(["warm", "make it cold"])
+    one = tiled_velocity(editor, x, 0.7, source, text, mask, batch=2)
+    many = tiled_velocity(editor, x, 0.7, source, text, mask, batch=64)
+    assert torch.allclose(one, many, atol=1e-1)
+
+
+def test_padding_of_a_text_changes_nothing():
+    editor, source = random_editor(), images(1, 3, 16, 16)
+    text, mask = editor.encode_text(["warm"])
+    both, both_mask = editor.encode_text(["warm", "a much longer instruction"])
+    t = torch.full((1,), 0.5)
+    alone = editor(source, t, source, text, mask)
+    padded = editor(source, t, source, both[:1], both_mask[:1])
+    assert torch.allclose(alone, padded, atol=1e-5)
+    other = editor(source, t, source, both[1:], both_mask[1:])
+    assert not torch.allclose(alone, other, atol=1e-4)
+
+
+def test_a_word_by_itself_is_the_same_in_any_sentence():
+    words, mask = random_editor().embed_words(["make it blurry", "Blurry, please"])
+    assert mask.sum(1).tolist() == [4, 4]
+    assert torch.equal(words[0, 3], words[1, 1])
+    assert not torch.allclose(words[0, 1], words[0, 2], atol=1e-3)
+
+
+def test_a_misfit_is_explained():
+    with pytest.raises(HYWUError, match="one instruction an image"):
+        edit(random_editor(), torch.rand(2, 3, 8, 8), ["one"])
+
+
+def test_words_share_pieces_with_their_relatives():
+    blur, blurrier, dark = (set(word_pieces(w, 4096)) for w in ("blur", "blurrier", "darken"))
+    assert len(blur & blurrier) >= 4
+    assert len(blur & dark) <= 1
+    assert min(blur | blurrier | dark) >= 2, "0 is padding, 1 the start"
+    assert split_words("Don't BLUR it, 明るく!") == [
+        "don", "'", "t", "blur", "it", ",", "明るく", "!",
+    ]  # fmt: skip
+
+
+def test_long_and_empty_instructions():
+    editor = random_editor()
+    words, mask = editor.encode_text(["", "dark " * 100, "x" * 5000])
+    assert mask.sum(1).tolist() == [1, TINY.text_words + 1, 2]
+    assert torch.isfinite(words).all()
+    alone, _ = editor.encode_text([""])
+    assert torch.allclose(words[0, :1], alone[0], atol=1e-5)

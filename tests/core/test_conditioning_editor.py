@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from tiny_editor import TINY, random_editor
 
 from hywu_core.bases.bundled.checkpoint import editor_identity
+from hywu_core.bases.bundled.model import Editor
 from hywu_core.bases.bundled.training import EditorBase
-from hywu_core.bases.bundled.transformer import TransformerConfig as EditorConfig
-from hywu_core.bases.bundled.transformer import TransformerEditor as Editor
 from hywu_core.encoders.bundled import EditorEncoder
 from hywu_core.errors import HYWUError
 from hywu_core.generator.config import GeneratorConfig
@@ -22,12 +24,7 @@ from hywu_core.training.trainer import Trainer
 
 @pytest.fixture
 def base():
-    torch.manual_seed(0)
-    config = EditorConfig(width=24, depth=2, heads=2, text_depth=1, patch=4, train_size=16, pool=4)
-    editor = Editor(config)
-    editor.reset_parameters()
-    torch.nn.init.normal_(editor.image_out.weight, std=0.02)
-    return EditorBase(editor)
+    return EditorBase(random_editor(replace(TINY, max_pixels=16 * 16)))
 
 
 def test_padding_of_texts_changes_nothing_that_counts(base):

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_editor import random_editor
 
 from hywu_core.bases.bundled.checkpoint import save_editor
-from hywu_core.bases.bundled.transformer import TransformerConfig as EditorConfig
-from hywu_core.bases.bundled.transformer import TransformerEditor as Editor
 from hywu_core.cli import main
 from hywu_core.experiments import images as data
 from hywu_core.experiments.conflict import evaluate, experiment, report, runs
@@ -26,10 +25,9 @@ from hywu_core.generator.checkpoints import load_generator
 from hywu_core.training.logs import FIELDS, Log
 
 TASKS = ("blur", "deblur")
-TINY = EditorConfig(width=24, depth=1, heads=2, text_depth=1, patch=8, train_size=32, pool=2)
 PLAN = dataclasses.replace(
     ConflictPlan(), steps=2, sweep_steps=1, batch_size=4, tasks=TASKS, main_rank=2, ranks=(1, 2),
-    tune_steps=0, crops=1, seeds=2, seed_steps=1,
+    tune_steps=0, crop_size=32, evaluation_size=32, seeds=2, seed_steps=1,
     generator=GeneratorSize(token_dim=24, d_model=16, head_dim=8), sampling_steps=1,
 )  # fmt: skip
 #: The order in which the plan does them.
@@ -48,12 +46,7 @@ def image(seed: int) -> torch.Tensor:
 def hywu(tmp_path_factory):
     """(folder, further arguments) -> exit code of ``hywu conflict --quick`` on a tiny plan and editor."""
     folder = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    editor = Editor(TINY)
-    editor.reset_parameters()
-    for parameter in editor.parameters():  # away from the identity, so that every part matters
-        parameter.data.add_(torch.randn_like(parameter) * 0.02)
-    save_editor(editor, folder / "editor.safetensors", {"steps": 7})
+    save_editor(random_editor(), folder / "editor.safetensors", {"steps": 7})
     Image.fromarray(image(9).permute(1, 2, 0).numpy()).save(folder / "train.png")
     images = {"coffee": image(1), "camera": image(2), "drawing.png": image(3)}
     with pytest.MonkeyPatch.context() as patch:
@@ -249,7 +242,7 @@ def test_another_plan_or_editor_is_refused(hywu, done, tmp_path, capsys):
     before = (done / "plan.json").read_bytes()
     assert hywu(done, "--steps", "3") == 1
     assert hywu(done, "--ranks", "2", "4") == 1
-    save_editor(Editor(TINY), tmp_path / "other.safetensors", {})
+    save_editor(random_editor(seed=9), tmp_path / "other.safetensors", {})
     assert hywu(done, "--editor", str(tmp_path / "other.safetensors")) == 1
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 3

@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_editor import random_editor
 
 from hywu_core.bases.bundled.checkpoint import load_editor, save_editor
 from hywu_core.bases.bundled.engine import BundledEditor
 from hywu_core.bases.bundled.sampling import edit
 from hywu_core.bases.bundled.training import EditorBase
-from hywu_core.bases.bundled.transformer import TransformerConfig as EditorConfig
-from hywu_core.bases.bundled.transformer import TransformerEditor as Editor
 from hywu_core.cli import main
 from hywu_core.errors import HYWUError
 from hywu_core.formats import load_lora
@@ -24,15 +23,11 @@ from hywu_core.generator.model import ParameterGenerator
 from hywu_core.injection import inject
 from hywu_core.layout import LoRALayout
 
-CONFIG = EditorConfig(width=24, depth=2, heads=2, text_depth=1, patch=8, train_size=32, pool=4)
-
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights")
-    torch.manual_seed(0)
-    editor = Editor(CONFIG)
-    save_editor(editor, folder / "editor.safetensors", {"seed": 0})
+    save_editor(random_editor(), folder / "editor.safetensors", {"seed": 0})
     base = EditorBase(load_editor(folder / "editor.safetensors"))
     layout = LoRALayout.of(base.module, 2, exclude="text.*")
     config = GeneratorConfig(
@@ -90,8 +85,7 @@ def test_unknown_and_empty_instructions(engine):
 
 
 def test_a_generator_of_another_editor_is_refused(files, tmp_path):
-    torch.manual_seed(9)
-    save_editor(Editor(CONFIG), tmp_path / "other.safetensors", {})
+    save_editor(random_editor(seed=9), tmp_path / "other.safetensors", {})
     with pytest.raises(HYWUError, match="made together"):
         BundledEditor.load(tmp_path / "other.safetensors", files / "generator.safetensors")
 

@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,7 @@ from torch import nn
 
 from hywu_core import Condition, GeneratedLoRA, GeneratorConfig, ParameterGenerator, cli
 from hywu_core.bases.bundled.checkpoint import editor_identity, load_editor, save_editor
-from hywu_core.bases.bundled.transformer import TransformerConfig as EditorConfig
-from hywu_core.bases.bundled.transformer import TransformerEditor as Editor
+from hywu_core.bases.bundled.model import Editor
 from hywu_core.encoders.bundled import EditorEncoder
 from hywu_core.encoders.transformers import TransformersEncoder
 from hywu_core.evaluation.benchmarks import BENCHMARKS, load_questionnaire
@@ -46,6 +46,7 @@ from hywu_core.layout import LoRALayout, Module, Stack
 from hywu_core.tokens import token_grid
 from hywu_core.training.base import frozen_digest
 from hywu_core.training.schedule import TrainConfig
+from tiny_editor import TINY
 
 OPTIONS = Path(__file__).parent / "promises" / "options.json"
 
@@ -94,10 +95,7 @@ def generator() -> ParameterGenerator:
 
 
 def small_editor() -> Editor:
-    config = EditorConfig(
-        width=24, depth=1, heads=2, text_depth=1, buckets=32, train_size=16, text_words=4, pool=2,
-    )  # fmt: skip
-    return fill(Editor(config)).eval()
+    return fill(Editor(replace(TINY, buckets=32, text_words=4, pool=2))).eval()
 
 
 def items(tmp_path: Path, benchmark: str = "folder") -> ItemList:
@@ -138,11 +136,11 @@ def test_checkpoint_digests(tmp_path):
 
 def test_digests_of_modules(tmp_path):
     editor = small_editor()
-    assert editor_identity(editor) == "41cd17a83e269ad3"
-    assert editor_identity(editor.bfloat16()) == "8a2e51e6dcc6a336"
+    assert editor_identity(editor) == "6534991c3f9a0f52"
+    assert editor_identity(editor.bfloat16()) == "e4de76043c0000d2"
     assert (
         frozen_digest(small_editor())
-        == "9e25121308a5e2bcd1a6009e91c81f43d15237187a15df5de2fabc3c378117a9"
+        == "7240c9239d9978d56f9dda4d248c0b84c995292641f91170623aa7fb40ad3a6e"
     )
     assert editor_identity(load_editor()) == "aef80654f908cd8d"
 
@@ -290,7 +288,7 @@ def test_generator_files(tmp_path):
 
 def test_editor_file(tmp_path):
     path = save_editor(small_editor(), tmp_path / "editor.safetensors", {"steps": 1})
-    assert metadata(path) == "e9a281e063b160e6"
+    assert metadata(path) == "d3039f34c0a2120c"
 
 
 def test_header_of_any_file(tmp_path):
@@ -314,7 +312,7 @@ def test_plan():
     assert sha(json.dumps(ConflictPlan().to_json())) == "0bc63b917269028c"
     assert sha(json.dumps(ConflictPlan.quick().to_json())) == "4c76bdcde8b8e01d"
     assert sha("\n".join(run.name for run in ConflictPlan().runs)) == "f39b9febb34b52b1"
-    assert Runs.__init__.__code__.co_varnames[1:6] == ("base", "pool", "size", "plan", "folder")
+    assert Runs.__init__.__code__.co_varnames[1:5] == ("base", "pool", "plan", "folder")
 
 
 def test_json_of_runs(tmp_path):

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from tiny_editor import TINY, random_editor
 
 from hywu_core.bases.bundled.checkpoint import editor_identity, load_editor, save_editor
 from hywu_core.bases.bundled.engine import BundledEditor
-from hywu_core.bases.bundled.transformer import TransformerConfig as EditorConfig
-from hywu_core.bases.bundled.transformer import TransformerEditor as Editor
+from hywu_core.bases.bundled.model import Editor
 from hywu_core.generator.checkpoints import save_generator
 from hywu_core.generator.config import GeneratorConfig
 from hywu_core.generator.model import ParameterGenerator
 from hywu_core.layout import LoRALayout
 
 
-def make_editor(path: Path, seed: int = 0, width: int = 32) -> Editor:
-    """An editor of 32 x 32 pixels that changes images, written to `path`."""
-    torch.manual_seed(seed)
-    editor = Editor(EditorConfig(width=width, depth=2, heads=4, text_depth=1, train_size=32))
-    editor.reset_parameters()
-    torch.nn.init.normal_(editor.image_out.weight, std=0.1)
-    torch.nn.init.normal_(editor.modulate.weight, std=0.1)
-    save_editor(editor, path, {})
+def make_editor(path: Path, seed: int = 0, steer: int = 8) -> Editor:
+    """An editor that changes images, written to `path`."""
+    save_editor(random_editor(replace(TINY, steer=steer), seed), path, {})
     return load_editor(path)
 
 
@@ -33,8 +29,8 @@ def make_weights(folder: Path, tasks: Sequence[str] = ()) -> Path:
     folder.mkdir()
     editor = make_editor(folder / "editor.safetensors")
     config = GeneratorConfig(
-        LoRALayout.of(editor, 2, exclude="text.*"), {"image": 32, "words": 32}, 16, 2, 32, 16, 2,
-        base="hywu-bundled-editor",
+        LoRALayout.of(editor, 2), dict(TINY.condition_parts), 16, 2, 32, 16, 2,
+        base="hywu-bundled-editor-2",
         encoder={"type": "bundled_editor", "editor": editor_identity(editor)},
     )  # fmt: skip
     generator = ParameterGenerator(config)

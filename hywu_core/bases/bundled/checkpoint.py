@@ -14,13 +14,9 @@ from ...errors import HYWUError
 from ...files import check_fields, read_tensors, save_tensors
 from ...fingerprint import of_weights
 from .model import Editor, EditorConfig
-from .transformer import TransformerConfig, TransformerEditor
 
-#: Architecture as files name it -> the network and its hyperparameters.
-ARCHITECTURES: Mapping[str, tuple[type[nn.Module], Any]] = {
-    "hywu-editor-1": (TransformerEditor, TransformerConfig),
-    "hywu-editor-2": (Editor, EditorConfig),
-}
+#: The architecture, as files name it, and what earlier releases' files name.
+FORMAT, FORMER_FORMAT = "hywu-editor-2", "hywu-editor-1"
 #: Identities of the editors of earlier releases.
 FORMER = frozenset({"aef80654f908cd8d"})
 BUNDLED = Path(__file__).with_name("weights") / "editor.safetensors"
@@ -53,11 +49,6 @@ def bundled_loras() -> list[str]:
     return ["shared", *found] if (weights_folder() / "shared.safetensors").is_file() else found
 
 
-def architecture(editor: nn.Module) -> str:
-    """Which of `ARCHITECTURES` an editor is."""
-    return next(name for name, (kind, _) in ARCHITECTURES.items() if isinstance(editor, kind))
-
-
 def editor_identity(editor: nn.Module) -> str:
     """16 hex digits of all weights in half precision, as they are stored: what a generator was made for."""
     return of_weights(editor, torch.float16, 16)
@@ -85,7 +76,7 @@ def check_made_for(wanted: str | None, identity: str, what: str = "This editor")
 def save_editor(editor: nn.Module, path: str | Path, provenance: Mapping[str, Any]) -> Path:
     """Write the editor in half precision, atomically."""
     header = {
-        "format": architecture(editor),
+        "format": FORMAT,
         "editor": editor.config.to_json(),
         "provenance": dict(provenance),
     }
@@ -114,26 +105,29 @@ def load_editor(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     operations: Any = nn,
-    kinds: Mapping[str, type[nn.Module]] | None = None,
+    kind: type[Editor] = Editor,
 ) -> Any:
     """Load an editor, frozen and in eval mode; its `provenance` is the file's.
 
-    path: None is the bundled one. operations, kinds: layers of a host, and its subclasses by
-    architecture.
+    path: None is the bundled one. operations, kind: layers of a host, and its subclass.
     Raises HYWUError naming the file when it is missing, not an editor's, or its keys, shapes or
     values are not the model's.
     """
     path = bundled("editor") if path is None else path
     tensors, header = read_tensors(path)
-    if (name := str(header.get("format"))) not in ARCHITECTURES:
+    if header.get("format") == FORMER_FORMAT:
+        raise HYWUError(
+            f"{path}: an editor of an earlier release, whose network is another one; use the bundled editor, or "
+            "train yours anew (`hywu pretrain`)."
+        )
+    if header.get("format") != FORMAT:
         raise HYWUError(f"{path}: not an editor's file; `hywu pretrain` writes them.")
-    kind, config_kind = ARCHITECTURES[name]
     try:
-        config = config_kind.from_json(header["editor"])
+        config = EditorConfig.from_json(header["editor"])
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise HYWUError(f"{path}: {error}") from error
     _check_numbers(path, config.to_json(), tensors)
-    editor = (kinds or {}).get(name, kind)(config, operations)
+    editor = kind(config, operations)
     check_fields(header, {"provenance": dict}, f"{path}: the header")
     wanted = editor.state_dict()
     wrong = [f"{name} is missing" for name in wanted.keys() - tensors.keys()]

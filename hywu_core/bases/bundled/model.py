@@ -218,6 +218,16 @@ class Editor(nn.Module):
         self.steer = operations.Linear(c.steer, c.steer)
         self.scales = nn.ModuleList(Scale(c, i, operations) for i in range(len(c.widths)))
 
+    @staticmethod
+    def misfit(paths: Sequence[str]) -> str:
+        """What is to be said where LoRA targets are no modules of this; "" for nothing in particular."""
+        if not any(path.startswith("blocks.") for path in paths):
+            return ""
+        return (
+            "They are those of the bundled editor of an earlier release, whose network is another one: generate the "
+            "LoRA anew with the bundled generator, or train yours anew."
+        )
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Start as the identity: the correction is zero, and nothing is steered yet, by a vector that

@@ -11,15 +11,14 @@ from torch import Tensor, nn
 from ...condition import Condition
 from ...encoders.bundled import EditorEncoder
 from ...errors import HYWUError
-from .checkpoint import architecture, editor_identity
+from .checkpoint import editor_identity
 from .sampling import edit
 
 if TYPE_CHECKING:
     from ...training.base import Batch, Draws
 
-#: Of the transformer; of any editor by its architecture.
-NAME = "hywu-bundled-editor"
-NAMES = {"hywu-editor-1": NAME, "hywu-editor-2": f"{NAME}-2"}
+#: As generators and LoRAs name what they were made for.
+NAME = "hywu-bundled-editor-2"
 #: Losses of an item.
 ERRORS = ("mse", "log")
 #: Said of rows with references.
@@ -40,7 +39,7 @@ class EditorBase:
     sampling_steps: Euler steps of `edit`. error: "mse" of an item, or its logarithm ("log"), by which
     each item counts by its own measure: a mean of squares hardly sees a task whose edits are small, such as
     a blur, beside one that changes every pixel. smallest: added before the logarithm. at_start: share of the
-    draws at t = 1. Images must be no larger than one window.
+    draws at t = 1.
     """
 
     def __init__(
@@ -55,7 +54,7 @@ class EditorBase:
             raise HYWUError(f"training: error '{error}'; it is one of {', '.join(ERRORS)}.")
         self.module, self.sampling_steps = editor.requires_grad_(False), sampling_steps
         self.smallest, self.at_start = smallest, at_start
-        self.name, self.error = NAMES[architecture(editor)], error
+        self.name, self.error = NAME, error
         # no training step waits for the device, nor hashes what is seen once
         self._encoder = EditorEncoder(editor, editor_identity(editor), fingerprints=False)
 

@@ -75,9 +75,7 @@ def run(args: argparse.Namespace) -> int:
     # of fewer images the items are others
     same = args.images is None
     editors = own_editors(methods, plan, args.out, args.device, args.experiment, same)
-    # the transformer's tiles are as large as its crops
-    size = min(plan.evaluation_size, getattr(base.config, "train_size", plan.evaluation_size))
-    items = write_items(args.out, plan, size)
+    items = write_items(args.out, plan)
     benchmark = BENCHMARKS["folder"]
     questionnaire = load_questionnaire(benchmark.usual)
     scores: dict[str, list[MethodScores]] = {}

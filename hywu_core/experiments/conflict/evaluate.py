@@ -46,14 +46,14 @@ class EvaluationSet:
         return len(self.seen)
 
 
-def evaluation_set(plan: ConflictPlan, size: int) -> EvaluationSet:
+def evaluation_set(plan: ConflictPlan) -> EvaluationSet:
     """The same for the same plan. Both phrasings of an item share source and target."""
     images = held_out_images()
     names = list(images)[: plan.max_images or None]
     clean, image, crop = [], [], []
     for index, name in enumerate(names):
         generator = torch.Generator().manual_seed(plan.seed * 10_007 + index)
-        crops = ImagePool.of([images[name]]).crops(plan.crops, size, generator)
+        crops = ImagePool.of([images[name]]).crops(plan.crops, plan.evaluation_size, generator)
         for number in range(plan.crops):
             clean += [crops[number]] * len(plan.tasks)
             image += [name] * len(plan.tasks)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 from statistics import fmean
@@ -33,16 +32,14 @@ from .runs import VALIDATION, Runs, write_json
 
 #: Batches of training images over which the mean LoRAs are taken.
 MEAN_BATCHES = 8
-#: Settings that came later: what they were in folders that don't say them.
-BEFORE = {"at_start": 0.0, "crop_size": 64, "evaluation_size": 64}
 
 
 class Experiment:
     """Everything in `runs.folder`; each step is kept, so that a stopped experiment goes on."""
 
-    def __init__(self, runs: Runs, base: BaseModel, size: int, say: Callable[[str], None]) -> None:
+    def __init__(self, runs: Runs, base: BaseModel, say: Callable[[str], None]) -> None:
         self.runs, self.base, self.plan, self.say = runs, base, runs.plan, say
-        self.data: EvaluationSet = evaluation_set(self.plan, size)
+        self.data: EvaluationSet = evaluation_set(self.plan)
 
     def run(self, only: Sequence[str] = ()) -> None:
         """Train and evaluate the runs whose names match one of the patterns; all without patterns."""
@@ -169,8 +166,6 @@ def make_experiment(
     path, editor_file = folder / "plan.json", editor_file or bundled("editor")
     editor = load_editor(editor_file)
     begun = read_json(path, dict, finite=False) if path.exists() else None
-    if begun is not None:
-        plan = replace(plan, **{k: begun["plan"].get(k, value) for k, value in BEFORE.items()})
     base = EditorBase(editor, plan.sampling_steps, plan.error, at_start=plan.at_start)
     mine = {"plan": as_json(plan.to_json()), "editor": dict(base.encoder), "tasks": VERSION}
     if begun is not None:
@@ -180,9 +175,7 @@ def make_experiment(
                 f"{path}: this folder's tasks are of version {found['tasks']}, this program's of {VERSION}: they "
                 "make other images; go on with the program that began it, or use another folder."
             )
-        # a folder that was begun before there were runs of other seeds gets them now
-        later = {key: mine["plan"][key] for key in ("seeds", "seed_steps", *BEFORE)}
-        if {**found, "plan": {**later, **found["plan"]}} != mine:
+        if found != mine:
             raise HYWUError(
                 f"{path}: this folder holds an experiment with another plan or editor; use its options, "
                 "or another folder."
@@ -194,8 +187,5 @@ def make_experiment(
         "data": dict(PACKAGES.values()),
         "editor": read_header(editor_file).get("provenance", {}),
     }
-    # the transformer's tiles are as large as its crops
-    window = getattr(editor.config, "train_size", plan.evaluation_size)
-    size = min(plan.crop_size, window)
-    runs = Runs(base, ImagePool(split_files("train")), size, plan, folder, provenance, device)
-    return Experiment(runs, base, min(plan.evaluation_size, window), say)
+    runs = Runs(base, ImagePool(split_files("train")), plan, folder, provenance, device)
+    return Experiment(runs, base, say)

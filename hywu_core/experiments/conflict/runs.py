@@ -25,8 +25,8 @@ from .plan import LEARNING_RATES, ConflictPlan, Run
 
 #: Steps from which validation batches are drawn: crops of the training images that no run trains on.
 VALIDATION = 10_000_000
-#: The base's modules that are adapted: its image-and-text blocks; all strategies see the instruction
-#: through the base's own frozen text encoder.
+#: The base's modules that aren't adapted: all strategies see the instruction through its own frozen text
+#: encoder.
 EXCLUDE = "text.*"
 
 
@@ -34,10 +34,10 @@ class Runs:
     """The trainings of a plan in `folder`: ``tuning/``, ``runs/<name>/``, ``weights/<name>.safetensors``."""
 
     def __init__(
-        self, base: BaseModel, pool: ImagePool, size: int, plan: ConflictPlan, folder: Path,
+        self, base: BaseModel, pool: ImagePool, plan: ConflictPlan, folder: Path,
         provenance: dict[str, Any] | None = None, device: str | None = None,
     ) -> None:  # fmt: skip
-        self.base, self.pool, self.size, self.plan, self.folder = base, pool, size, plan, folder
+        self.base, self.pool, self.plan, self.folder = base, pool, plan, folder
         self.provenance, self.device = dict(provenance or {}), device
 
     # -- what is trained, on what ------------------------------------------------------------------
@@ -80,7 +80,7 @@ class Runs:
             self.pool,
             plan.tasks,
             plan.batch_size,
-            self.size,
+            plan.crop_size,
             plan.seed_of(run),
             run.task,
             plan.written_steps,
@@ -157,9 +157,8 @@ class Runs:
 
 def _trained_by(plan: ConflictPlan, run: Run) -> dict[str, Any]:
     """The part of a plan that a run's weights depend on, as JSON gives it back."""
-    keys = ["batch_size", "tasks", "seed", "precision", "optimizer", "error"]
+    keys = ["batch_size", "tasks", "seed", "precision", "optimizer", "error", "at_start"]
     keys += ["written_steps"]
-    keys += ["at_start"] if plan.at_start else []
     keys += ["generator"] if run.strategy in ("hywu", "shared_large") else []
     return files.as_json({key: plan.to_json()[key] for key in keys})
 

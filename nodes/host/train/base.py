@@ -20,8 +20,7 @@ import comfy.samplers
 import torch
 from torch import Tensor, nn
 
-from ....hywu_core.bases.bundled.checkpoint import architecture
-from ....hywu_core.bases.bundled.training import AT_START, NAMES, at_start, logarithmic
+from ....hywu_core.bases.bundled.training import AT_START, NAME, at_start, logarithmic
 from ....hywu_core.condition import Condition
 from ....hywu_core.training.base import Batch, Draws
 from ..bundled_editor import HostEditor
@@ -69,7 +68,7 @@ class HostBase:
     @property
     def name(self) -> str:
         if self.predicts_clean:
-            return NAMES[architecture(self.module)]
+            return NAME
         return f"{type(self.module).__name__}-{self.weights}"
 
     @property
