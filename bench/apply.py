@@ -26,8 +26,7 @@ import torch
 
 import dev
 from hywu_core.bases.bundled.checkpoint import VARIABLE, save_editor
-from hywu_core.bases.bundled.transformer import TransformerConfig as EditorConfig
-from hywu_core.bases.bundled.transformer import TransformerEditor as Editor
+from hywu_core.bases.bundled.model import Editor, EditorConfig
 from hywu_core.cli.console import say, table
 
 from .measure import write_json
@@ -39,14 +38,11 @@ SHOWN = "cpu_s"
 
 def make_editor(folder: Path, tiny: bool) -> None:
     """The bundled editor's file with random weights in the size it is shipped in, or a tiny one."""
-    small = EditorConfig(width=64, depth=2, heads=4, text_depth=1, train_size=32)
+    small = EditorConfig((8, 16), (1, 0), (1, 1), text_depth=1)
     editor = Editor(small if tiny else EditorConfig())
     editor.reset_parameters()
-    for layer in (
-        editor.image_out,
-        editor.modulate,
-    ):  # zero at first: nothing would reach the image
-        torch.nn.init.normal_(layer.weight, std=0.05)
+    # zero at first: nothing would reach the image
+    torch.nn.init.normal_(editor.scales[0].leave.weight, std=0.05)
     save_editor(editor, folder / "editor.safetensors", {})
 
 

@@ -122,8 +122,8 @@ def flux_config() -> GeneratorConfig:
 def bundled_config() -> GeneratorConfig:
     """The bundled generator's, from its checkpoint; without one, what the experiment trains."""
     from hywu_core.bases.bundled.checkpoint import weights_folder
+    from hywu_core.bases.bundled.model import Editor
     from hywu_core.bases.bundled.training import EditorBase
-    from hywu_core.bases.bundled.transformer import TransformerEditor as Editor
     from hywu_core.experiments.conflict.plan import ConflictPlan
     from hywu_core.experiments.conflict.runs import Runs
     from hywu_core.generator.checkpoints import open_checkpoint
@@ -132,7 +132,7 @@ def bundled_config() -> GeneratorConfig:
     if path.is_file():
         return open_checkpoint(path).config
     base, plan = EditorBase(Editor()), ConflictPlan()
-    runs = Runs(base, None, base.module.config.train_size, plan, path.parent)
+    runs = Runs(base, None, plan, path.parent)
     return runs.generator_config(plan.main_rank)
 
 

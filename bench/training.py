@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
+from hywu_core.bases.bundled.model import Editor
 from hywu_core.bases.bundled.training import EditorBase
-from hywu_core.bases.bundled.transformer import TransformerEditor as Editor
 from hywu_core.cli.console import say, table
 from hywu_core.experiments.conflict.plan import ConflictPlan, Run
 from hywu_core.experiments.conflict.runs import Runs
@@ -44,10 +44,10 @@ def main() -> None:
     args = parser.parse_args()
     plan = replace(ConflictPlan(), precision=usual_precision("cpu"))
     base = EditorBase(Editor())
-    batch = example(plan, base.module.config.train_size)
+    batch = example(plan, plan.crop_size)
     with tempfile.TemporaryDirectory() as folder:
         pool = ImagePool(split_files("train"))  # conditions are standardized on its crops
-        runs = Runs(base, pool, base.module.config.train_size, plan, Path(folder))
+        runs = Runs(base, pool, plan, Path(folder))
         strategies: dict[str, Strategy] = {
             "shared": runs.strategy(Run("shared", plan.main_rank)),
             "hywu": runs.strategy(Run("hywu", plan.main_rank)),
@@ -71,9 +71,7 @@ def main() -> None:
         )
         for name, strategy in strategies.items()
     ]
-    say(
-        f"batch of {plan.batch_size} at {base.module.config.train_size} pixels, precision {plan.precision}"
-    )
+    say(f"batch of {plan.batch_size} at {plan.crop_size} pixels, precision {plan.precision}")
     table(rows, ("loop", "steps/s", "times shared's step", "peak MB of a step", "trained values"))
     write_json(args.json, {"times": figures, "peak_bytes": memory})
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 from layouts import LAYOUT
 from PIL import Image
+from tiny_editor import TINY
 from torch import nn
 
 from hywu_core import Condition, GeneratedLoRA, GeneratorConfig, ParameterGenerator, cli
@@ -46,7 +47,6 @@ from hywu_core.layout import LoRALayout, Module, Stack
 from hywu_core.tokens import token_grid
 from hywu_core.training.base import frozen_digest
 from hywu_core.training.schedule import TrainConfig
-from tiny_editor import TINY
 
 OPTIONS = Path(__file__).parent / "promises" / "options.json"
 

@@ -15,6 +15,7 @@ does not: words are encoded before a LoRA is applied.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -30,6 +31,10 @@ from .text import TextEncoder, norm, word_ids
 TIME = 64
 #: How far a new block's gate is open, so that gradients flow.
 GATE = 0.3
+
+
+#: What LoRAs for the editor of earlier releases adapt.
+FORMER_TARGET = re.compile(r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])")
 
 
 @dataclass(frozen=True)
@@ -221,7 +226,7 @@ class Editor(nn.Module):
     @staticmethod
     def misfit(paths: Sequence[str]) -> str:
         """What is to be said where LoRA targets are no modules of this; "" for nothing in particular."""
-        if not any(path.startswith("blocks.") for path in paths):
+        if not any(FORMER_TARGET.fullmatch(path) for path in paths):
             return ""
         return (
             "They are those of the bundled editor of an earlier release, whose network is another one: generate the "

@@ -18,14 +18,13 @@ TEXT = "Make it BLURRY, grüße"
 
 
 class Loaded:
-    """The editor's three sockets, the engine's own editor, and two images of its training size."""
+    """The editor's three sockets, the engine's own editor, and two small images."""
 
     def __init__(self, call) -> None:
         torch.manual_seed(0)
         self.model, self.clip, self.vae = call.HYWULoadBundledEditor()
         self.plain = load_editor()
-        config = self.plain.config
-        self.side = getattr(config, "train_size", 32)
+        self.side = 32
         self.images = torch.rand(2, self.side, self.side, 3)
 
     def sample(
