@@ -16,7 +16,7 @@ from tiny_editor import random_editor
 from hywu_core.bases.bundled.checkpoint import save_editor
 from hywu_core.cli import main
 from hywu_core.experiments import images as data
-from hywu_core.experiments.conflict import evaluate, experiment, report, runs
+from hywu_core.experiments.conflict import degrees, evaluate, experiment, report, runs
 from hywu_core.experiments.conflict.analysis import learning_curves
 from hywu_core.experiments.conflict.plan import ConflictPlan, GeneratorSize
 from hywu_core.files import read_header, read_tensors
@@ -52,7 +52,10 @@ def hywu(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ConflictPlan, "quick", lambda: PLAN)
         patch.setattr(data, "split_files", lambda side: [folder / "train.png"])
-        patch.setattr(evaluate, "held_out_images", lambda: images)
+        for module in (evaluate, degrees):
+            patch.setattr(module, "held_out_images", lambda: images)
+        patch.setattr(degrees, "IMAGES", 2)
+        patch.setattr(degrees, "SIZE", 48)
         patch.setattr(report, "photographs", lambda: {"coffee": None, "camera": None})
 
         def run(out, *more: str) -> int:
@@ -97,6 +100,25 @@ def test_every_run_leaves_weights_and_rows(done):
     single = load_lora(done / "weights" / "single_blur_r2.safetensors")
     assert single.rank == 2
     assert list(single.provenance["phrasings"]) == ["blur"]
+
+
+def test_whole_images_are_edited_at_fixed_degrees(done):
+    found = {path.stem: read(path) for path in (done / "degrees").glob("*.json")}
+    singles = {f"single_{task}_r2" for task in TASKS}
+    assert found.keys() == {"hywu_r2", "shared_r2", "shared_large", "sft", "base", "hywu_task_mean"} | singles
+    names = ["blur, sharp source", "blur, sigma 1", "blur, sigma 2", "deblur, sigma 1", "deblur, sigma 2"]
+    assert list(dict.fromkeys(row["case"] for row in found["hywu_r2"]["tasks"])) == names
+    assert {row["task"] for row in found["single_blur_r2"]["tasks"]} == {"blur"}
+    assert [row["image"] for row in found["base"]["tasks"]] == [0, 1] * 5
+    assert all(row["psnr"] > 5 and row["sharpness_of_source"] > 0 for row in found["sft"]["tasks"])
+    about = read(done / "figures.json")["fixed_degrees"]["hywu_r2"]
+    assert set(about) == {"cases", "short", "unknown", "flat"}
+    gains = [row["gain"] for row in found["hywu_r2"]["tasks"] if row["case"] == names[3]]
+    assert about["cases"][names[3]]["gain"] == pytest.approx(np.mean(gains), abs=0.006)
+    assert about["flat"]["blur"]["gray card"] < 0.2
+    page = (done / "report.md").read_text(encoding="utf-8")
+    assert "| deblur, sigma 2 |" in page
+    assert "“add a red hat”" in page
 
 
 def test_the_large_shared_lora_has_about_the_generators_size(done):

@@ -20,7 +20,7 @@ from PIL import Image
 
 from hywu_core.cli import main
 from hywu_core.experiments import images as data
-from hywu_core.experiments.conflict import evaluate, report
+from hywu_core.experiments.conflict import degrees, evaluate, report
 from hywu_core.experiments.conflict.plan import ConflictPlan, GeneratorSize
 from hywu_core.files import read_header, read_tensors
 from hywu_core.training.logs import read_log
@@ -76,7 +76,10 @@ def conflict(tmp_path_factory):
         patch.setattr(ConflictPlan, "quick", lambda: PLAN)
         patch.setattr(data, "split_files", lambda side: [FORMER / "train.png"])
         shown = {name: pixels(file) for name, file in images.items()}
-        patch.setattr(evaluate, "held_out_images", lambda: shown)
+        for module in (evaluate, degrees):
+            patch.setattr(module, "held_out_images", lambda: shown)
+        patch.setattr(degrees, "IMAGES", 1)
+        patch.setattr(degrees, "SIZE", 40)
         patch.setattr(report, "photographs", lambda: {"coffee": None, "camera": None})
         command = ["conflict", "--quick", "--out", str(out), "--commit", "abc", "--device", "cpu",
                    "--editor", str(FORMER / "editor.safetensors")]  # fmt: skip
@@ -104,6 +107,7 @@ def test_its_report_has_the_same_figures(conflict):
         read(FORMER / "conflict_expected.json")["figures"],
         read(conflict / "figures.json"),
     )
+    found.pop("fixed_degrees")  # came later
     for run in found["trained"].values():
         run.pop("seconds")
     assert_alike({key: found[key] for key in wanted}, wanted, "figures")

@@ -15,6 +15,7 @@ from ...errors import HYWUError
 from ...files import as_json, read_header, read_json, read_tensors, save_tensors
 from ...training.base import BaseModel
 from ...training.trainer import Trainer
+from . import degrees
 from .analysis import cosine_matrix, task_gradients
 from .evaluate import (
     Adapted,
@@ -58,8 +59,10 @@ class Experiment:
         if not run.main:
             return
         self._rows(run.name, adapt, "held_out", keep=True)
+        self._degrees(run.name, adapt, [run.task] if run.task else self.plan.tasks, run.strategy)
         if run.strategy == "hywu":
             self._rows("base", unadapted(self.base), "seen", keep=True)
+            self._degrees("base", unadapted(self.base), self.plan.tasks, "base")
             rows = measure(self.data.seen.source, self.data, "seen")
             write_json(self._path("unchanged", "seen"), rows)
             self._controls(trainer)
@@ -69,7 +72,12 @@ class Experiment:
     def _controls(self, trainer: Trainer) -> None:
         strategy = trainer.strategy
         self._rows("hywu_shuffled", shuffled(self.base, strategy), "seen")
-        if self._done("hywu_mean", "seen") and self._done("hywu_task_mean", "seen"):
+        last = self.runs.folder / "degrees" / "hywu_task_mean.json"
+        if (
+            self._done("hywu_mean", "seen")
+            and self._done("hywu_task_mean", "seen")
+            and last.exists()
+        ):
             return
         batches = self.runs.batches(Run("hywu", self.plan.main_rank))
         means = mean_changes(strategy, [batches(VALIDATION + i) for i in range(MEAN_BATCHES)])
@@ -77,6 +85,19 @@ class Experiment:
         self._rows("hywu_mean", lambda batch: changed(module, means[""]), "seen")
         by_task: Adapted = lambda batch: changed(module, means[batch.task[0]])  # noqa: E731
         self._rows("hywu_task_mean", by_task, "seen", by_task=True)
+        self._degrees("hywu_task_mean", by_task, self.plan.tasks, "mean")
+
+    def _degrees(self, name: str, adapt: Adapted, tasks: Sequence[str], strategy: str) -> None:
+        """Whole photographs at fixed degrees; of HY-WU and the editor alone also other words."""
+        path = self.runs.folder / "degrees" / f"{name}.json"
+        if path.exists():
+            return
+        found: dict[str, Any] = {"tasks": degrees.measure_tasks(self.base, adapt, tasks)}
+        if strategy in ("hywu", "base"):
+            found |= degrees.measure_words(self.base, adapt, tasks)
+        if strategy != "mean":
+            found["flat"] = degrees.measure_flat(self.base, adapt, tasks)
+        write_json(path, found)
 
     def _rows(
         self, name: str, adapt: Adapted, phrasing: str, by_task: bool = False, keep: bool = False
@@ -133,6 +154,15 @@ class Experiment:
             rows = read_json(path, list, "remove it to measure anew", finite=False)
             found.setdefault(path.name.split(".")[0], []).extend(rows)
         return found
+
+    def degrees(self) -> dict[str, dict[str, Any]]:
+        """Name -> what was measured at fixed degrees, in the order of the plan's runs."""
+        found = {
+            path.stem: read_json(path, dict, "remove it to measure anew", finite=False)
+            for path in sorted((self.runs.folder / "degrees").glob("*.json"))
+        }
+        order = [*(run.name for run in self.plan.runs), "hywu_task_mean", "base"]
+        return {name: found[name] for name in order if name in found}
 
     def missing(self) -> list[str]:
         """Runs that are not evaluated yet."""
