@@ -6,11 +6,11 @@ import json
 from functools import partial
 from pathlib import Path
 
-import eval_weights as tiny
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from random_weights import make_editor, make_random
 
 from hywu_core.bases.bundled.checkpoint import VARIABLE, editor_identity, load_editor
 from hywu_core.bases.bundled.sampling import edit
@@ -32,7 +32,7 @@ ITEMS = 3 * 2 * len(TASKS)  # images, crops, tasks
 @pytest.fixture
 def weights(tmp_path, monkeypatch):
     """Tiny bundled weights; two photographs and a drawing in place of all held-out images."""
-    folder = tiny.make_weights(tmp_path / "weights", TASKS)
+    folder = make_random(tmp_path / "weights", TASKS)
     monkeypatch.setenv(VARIABLE, str(folder))
     chosen = {name: photographs()[name] for name in ("chelsea", "coffee")}
     drawing = torch.arange(200 * 200).reshape(1, 200, 200).expand(3, -1, -1) % 256
@@ -51,6 +51,7 @@ def experiment(tmp_path, weights):
         **ConflictPlan().to_json(),
         "tasks": TASKS,
         "crops": 2,
+        "evaluation_size": 32,
         "sampling_steps": 1,
         "main_rank": 2,
     }
@@ -211,7 +212,7 @@ def test_intervals_are_over_photographs_not_crops(experiment, tmp_path):
 
 
 def test_without_an_experiment_sft_is_left_out_and_said_so(weights, tmp_path, capsys, monkeypatch):
-    smaller = partial(ConflictPlan, tasks=TASKS, crops=1)
+    smaller = partial(ConflictPlan, tasks=TASKS, crops=1, evaluation_size=32)
     monkeypatch.setattr(evaluation_own, "ConflictPlan", smaller)
     out = tmp_path / "out"
     assert own(out, "--images", "1") == 0
@@ -227,14 +228,14 @@ def test_without_an_experiment_sft_is_left_out_and_said_so(weights, tmp_path, ca
 def test_weights_that_do_not_belong_together_are_refused(experiment, weights, tmp_path, capsys):
     path = experiment / "weights" / "sft.safetensors"
     arguments = ("--experiment", str(experiment), "--images", "1")
-    other = tiny.make_editor(tmp_path / "wide.safetensors", width=64)
+    other = make_editor(tmp_path / "wide.safetensors", width=16)
     save_tensors(path, dict(other.state_dict()), {"strategy": "sft"}, overwrite=True)
     assert own(tmp_path / "out", *arguments) == 1
     assert "was not made from this editor" in capsys.readouterr().err
     save_tensors(path, dict(other.state_dict()), {}, overwrite=True)
     assert own(tmp_path / "out", *arguments) == 1
     assert "not a fine-tuned editor" in capsys.readouterr().err
-    tiny.make_editor(weights / "editor.safetensors", seed=3)
+    make_editor(weights / "editor.safetensors", seed=3)
     assert own(tmp_path / "out", *arguments) == 1
     assert "the experiment was made with the editor" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
