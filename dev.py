@@ -6,7 +6,8 @@ host   prepares a ComfyUI to develop against; `--start` runs it with this extens
 workflows  makes workflows/*.json, their thumbnails and docs/images anew, after nodes or weights changed
 screenshots  [arguments of ComfyUI]: every template, app and blueprint in a real browser, into artefacts/templates
 help-images  [class of a node]: draws the help pages' images anew, web/docs/images, after nodes changed
-images  all three: thumbnails, docs/images and the help pages', after the weights changed
+gallery  makes docs/gallery.md and its images anew with the bundled weights
+images  all of them: thumbnails, docs/images, the gallery, the help pages', after the weights changed
 bench  [name] [arguments]: the benchmarks of bench/; without a name it lists them
 fuzz   [--count 10000]: damaged files of every kind, each of which must be read or refused in one sentence
 soak   [--prompts 300]: prompts, interruptions, exchanged files and hostile texts on one server, every image compared
@@ -192,10 +193,17 @@ def screenshots(args: argparse.Namespace, rest: list[str]) -> int:
         return subprocess.run(command, cwd=ROOT).returncode
 
 
+def gallery(args: argparse.Namespace, rest: list[str]) -> int:
+    """docs/gallery.md and its images by the bundled weights, which takes a minute."""
+    prepare_host()
+    return subprocess.run([python_of(VENV), "-m", "workflows.gallery"], cwd=ROOT).returncode
+
+
 def images(args: argparse.Namespace, rest: list[str]) -> int:
     """Every image made with the bundled weights anew: thumbnails, docs/images, help pages (needs Chromium)."""
     args.no_images, args.newest, args.graph = False, True, True
-    return workflows(args, []) or help_images(args, []) or screenshots(args, [])
+    made = (workflows, gallery, help_images, screenshots)
+    return next((code for step in made if (code := step(args, []))), 0)
 
 
 def bench(args: argparse.Namespace, rest: list[str]) -> int:
@@ -243,6 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         workflows,
         screenshots,
         help_images,
+        gallery,
         images,
         bench,
         fuzz,

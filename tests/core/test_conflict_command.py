@@ -105,8 +105,17 @@ def test_every_run_leaves_weights_and_rows(done):
 def test_whole_images_are_edited_at_fixed_degrees(done):
     found = {path.stem: read(path) for path in (done / "degrees").glob("*.json")}
     singles = {f"single_{task}_r2" for task in TASKS}
-    assert found.keys() == {"hywu_r2", "shared_r2", "shared_large", "sft", "base", "hywu_task_mean"} | singles
-    names = ["blur, sharp source", "blur, sigma 1", "blur, sigma 2", "deblur, sigma 1", "deblur, sigma 2"]
+    assert (
+        found.keys()
+        == {"hywu_r2", "shared_r2", "shared_large", "sft", "base", "hywu_task_mean"} | singles
+    )
+    names = [
+        "blur, sharp source",
+        "blur, sigma 1",
+        "blur, sigma 2",
+        "deblur, sigma 1",
+        "deblur, sigma 2",
+    ]
     assert list(dict.fromkeys(row["case"] for row in found["hywu_r2"]["tasks"])) == names
     assert {row["task"] for row in found["single_blur_r2"]["tasks"]} == {"blur"}
     assert [row["image"] for row in found["base"]["tasks"]] == [0, 1] * 5
