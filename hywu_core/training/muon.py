@@ -133,6 +133,7 @@ class Muon(torch.optim.Optimizer):
         self._adamw.state = self.state
         inner = self._adamw.param_groups[0]
         inner.update({key: group[key] for key in ("params", "lr", "weight_decay")})
+        inner["capturable"] = isinstance(group["lr"], Tensor) and group["lr"].is_cuda
         self._adamw.step()
 
     def _step_matrices(self, group: dict[str, Any]) -> None:
@@ -150,7 +151,11 @@ class Muon(torch.optim.Optimizer):
             targets, steps = zip(*pairs, strict=True)
             stacked = torch.stack(steps)
             made = orthogonalized(stacked.to(_dtype(stacked))).to(stacked.dtype)
-            torch._foreach_add_(targets, made.unbind(), alpha=-rate * STEP_RMS * max(shape) ** 0.5)
+            factor = -rate * STEP_RMS * max(shape) ** 0.5
+            if isinstance(factor, Tensor):  # one on the device, for a recorded step
+                torch._foreach_add_(targets, made.mul_(factor).unbind())
+            else:
+                torch._foreach_add_(targets, made.unbind(), alpha=factor)
 
     def _momentum(self, parameter: nn.Parameter) -> Tensor:
         """Nesterov's: the gradient mixed with its running mean."""

@@ -137,9 +137,20 @@ class Average:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the parameters after `step` (counted from 0)."""
-        decay = min(self.decay, (1 + step) / (10 + step)) if self.decay else 0.0
-        mine = list(self.values.values())
-        torch._foreach_lerp_(mine, [p.detach() for p in self.parameters.values()], 1 - decay)
+        mine, theirs = list(self.values.values()), [p.detach() for p in self.parameters.values()]
+        torch._foreach_lerp_(mine, theirs, self.weight(step))
+
+    def weight(self, step: int) -> float:
+        """The share of the parameters after `step` in the average."""
+        return 1 - (min(self.decay, (1 + step) / (10 + step)) if self.decay else 0.0)
+
+    @torch.no_grad()
+    def take(self, weight: Tensor) -> None:
+        """`update` by a weight on the device, float32 ``[]``."""
+        mine, theirs = list(self.values.values()), [p.detach() for p in self.parameters.values()]
+        apart = torch._foreach_sub(theirs, mine)
+        torch._foreach_mul_(apart, weight)
+        torch._foreach_add_(mine, apart)
 
     @contextlib.contextmanager
     def swapped(self) -> Iterator[None]:

@@ -106,7 +106,10 @@ class HyperNetwork:
         if self._statistics:
             parts = {}
             for name, tokens in condition.parts.items():
-                mean, factor = (value.to(tokens) for value in self._statistics[name])
+                mean, factor = self._statistics[name] = tuple(
+                    value.to(tokens.device) for value in self._statistics[name]
+                )
+                mean, factor = mean.to(tokens), factor.to(tokens)
                 parts[name] = (tokens - mean) * factor
             condition = replace(condition, parts=parts)
         return self.trained(condition)

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from ..errors import HYWUError, get_logger
 from .base import BaseModel, Batch, BatchSource, Draws, frozen_digest
 from .devices import make_accelerator, steady_attention
+from .graphs import RecordedStep, suits
 from .logs import Log, plot_loss, save_grid
 from .muon import Muon, adamw
 from .schedule import Average, TrainConfig, lr_at, refuse_differences
@@ -126,6 +127,7 @@ class Trainer:
         objective = Objective(self.base, self.strategy)
         self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
         self.average = Average(self.parameters, config.ema)
+        self.recorded = RecordedStep(self) if suits(self) else None
 
     # -- running ---------------------------------------------------------------------------------
 
@@ -198,6 +200,10 @@ class Trainer:
         the gradient before clipping.
         """
         config, accelerator = self.config, self.accelerator
+        if self.recorded is not None:
+            batch, draws = self._whole(step)
+            rate, weight = lr_at(config, step), self.average.weight(step)
+            return self.recorded(batch, draws, rate, weight)
         for group in self.optimizer.param_groups:
             group["lr"] = lr_at(config, step)
         parts, usual = self._shares(step), config.batch_size / accelerator.num_processes
@@ -215,6 +221,16 @@ class Trainer:
         self.average.update(step)
         mean = accelerator.reduce(total, reduction="mean")
         return torch.stack([mean, norm.detach().float()])
+
+    def _whole(self, step: int) -> tuple[Batch, Draws]:
+        """A step's batch of all processes, and its draws."""
+        whole = self.batches(step)
+        if len(whole) != self.config.batch_size:
+            raise HYWUError(
+                f"training: the data gave {len(whole)} examples for step {step}, the batch size is "
+                f"{self.config.batch_size}."
+            )
+        return whole, self.base.draw(whole, _mix(self.config.seed, step))
 
     def _shares(self, step: int) -> list[tuple[Batch, Draws]]:
         """This process's part of a step's batch, cut for accumulation."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import zlib
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,34 +22,48 @@ def split_words(text: str) -> list[str]:
     return re.findall(r"[^\W_]+|[^\w\s]|_", text.lower())
 
 
-def word_pieces(word: str, buckets: int) -> list[int]:
+class EncodedTexts(tuple):
+    """Instructions, as a tuple of strings, whose words are numbers already.
+
+    ids, mask: what `word_ids` makes of them, on the device where they are read.
+    """
+
+    ids: Tensor
+    mask: Tensor
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def word_pieces(word: str, buckets: int) -> tuple[int, ...]:
     """Hashes in 2..buckets - 1 of a word and its n-grams of 2 to 4 UTF-8 bytes, ends marked."""
     data = b"<" + word.encode("utf-8", "replace") + b">"
     grams = {data} | {data[i : i + n] for n in (2, 3, 4) for i in range(len(data) - n + 1)}
-    return sorted({2 + zlib.crc32(gram) % (buckets - 2) for gram in grams})[:PIECES]
+    return tuple(sorted({2 + zlib.crc32(gram) % (buckets - 2) for gram in grams})[:PIECES])
 
 
 def word_ids(
-    instructions: Sequence[str], config: Any, device: torch.device
+    instructions: Sequence[str], config: Any, device: torch.device, whole: bool = False
 ) -> tuple[Tensor, Tensor]:
     """The words' pieces, int64 ``[B, T, G]``, 0 for none, and mask bool ``[B, T]``.
 
     config: has buckets and text_words.
+    whole: T and G are the largest that there can be, whatever the texts.
     """
+    if isinstance(instructions, EncodedTexts):
+        return instructions.ids, instructions.mask
     rows = [
-        [[1], *(word_pieces(word, config.buckets) for word in split_words(text))]
+        [(1,), *(word_pieces(word, config.buckets) for word in split_words(text))]
         for text in instructions
     ]
     rows = [row[: config.text_words + 1] for row in rows]
-    longest = max(map(len, rows))
-    most = max(len(pieces) for row in rows for pieces in row)
-    ids = torch.zeros(len(rows), longest, most, dtype=torch.int64)
-    for row, words in zip(ids, rows, strict=True):
-        for place, pieces in zip(row, words, strict=False):
-            place[: len(pieces)] = torch.tensor(pieces)
+    longest = config.text_words + 1 if whole else max(map(len, rows))
+    most = PIECES if whole else max(len(pieces) for row in rows for pieces in row)
+    ids = np.zeros((len(rows), longest, most), dtype=np.int64)
+    for i, words in enumerate(rows):
+        for j, pieces in enumerate(words):
+            ids[i, j, : len(pieces)] = pieces
     lengths = torch.tensor([len(row) for row in rows])
     mask = torch.arange(longest) < lengths[:, None]
-    return ids.to(device), mask.to(device)
+    return torch.from_numpy(ids).to(device), mask.to(device)
 
 
 def norm(x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from ...encoders.bundled import EditorEncoder
 from ...errors import HYWUError
 from .checkpoint import editor_identity
 from .sampling import edit
+from .text import EncodedTexts, word_ids
 
 if TYPE_CHECKING:
     from ...training.base import Batch, Draws
@@ -76,6 +78,17 @@ class EditorBase:
         if references:
             raise HYWUError(ONE_IMAGE)
         return self._encoder(source, instruction)
+
+    def text_tensors(self, batch: Batch) -> dict[str, Tensor]:
+        """A batch's texts as tensors of one shape for all batches of a size, on the CPU."""
+        ids, mask = word_ids(batch.instruction, self.module.config, torch.device("cpu"), whole=True)
+        return {"ids": ids, "mask": mask}
+
+    def with_text_tensors(self, batch: Batch, tensors: Mapping[str, Tensor]) -> Batch:
+        """The batch with its texts as these tensors."""
+        texts = EncodedTexts(batch.instruction)
+        texts.ids, texts.mask = tensors["ids"], tensors["mask"]
+        return replace(batch, instruction=texts)
 
     def draw(self, batch: Batch, seed: int) -> Draws:
         """noise ``[B, 3, H, W]``; t ``[B]`` in (0, 1], one stratum of it per item but for those at 1."""

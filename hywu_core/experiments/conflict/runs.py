@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ... import files
+from ...devices import chosen_device
 from ...errors import HYWUError
 from ...files import atomic_path
 from ...generator.config import GeneratorConfig
@@ -37,8 +38,11 @@ class Runs:
         self, base: BaseModel, pool: ImagePool, plan: ConflictPlan, folder: Path,
         provenance: dict[str, Any] | None = None, device: str | None = None,
     ) -> None:  # fmt: skip
-        self.base, self.pool, self.plan, self.folder = base, pool, plan, folder
+        self.base, self.plan, self.folder = base, plan, folder
         self.provenance, self.device = dict(provenance or {}), device
+        # crops are made where they are trained on, and conditions looked at before the first step
+        self.pool = pool.on(device)
+        base.module.to(chosen_device(device))
 
     # -- what is trained, on what ------------------------------------------------------------------
 
