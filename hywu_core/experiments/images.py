@@ -94,14 +94,16 @@ class PackedImage(io.BytesIO):
 
 
 def pack_images(path: Path) -> Path:
-    """Write the split's images to one file, at most `MAX_SIDE` pixels per side, as WebP of high quality.
+    """Write the split's images to one file, at most `MAX_SIDE` pixels per side: those that are trained on as WebP
+    of high quality, those that are measured on as they are.
 
     For a machine that lacks the packages: `split_files` reads it where the variable `PACKED` names it.
     """
     tensors = {}
     for side in SIDES:
         for file in split_files(side):
-            data = bytearray(encode_image(to_pillow(read_image(file).float() / 255), "WEBP"))
+            kind = "WEBP" if side == "train" else "PNG"
+            data = bytearray(encode_image(to_pillow(read_image(file).float() / 255), kind))
             key = f"{side}/{len(tensors):04}/{file.name}"
             tensors[key] = torch.frombuffer(data, dtype=torch.uint8)
     header = {"format": PACKED_FORMAT, "packages": dict(PACKAGES.values())}
@@ -114,7 +116,8 @@ def _packed(path: Path, side: str) -> list[PackedImage]:
         raise HYWUError(
             f"{path}: is no file of packed images; {PACKED} must name one, or be unset."
         )
-    logger.warning("the images of %s, as WebP, stand in for those of the packages", path)
+    if side == "train":
+        logger.warning("the images of %s, as WebP, stand in for those of the packages", path)
     return [
         PackedImage(tensors[key].numpy().tobytes(), key.rpartition("/")[2])
         for key in sorted(tensors)

@@ -54,7 +54,10 @@ class RecordedStep:
         # what the host writes into these a replay reads
         self._rate: float | Tensor = torch.zeros((), device=device) if record else 0.0
         self._weight = torch.zeros((), device=device)
+        # two each: the host fills one while the other is read
+        self._pinned: list[dict[str, Tensor]] = [{}, {}]
         if record:
+            self._copied = [torch.cuda.Event() for _ in range(2)]
             for group in trainer.optimizer.param_groups:
                 group["capturable"] = True
 
@@ -86,8 +89,25 @@ class RecordedStep:
             self._inputs = {key: value.to(device, copy=True) for key, value in values.items()}
             self._batch = batch
             return
-        for key, value in values.items():
+        staged = self._stage(values) if self.record else values
+        for key, value in staged.items():
             self._inputs[key].copy_(value, non_blocking=True)
+        if self.record:
+            self._copied[0].record()
+
+    def _stage(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same, what lies in ordinary memory through page-locked: a copy from there waits for the replay."""
+        self._copied.reverse()
+        self._pinned.reverse()
+        self._copied[0].synchronize()  # of two steps ago
+        pinned = self._pinned[0]
+        for key, value in values.items():
+            if value.is_cuda:
+                continue
+            if key not in pinned:
+                pinned[key] = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+            pinned[key].copy_(value)
+        return {**values, **pinned}
 
     def _step(self) -> Tensor:
         trainer, inputs = self.trainer, self._inputs

@@ -44,6 +44,9 @@ class Strategy(Protocol):
     def export(self, path: Path, provenance: Mapping[str, Any]) -> Path:
         """Write the weights for use: a generator, a LoRA, or the base's own weights."""
 
+    def read(self, path: Path) -> Mapping[str, Any]:
+        """Take in what `export` wrote; returns the provenance in it."""
+
 
 class HyperNetwork:
     """HY-WU: a generator writes a LoRA for every item; the base itself is never changed."""
@@ -146,6 +149,14 @@ class HyperNetwork:
         half.load_state_dict(self._folded(), assign=True)
         return save_generator(half, path, overwrite=True)
 
+    def read(self, path: Path) -> Mapping[str, Any]:
+        from ..generator.checkpoints import load_generator
+
+        read = load_generator(path, dtype=torch.float32)
+        self.trained.load_state_dict(read.state_dict())
+        self._statistics = {}  # they are in the input projection now
+        return read.config.provenance
+
 
 class StaticLoRA:
     """One LoRA for everything it is trained on, through PEFT on a copy of the base."""
@@ -196,6 +207,15 @@ class StaticLoRA:
         lora = self.lora({**provenance, "strategy": self.name}).to(dtype=torch.float16)
         return Path(lora.save(path, format="native", overwrite=True))
 
+    @torch.no_grad()
+    def read(self, path: Path) -> Mapping[str, Any]:
+        lora = GeneratedLoRA.load(path)
+        for target in self.paths:
+            module = self.trained.get_submodule(target)
+            for side, value in zip((module.lora_A, module.lora_B), lora[target], strict=True):
+                side["default"].weight.copy_(value[0].view_as(side["default"].weight))
+        return lora.provenance
+
 
 class FullFineTuning:
     """Every weight is trained: of a copy of the base (SFT), or of the base itself (pretraining).
@@ -218,6 +238,13 @@ class FullFineTuning:
         tensors = {name: value.half() for name, value in self.trained.state_dict().items()}
         header = {"strategy": self.name, "provenance": dict(provenance)}
         return save_tensors(path, tensors, header, overwrite=True)
+
+    def read(self, path: Path) -> Mapping[str, Any]:
+        from ..files import read_tensors
+
+        tensors, header = read_tensors(path)
+        self.trained.load_state_dict(tensors)
+        return header["provenance"]
 
 
 def count_parameters(strategy: Strategy) -> int:

@@ -333,6 +333,18 @@ class Trainer:
                     losses.append(float(self.base.loss(module, batch, draws).mean()))
         return math.fsum(losses) / len(losses)
 
+    def read(self, path: Path) -> Mapping[str, Any]:
+        """Take in the weights of a whole run from what `export` wrote, when its state is gone; its provenance.
+
+        Raises HYWUError where they were trained otherwise or not to the end.
+        """
+        about = self.strategy.read(path)
+        mine = {"steps": self.config.steps, "training": self.config.to_json()}
+        refuse_differences(about, mine, path)
+        self.average = Average(self.parameters, self.config.ema)
+        self.step, self.seconds = self.config.steps, float(about.get("seconds", 0))
+        return about
+
     def export(self, path: Path, provenance: Mapping[str, Any]) -> Path:
         """Write the averaged weights for use, with how they came about."""
         about = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...devices import chosen_device
 from ...errors import HYWUError
 from ...files import as_json, read_header, read_json, read_tensors, save_tensors
 from ...training.base import BaseModel
@@ -190,7 +192,7 @@ def make_experiment(
     """The experiment on an editor's file; a folder that holds another plan is refused."""
     from ...bases.bundled.checkpoint import bundled, load_editor
     from ...bases.bundled.training import EditorBase
-    from ..images import PACKAGES, ImagePool, split_files
+    from ..images import PACKAGES, PACKED, ImagePool, split_files
     from ..tasks import VERSION
 
     path, editor_file = folder / "plan.json", editor_file or bundled("editor")
@@ -214,7 +216,8 @@ def make_experiment(
         write_json(path, mine)
     provenance = {
         "commit": commit,
-        "data": dict(PACKAGES.values()),
+        "data": {**dict(PACKAGES.values()), **({"as": "WebP"} if os.environ.get(PACKED) else {})},
+        "device": str(chosen_device(device)),
         "editor": read_header(editor_file).get("provenance", {}),
     }
     runs = Runs(base, ImagePool(split_files("train")), plan, folder, provenance, device)

@@ -133,8 +133,14 @@ class Runs:
     # -- training ----------------------------------------------------------------------------------
 
     def train(self, run: Run, say: Callable[[str], None] = lambda text: None) -> Trainer:
-        """Train a run to its end, or load it when it is done. Raises KeyboardInterrupt when stopped."""
+        """Train a run to its end, or load it when it is done. Raises KeyboardInterrupt when stopped.
+
+        Of a run that is done its exported weights are enough.
+        """
         state = self.folder / "runs" / run.name / STATE
+        weights = self.folder / "weights" / f"{run.name}.safetensors"
+        if weights.exists() and not state.exists():
+            return self._done(run, weights)
         # a run that was begun keeps its rate, whatever rates are tried today
         begun = state_header(state).get("config", {}).get("lr") if state.exists() else None
         rate = begun or self.learning_rate(run)
@@ -142,11 +148,18 @@ class Runs:
         trainer = self._trainer(run, rate, self.plan.steps_of(run), self.folder / "runs" / run.name)
         if not trainer.run():
             raise KeyboardInterrupt
-        weights = self.folder / "weights" / f"{run.name}.safetensors"
         if not weights.exists():
             tasks = [run.task] if run.task else list(self.plan.tasks)
             phrasings = {task: list(CONFLICT[task].seen) for task in tasks}
             trainer.export(weights, {**self.provenance, "phrasings": phrasings})
+        return trainer
+
+    def _done(self, run: Run, weights: Path) -> Trainer:
+        """A run of which only the exported weights are left."""
+        rate = self.learning_rate(run)
+        folder = self.folder / "runs" / run.name
+        trainer = self._trainer(run, rate, self.plan.steps_of(run), folder)
+        trainer.read(weights)
         return trainer
 
     def _trainer(self, run: Run, rate: float, steps: int, folder: Path) -> Trainer:
