@@ -209,7 +209,9 @@ class StaticLoRA:
 
     @torch.no_grad()
     def read(self, path: Path) -> Mapping[str, Any]:
-        lora = GeneratedLoRA.load(path)
+        from ..formats import load_lora
+
+        lora = load_lora(path)
         for target in self.paths:
             module = self.trained.get_submodule(target)
             for side, value in zip((module.lora_A, module.lora_B), lora[target], strict=True):

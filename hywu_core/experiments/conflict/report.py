@@ -12,6 +12,8 @@ import torch
 from ...charts import draw_cosines, draw_edits, draw_learning, draw_ranks
 from ...errors import HYWUError
 from ...files import atomic_path, read_json
+from ...training.logs import read_log
+from ...training.strategies import count_parameters
 from ..images import photographs
 from ..tasks import CONFLICT
 from . import degrees
@@ -125,23 +127,24 @@ def _check_main_rank(experiment: Experiment, folder: Path) -> None:
 
 
 def _trained(experiment: Experiment, folder: Path) -> dict[str, dict[str, Any]]:
-    """Run -> learning rate, steps, seconds, trained values; from the states' headers."""
-    from ...files import read_header, read_tensors
-
-    found = {}
-    for run in experiment.plan.runs:
-        path = folder / "runs" / run.name / "state.safetensors"
-        if run.name in experiment.missing():
+    """Run -> learning rate, steps, seconds, trained values; from the logs, which outlive the states."""
+    found, counts = {}, {}
+    missing, plan = set(experiment.missing()), experiment.plan
+    for run in plan.runs:
+        if run.name in missing:
             continue
-        header = read_header(path)
-        tensors = read_tensors(path)[0]
-        values = sum(t.numel() for n, t in tensors.items() if n.startswith("parameters."))
+        rows = read_log(folder / "runs" / run.name / "log.csv")
+        # runs of a kind and rank train as many, whatever their task and seed
+        kind = (run.strategy, run.rank)
+        if kind not in counts:
+            counts[kind] = count_parameters(experiment.runs.strategy(run))
+        batch = plan.batch_size // (len(plan.tasks) if run.task else 1)
         found[run.name] = {
-            "lr": header["config"]["lr"],
-            "steps": header["step"],
-            "examples": header["step"] * header["config"]["batch_size"],
-            "seconds": round(header["seconds"]),
-            "trained_values": values,
+            "lr": max(row["lr"] for row in rows),
+            "steps": rows[-1]["step"],
+            "examples": rows[-1]["step"] * batch,
+            "seconds": round(rows[-1]["seconds"]),
+            "trained_values": counts[kind],
         }
     return found
 
