@@ -25,6 +25,8 @@ FOLDER = dev.ROOT / "workflows"
 NAMES = build.names()
 LIBRARY = sorted(path.name for path in build.SUBGRAPHS.glob("*.json"))
 INPUTS = FOLDER / "inputs"
+#: Least height of a node with an image in Nodes 2.0, sockets, one widget and the image's size included.
+IMAGE_HEIGHT = 304
 
 
 def api(name: str) -> dict:
@@ -232,6 +234,14 @@ def test_a_graph_is_small_and_its_nodes_do_not_overlap(name):
     width, height = max(b.right for b in boxes), max(b.bottom for b in boxes)
     assert min(0.75 * 1850 / width, 0.75 * 1040 / height) > 0.65
     assert len([node for node in nodes if node["type"] != "MarkdownNote"]) <= 12
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nodes_of_images_have_the_height_that_nodes_2_gives_them_after_a_run(name):
+    """They would grow over the nodes below."""
+    kinds = ("LoadImage", "SaveImage", "PreviewImage")
+    heights = [n["size"][1] for n in saved(name)["nodes"] if n["type"] in kinds]
+    assert min(heights, default=IMAGE_HEIGHT) >= IMAGE_HEIGHT
 
 
 @pytest.mark.parametrize("name", NAMES)
