@@ -1,7 +1,9 @@
 /**
  * What a node has to say after a run, drawn on it: its warnings (`hywu_warnings` of the ui output, a list of
- * sentences) and its report (`text`). Warnings from inside a subgraph stand on the subgraph's node, too.
+ * sentences) and its report (`text`). Warnings from inside a subgraph stand on the subgraph's node, too, and
+ * in App mode, which shows no nodes, they are the frontend's own messages.
  */
+import { app } from "../../../scripts/app.js";
 import { element, frame, grow, nodesAt, panel, panelOf, removePanel } from "./panel.js";
 
 const KEY = "hywu_notice";
@@ -11,6 +13,10 @@ const WITH_MAP = new Set(["HYWUGenerateLoRA", "HYWUInspectLoRA", "HYWULoadLoRA"]
 /** Lines of a report that are drawn; the rest is in its tooltip. */
 const LINES = 3;
 const LINE = 14;
+/** Values of the frontend's `activeMode` in which the graph isn't seen. */
+const APP_MODES = new Set(["app", "builder:arrange"]);
+/** Milliseconds that a message stays. */
+const STAYS = 12_000;
 
 /** A report as a person reads it: of a JSON object what is short, of a text its first lines. */
 export function readable(text) {
@@ -93,6 +99,16 @@ function change(node, what) {
   if (panel(node, KEY, () => view)) grow(node);
 }
 
+/** Warnings as messages over the page, where no node can show them. */
+function tellApp(sentences) {
+  const manager = app.extensionManager;
+  const workflow = manager?.workflow?.activeWorkflow;
+  if (!APP_MODES.has(workflow?.activeMode ?? workflow?.initialMode)) return;
+  for (const detail of new Set(sentences)) {
+    manager.toast?.add?.({ severity: "warn", summary: "HY-WU", detail, life: STAYS });
+  }
+}
+
 /** Draw what the node with this id of the prompt has sent; inner ones warn on the outer ones as well. */
 export function notice(id, output) {
   const nodes = nodesAt(id);
@@ -100,6 +116,7 @@ export function notice(id, output) {
   if (!node?.comfyClass?.startsWith(OURS) || !output) return;
   const texts = (list) => (Array.isArray(list) ? list.filter((text) => typeof text === "string") : []);
   const warnings = texts(output.hywu_warnings);
+  tellApp(warnings);
   const report = WITH_MAP.has(node.comfyClass) ? "" : texts(output.text).map(readable).join("\n");
   for (const one of nodes) {
     change(one, (view) => {
