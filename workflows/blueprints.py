@@ -43,6 +43,8 @@ FOLDER = Path(__file__).parent / "blueprints"
 PREFIX = "blueprint:"
 #: Width of the nodes at which a subgraph's inputs begin and its outputs end.
 EDGE = 120
+#: Between these and the nodes: frontends fit only the nodes into the window, and the names must be seen, too.
+EDGE_GAP = 60
 #: Distance of the ids in a copy of a blueprint.
 COPY = 1000
 
@@ -79,7 +81,10 @@ def _renumbered(blueprint: dict[str, Any], copy: int) -> dict[str, Any]:
         kind = node["class_type"] + inner
         nodes[renumber(ident, copy)] = {**node, "class_type": kind, "inputs": inputs}
     outputs = {name: link(end) for name, end in blueprint["outputs"].items()}
-    columns = [[renumber(ident, copy) for ident in column] for column in blueprint["columns"]]
+    columns = [
+        [one if isinstance(one, int) else renumber(one, copy) for one in column]
+        for column in blueprint["columns"]
+    ]
     return {**blueprint, "nodes": nodes, "outputs": outputs, "columns": columns}
 
 
@@ -229,16 +234,17 @@ def definition(name: str, info: dict[str, Any]) -> dict[str, Any]:
     level.place([[{"columns": [[], *blueprint["columns"]]}]])
     boxes = [(*node["pos"], *node["size"]) for node in level.nodes.values()]
     left, right = min(b[0] for b in boxes), max(b[0] + b[2] for b in boxes)
-    inputs = _edges(name, level, info, left - 2 * EDGE)
-    outputs = _ends(name, level, info, right + EDGE)
+    begin, end = left - EDGE_GAP - EDGE, right + EDGE_GAP
+    inputs = _edges(name, level, info, begin)
+    outputs = _ends(name, level, info, end)
     return {
         "id": identity(name), "version": 1, "revision": 0, "config": {}, "name": blueprint["title"],
         "state": {
             "lastGroupId": 0, "lastNodeId": max(map(int, blueprint["nodes"])),
             "lastLinkId": level.base + len(level.links), "lastRerouteId": 0,
         },
-        "inputNode": {"id": INPUT, "bounding": [left - 2 * EDGE, 0, EDGE, 40 + SLOT * len(inputs)]},
-        "outputNode": {"id": OUTPUT, "bounding": [right + EDGE, 0, EDGE, 40 + SLOT * len(outputs)]},
+        "inputNode": {"id": INPUT, "bounding": [begin, 0, EDGE, 40 + SLOT * len(inputs)]},
+        "outputNode": {"id": OUTPUT, "bounding": [end, 0, EDGE, 40 + SLOT * len(outputs)]},
         "inputs": inputs, "outputs": outputs, "widgets": [],
         "nodes": level.ordered(), "groups": [],
         "links": [

@@ -122,6 +122,18 @@ def problems(page: Any) -> list[str]:
     return found
 
 
+def names_outside(page: Any) -> list[str]:
+    """Which names of the open subgraph's inputs or outputs are not wholly on the canvas."""
+    return page.evaluate(
+        """() => { const c = window.app.canvas, room = c.canvas.getBoundingClientRect();
+             const beside = document.querySelector('.side-tool-bar-container')?.getBoundingClientRect();
+             return [['inputs', c.graph.inputNode], ['outputs', c.graph.outputNode]].filter(([, node]) => {
+               const [x, , width] = node.boundingRect, at = (v) => (v + c.ds.offset[0]) * c.ds.scale + room.x;
+               return at(x) < (beside?.right ?? 0) || at(x + width) > room.right;
+             }).map(([what]) => `names of ${what} are outside the window`); }"""
+    )
+
+
 def put_blueprint(page: Any, file: dict) -> None:
     """A blueprint's node alone on the canvas, large."""
     page.evaluate(
@@ -182,7 +194,7 @@ def shoot_blueprints(page: Any, folder: Path, renderer: str, info: dict) -> Iter
         wrong = cut_texts(page)
         enter(page)
         page.screenshot(path=folder / f"blueprint_{name}_{renderer}_inside.png")
-        wrong += [*overlaps(page.evaluate(inside)), *cut_texts(page)]
+        wrong += [*overlaps(page.evaluate(inside)), *cut_texts(page), *names_outside(page)]
         yield from (f"blueprint {name}, {renderer}: {one}" for one in wrong)
 
 
