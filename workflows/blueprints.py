@@ -44,7 +44,7 @@ PREFIX = "blueprint:"
 #: Width of the nodes at which a subgraph's inputs begin and its outputs end.
 EDGE = 120
 #: Between these and the nodes: frontends fit only the nodes into the window, and the names must be seen, too.
-EDGE_GAP = 60
+EDGE_GAP = 40
 #: Distance of the ids in a copy of a blueprint.
 COPY = 1000
 

@@ -127,10 +127,10 @@ def names_outside(page: Any) -> list[str]:
     return page.evaluate(
         """() => { const c = window.app.canvas, room = c.canvas.getBoundingClientRect();
              const beside = document.querySelector('.side-tool-bar-container')?.getBoundingClientRect();
-             return [['inputs', c.graph.inputNode], ['outputs', c.graph.outputNode]].filter(([, node]) => {
-               const [x, , width] = node.boundingRect, at = (v) => (v + c.ds.offset[0]) * c.ds.scale + room.x;
-               return at(x) < (beside?.right ?? 0) || at(x + width) > room.right;
-             }).map(([what]) => `names of ${what} are outside the window`); }"""
+             const at = (x) => (x + c.ds.offset[0]) * c.ds.scale + room.x;
+             return [...c.graph.inputs, ...c.graph.outputs].filter(({boundingRect: [x, , width]}) =>
+               at(x) < (beside?.right ?? 0) || at(x + width) > room.right
+             ).map((slot) => `the name of '${slot.name}' is not wholly in the window`); }"""
     )
 
 

@@ -143,6 +143,29 @@ def test_apps_show_their_inputs_and_outputs(page, shot, errors):
     assert errors == []
 
 
+@pytest.mark.parametrize("frontend", ["newest, Nodes 2.0"])
+def test_an_app_runs_warns_over_the_page_and_leaves_its_graph_readable(page, shot, errors):
+    """The one with most results; nodes that show images grow."""
+    page.set_viewport_size(FULL)
+    screenshots.open_template(page, build.file_of("conflict_age_restore").stem)
+    screenshots.toggle_app(page)
+    page.evaluate(
+        """() => { window.app.graph._nodes.find((n) => n.title.startsWith('Age'))
+             .widgets.find((w) => w.name === 'instruction').value = 'add a hat to the dog'; }"""
+    )
+    page.get_by_role("button", name="Run", exact=True).last.click()
+    page.wait_for_function(do.SAVED, timeout=240_000)
+    page.locator("[role=alert]:visible", has_text="add a hat to the dog").first.wait_for(
+        timeout=10_000
+    )
+    shot("app_done")
+    screenshots.toggle_app(page)
+    page.wait_for_timeout(1000)
+    shot("app_done_graph")
+    assert screenshots.problems(page) == []
+    assert errors == []
+
+
 @newest
 def test_blueprints_are_in_the_node_search(page, shot, errors):
     page.evaluate("window.app.graph.clear()")
@@ -165,6 +188,7 @@ def test_blueprints_are_readable_outside_and_inside(page, shot, errors):
         screenshots.enter(page)
         shot(f"blueprint_{name}_inside")
         assert screenshots.overlaps(page.evaluate(inside)) == [], name
+        assert screenshots.names_outside(page) == [], name
     assert errors == []
 
 

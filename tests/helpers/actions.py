@@ -8,6 +8,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+#: Whether every SaveImage of the graph has its image.
+SAVED = """() => window.app.graph._nodes.filter((n) => n.type === 'SaveImage')
+    .every((n) => window.app.nodeOutputs[n.id]?.images?.length)"""
+
 
 def node(class_type: str, **inputs: Any) -> dict[str, Any]:
     """One node of an API-format graph."""
@@ -61,11 +65,7 @@ def run(page, timeout: float = 240_000) -> None:
         "() => { for (const key in window.app.nodeOutputs) delete window.app.nodeOutputs[key] }"
     )
     page.keyboard.press("Control+Enter")
-    page.wait_for_function(
-        """() => window.app.graph._nodes.filter((n) => n.type === 'SaveImage')
-             .every((n) => window.app.nodeOutputs[n.id]?.images?.length)""",
-        timeout=timeout,
-    )
+    page.wait_for_function(SAVED, timeout=timeout)
     page.wait_for_timeout(500)
 
 
