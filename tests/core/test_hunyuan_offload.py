@@ -12,7 +12,8 @@ from hunyuan_golden import BASE, SYSTEM, generator, golden, pipeline, source
 from hywu_core import HYWUError
 from hywu_core.bases.hunyuan_image3 import Pipeline, Request, Sampler, layers
 from hywu_core.bases.hunyuan_image3.attention import KVCache
-from hywu_core.bases.hunyuan_image3.offload import OffloadedBank, in_memory, routed
+from hywu_core.bases.hunyuan_image3.chunks import routed
+from hywu_core.bases.hunyuan_image3.offload import OffloadedBank, in_memory
 from hywu_core.bases.hunyuan_image3.placement import CHUNK, SLOTS, Matrix, place
 from hywu_core.bases.hunyuan_image3.quantize import quantize
 from hywu_core.bases.hunyuan_image3.resting import dense_bytes, held_bytes

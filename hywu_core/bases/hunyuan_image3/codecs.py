@@ -6,6 +6,7 @@ al. 2023 (QLoRA), two to a byte, the first in the high half; each block of a row
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -144,10 +145,12 @@ class NF4(Codec):
         return out.copy_(values)
 
 
+@functools.cache
 def _pairs(device: torch.device) -> Tensor:
-    """float32 ``[256, 2]``: the two levels of a byte."""
-    levels = torch.tensor(NF4_LEVELS, device=device)
-    return torch.stack((levels.repeat_interleave(16), levels.repeat(16)), dim=1)
+    """float32 ``[256, 2]``: the two levels of a byte. Kept, so that a decoded matrix doesn't wait for its copy."""
+    with torch.inference_mode(False):
+        levels = torch.tensor(NF4_LEVELS, device=device)
+        return torch.stack((levels.repeat_interleave(16), levels.repeat(16)), dim=1)
 
 
 def codec_of(method: Method) -> Codec:

@@ -11,7 +11,7 @@ all and part of the budget.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from ...errors import HYWUError
 from ...generator.speed.offload import blocks_per_buffer
-from ...grouped import grouped_linear
 from .checkpoint import Folder, Slot, stored_tensors
+from .chunks import in_chunks, multiply, routed
 from .codecs import Codec, Plain
 from .model import HunyuanImage3
 from .placement import SLOTS, Matrix, Placement, place
@@ -217,40 +217,13 @@ class CodedBank(nn.Module):
         self.coded = nn.Parameter(coded, requires_grad=False)
 
     def forward(self, x: Tensor, ends: Tensor, items: Tensor | None = None) -> Tensor:
-        """See `GroupedLinear`. Waits for the device once, to learn which experts have rows."""
+        """See `GroupedLinear`. Waits for the device to learn which experts have rows (see `routed`)."""
 
         def weights(experts: Sequence[int]) -> Tensor:
             matrices = [self.coded[e].to(x.device, non_blocking=True) for e in experts]
             return self.workspace.decode(self.source, matrices, x.dtype)
 
         return in_chunks(x, ends, self.out_features, self.chunk, weights)
-
-
-def routed(ends: Tensor) -> tuple[list[int], list[int]]:
-    """Where each expert's rows begin and end, and the experts that have any. Waits for the device once."""
-    bounds = [0, *ends.tolist()]
-    return bounds, [e for e in range(len(bounds) - 1) if bounds[e + 1] > bounds[e]]
-
-
-def in_chunks(
-    x: Tensor, ends: Tensor, out_features: int, chunk: int, weights: Callable[[Sequence[int]], Tensor]
-) -> Tensor:  # fmt: skip
-    """The grouped product, of so many experts at a time. weights: experts -> ``[n, out, in]``."""
-    bounds, used = routed(ends)
-    out = x.new_empty(x.shape[0], out_features)
-    for i in range(0, len(used), chunk):
-        experts = used[i : i + chunk]
-        multiply(x, weights(experts), experts, bounds, out)
-    return out
-
-
-def multiply(
-    x: Tensor, weight: Tensor, experts: Sequence[int], bounds: Sequence[int], out: Tensor
-) -> None:
-    """Products of some experts' rows, written where they belong. weight ``[n, out, in]``."""
-    first, last = bounds[experts[0]], bounds[experts[-1] + 1]
-    local = torch.tensor([bounds[e + 1] - first for e in experts], dtype=torch.int32)
-    out[first:last] = grouped_linear(x[first:last], weight, local.to(x.device))
 
 
 class OffloadedBank(nn.Module):
@@ -266,7 +239,7 @@ class OffloadedBank(nn.Module):
         self.workspace = workspace
 
     def forward(self, x: Tensor, ends: Tensor, items: Tensor | None = None) -> Tensor:
-        """See `GroupedLinear`. Waits for the device once, to learn which experts have rows."""
+        """See `GroupedLinear`. Waits for the device to learn which experts have rows (see `routed`)."""
         bounds, used = routed(ends)
         out = x.new_empty(x.shape[0], self.out_features)
         for slot, weight, experts in self._chunks(used):

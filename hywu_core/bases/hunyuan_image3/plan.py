@@ -125,7 +125,7 @@ def plan(
     return RunPlan(
         method or _stored_as(folder), fixed + sum(layers), sum(layers), placed.total_bytes,
         branches * tokens * kv_bytes(config, dtype), off, moved, _lora_bytes(config, rank), len(placed.resident), len(layers),
-        branches * image_tokens * _operations(config), activation_bytes(config, longest, dtype),
+        branches * image_tokens * layer_operations(config), activation_bytes(config, longest, dtype),
         vae_bytes(config.vae, image_tokens * config.factor**2, torch.float32),
         _disk(folder) if method is None else quantized_bytes(folder, method), generator,
         placed.dropped,
@@ -208,7 +208,7 @@ def _lora_bytes(config: Any, rank: int) -> int:
     return total * rank * 2
 
 
-def _operations(config: Any) -> int:
+def layer_operations(config: Any) -> int:
     """Of one token's products with the layers' weights (attention's scores left out)."""
     hidden, (qkv, heads) = config.hidden_size, _widths(config)
     each = zip(config.expert_widths, config.shared_experts, config.top_k, strict=True)

@@ -24,11 +24,12 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
+from ....hywu_core.bases.hunyuan_image3.chunks import in_chunks
 from ....hywu_core.bases.hunyuan_image3.config import HunyuanConfig
 from ....hywu_core.bases.hunyuan_image3.editing import Denoiser
 from ....hywu_core.bases.hunyuan_image3.images import custom_size
 from ....hywu_core.bases.hunyuan_image3.model import HunyuanImage3
-from ....hywu_core.bases.hunyuan_image3.offload import CodedBank, in_chunks
+from ....hywu_core.bases.hunyuan_image3.offload import CodedBank
 from ....hywu_core.bases.hunyuan_image3.placement import CHUNK
 from ....hywu_core.bases.hunyuan_image3.plan import activation_bytes, kv_bytes
 from ....hywu_core.bases.hunyuan_image3.prompts import Prompts, Request
