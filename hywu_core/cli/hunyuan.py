@@ -208,8 +208,10 @@ def _load(args: argparse.Namespace, generator: str | None) -> tuple[Any, Any]:
 
     from ..bases.hunyuan_image3 import Pipeline, Prompts, Request
     from ..bases.hunyuan_image3.checkpoint import stored_dtype
+    from ..bases.hunyuan_image3.chunks import bound_product_plans
     from ..generator.checkpoints import open_checkpoint
 
+    bound_product_plans()
     device = chosen_device(args.device)
     prompts = Prompts.open(args.folder, args.system_prompt)
     images = [load_image(path) for path in args.image]

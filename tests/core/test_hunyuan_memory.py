@@ -1,4 +1,4 @@
-"""Quantizing a folder of some two hundred megabytes: what the process holds of it, in anonymous memory."""
+"""A folder of some two hundred megabytes of random weights: what processes hold of it, in anonymous memory."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from hywu_core.bases.hunyuan_image3 import open_folder, tiny
+from hywu_core.bases.hunyuan_image3.plan import plan
 
 ROOT = Path(__file__).parents[2]
 #: The network's sizes: 157 MB of experts in bfloat16.
@@ -21,18 +22,42 @@ SIZES = {"LAYERS": 4, "HIDDEN": 512, "HEAD": 128, "EXPERTS": 32, "WIDTH": 400}
 SLACK = 24 << 20
 
 CHILD = """
-    import json, sys
+    import contextlib, hashlib, json, sys
+    from pathlib import Path
     import torch
     sys.path.insert(0, "tests/helpers")
+    from hywu_core import load_generator
+    from hywu_core.bases.hunyuan_image3 import Pipeline, Request
+    from hywu_core.bases.hunyuan_image3.chunks import bound_product_plans
     from hywu_core.bases.hunyuan_image3.quantize import quantize
-    from resident import Watch
+    from resident import Watch, anonymous
 
     torch.set_num_threads(1)
-    small, base, out = sys.argv[1:]
-    quantize(small, out + "-small", "nf4")
-    with Watch() as watch:
-        quantize(base, out, "nf4")
-    print(json.dumps({"peak": watch.peak}))
+    bound_product_plans()
+    job, small, base, out, budget = *sys.argv[1:5], int(sys.argv[5])
+    request = Request("make it red", [], "", "128x128", 1)
+
+    def run(folder, **how):
+        pipeline = Pipeline.load(folder, dtype=torch.bfloat16, **how)
+        condition = pipeline.condition([request])
+        with pipeline.evicted() if how.get("budget") else contextlib.nullcontext():
+            away = anonymous()
+            made = load_generator(Path(folder).parent / "generator", dtype=torch.float32)
+            lora = made(condition.to(dtype=torch.float32))
+        made = pipeline.sample([request], lora, steps=1)
+        return away, made
+
+    away, made = 0, torch.zeros(1)
+    with torch.no_grad():
+        # torch and the tokenizer import parts of themselves at the first run, which is no memory of this one
+        run(small) if job != "quantize" else quantize(small, out + "-small", "nf4")
+        with Watch() as watch:
+            if job == "quantize":
+                quantize(base, out, "nf4")
+            else:
+                away, made = run(base, **({"budget": budget, "rest": job} if budget else {}))
+    digest = hashlib.sha256(made.contiguous().numpy().tobytes()).hexdigest()
+    print(json.dumps({"peak": watch.peak, "away": away - watch.before, "digest": digest}))
 """
 
 
@@ -48,10 +73,10 @@ def middle(tmp_path_factory):
 def child(middle):
     small = tiny.write_tiny(middle.parent / "small") / "base"
 
-    def run() -> dict:
+    def run(job: str, budget: int = 0) -> dict:
         files = [small, middle / "base", middle.parent / "out"]
         done = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(CHILD), *map(str, files)],
+            [sys.executable, "-c", textwrap.dedent(CHILD), job, *map(str, files), str(budget)],
             capture_output=True, text=True, timeout=900, cwd=ROOT,
             # freed memory goes back to the system at once, so that what is resident is what is held
             env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"},
@@ -67,9 +92,28 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+def test_resident_memory_keeps_to_the_budget(middle, child):
+    """Bit by bit the resident model's latents; experts in the files take no memory, nor do weights that are away."""
+    folder = open_folder(middle / "base")
+    whole = plan(folder, None, None, 300, 65)
+    layer = whole.experts_bytes // SIZES["LAYERS"]
+    budget = whole.weights - whole.experts_bytes + layer + layer // 2
+    told = plan(folder, None, budget, 300, 65)
+    assert (told.resident_layers, told.dropped) == (1, 0)
+    jobs = {"all": 0, "file": budget, "ram": budget}
+    found = {job: child(job, size) for job, size in jobs.items()}
+    beside = told.kv + told.activations + told.lora
+    print({"weights": whole.weights, "budget": budget, "beside": beside, **found})
+    assert len({each["digest"] for each in found.values()}) == 1
+    assert found["all"]["peak"] > 0.95 * whole.weights  # the measurement sees weights
+    assert found["file"]["peak"] < budget + beside < 0.6 * whole.weights
+    assert found["file"]["away"] < SLACK / 2
+    assert whole.weights * 0.95 < found["ram"]["peak"] < whole.weights + beside + SLACK
+
+
 def test_quantize_holds_a_tensor_at_a_time(middle, child):
     folder = open_folder(middle / "base")
     largest = max(torch.Size(shape).numel() for shape in folder.shapes.values())
-    found = child()
+    found = child("quantize")
     print({"files": folder.nbytes, "largest": largest, **found})
     assert found["peak"] < 8 * largest + SLACK < folder.nbytes / 3

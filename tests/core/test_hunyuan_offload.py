@@ -10,10 +10,16 @@ import torch
 from hunyuan_golden import BASE, SYSTEM, generator, golden, pipeline, source
 
 from hywu_core import HYWUError
-from hywu_core.bases.hunyuan_image3 import Pipeline, Request, Sampler, layers
+from hywu_core.bases.hunyuan_image3 import Pipeline, Request, Sampler, dispatch, layers, open_folder
 from hywu_core.bases.hunyuan_image3.attention import KVCache
 from hywu_core.bases.hunyuan_image3.chunks import routed
-from hywu_core.bases.hunyuan_image3.offload import OffloadedBank, in_memory
+from hywu_core.bases.hunyuan_image3.model import HunyuanImage3
+from hywu_core.bases.hunyuan_image3.offload import (
+    CodedBank,
+    OffloadedBank,
+    coded_banks,
+    in_memory,
+)
 from hywu_core.bases.hunyuan_image3.placement import CHUNK, SLOTS, Matrix, place
 from hywu_core.bases.hunyuan_image3.quantize import quantize
 from hywu_core.bases.hunyuan_image3.resting import dense_bytes, held_bytes
@@ -238,6 +244,55 @@ def test_layers_are_dispatched_by_accelerate():
             Pipeline.load(BASE, dtype=torch.float32, system=SYSTEM, device_map=wrong)
     with pytest.raises(HYWUError, match="none with a budget"):
         Pipeline.load(BASE, system=SYSTEM, device_map="auto", budget=1 << 30)
+
+
+@pytest.mark.parametrize("device_map", ["auto", {"model.layers.1": "cpu"}])
+def test_quantized_layers_are_dispatched_by_accelerate(device_map, tmp_path):
+    """Stored as they are, latents with a LoRA bit by bit those of one device; they don't leave for a while."""
+    out = quantize(BASE, tmp_path / "out", "nf4")
+    p = Pipeline.load(out, dtype=torch.float32, system=SYSTEM, device_map=device_map)
+    banks = [m for m in p.model.modules() if isinstance(m, CodedBank)]
+    assert len(banks) == 9
+    assert {bank.coded.dtype for bank in banks} == {torch.uint8}
+    assert p.model.model.layers[1]._hf_hook.execution_device == torch.device("cpu")
+    request = Request("an other thing", [], size="128x128", seed=1)
+    lora = generator()(pipeline().condition([request]))
+    one = Pipeline.load(out, dtype=torch.float32, system=SYSTEM)
+    assert torch.equal(p.sample([request], lora, steps=2), one.sample([request], lora, steps=2))
+    with pytest.raises(HYWUError, match="layers on several devices"):
+        p.evicted()
+    with pytest.raises(
+        HYWUError, match=r"1 of 3 layers .*; use one device|1 of 3 layers .* use one"
+    ):
+        Pipeline.load(out, system=SYSTEM, device_map={"model.layers.1": "disk"})
+
+
+def test_quantized_layers_count_as_they_are_stored(tmp_path, monkeypatch):
+    """Three layers on two devices that hold one and a half in bfloat16: all fit in NF4; each is read to its device."""
+    folder = open_folder(quantize(BASE, tmp_path / "out", "nf4"))
+    with torch.device("meta"):
+        model = HunyuanImage3(folder.config)
+    coded = coded_banks(folder, model, torch.bfloat16)
+    accelerate = pytest.importorskip("accelerate")
+    others = sum(p.numel() for n, p in model.named_parameters() if not n.startswith("model.layers"))
+    layer = sum(p.numel() * min(2, p.itemsize) for p in model.model.layers[0].parameters())
+    # accelerate leaves room for another layer on the first
+    room = {0: 2 * others + 2 * layer, 1: 2 * layer}
+    monkeypatch.setattr(accelerate.utils, "get_max_memory", lambda: dict(room))
+    made = dispatch._auto(accelerate, model, torch.device("cuda", 0), torch.bfloat16)
+    assert list(made.values()) == sorted(made.values())
+    assert set(made.values()) == {0, 1}
+    with torch.device("meta"):
+        plain = HunyuanImage3(folder.config)
+    assert (
+        "disk"
+        in dispatch._auto(accelerate, plain, torch.device("cuda", 0), torch.bfloat16).values()
+    )
+    assert [dispatch._as_device(d).index for d in made.values()] == list(made.values())
+    bank = coded[2]["w2"]
+    assert bank.coded.is_meta
+    bank.read(torch.device("cpu"))
+    assert bank.coded.any()
 
 
 def test_banks_in_page_locked_memory(monkeypatch):

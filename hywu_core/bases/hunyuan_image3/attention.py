@@ -75,26 +75,53 @@ class KVCache:
 
     def grow(self, capacity: int) -> None:
         """Make room for a longer sequence; what is kept stays."""
-        more = capacity - self.capacity
-        self._layers = [
-            pair and tuple(F.pad(t, (0, 0, 0, more)) for t in pair) for pair in self._layers
-        ]
+        if any(pair is not None and pair[0].is_pinned() for pair in self._layers):
+            torch.cuda.synchronize()  # copies to host memory may be under way
+        kept, before = self._layers, self.capacity
         self._shape = (*self._shape[:2], capacity, self._shape[3])
         self.capacity = capacity
+        self._layers = [pair and tuple(self._grown(t, before) for t in pair) for pair in kept]
+
+    def _grown(self, kept: Tensor, before: int) -> Tensor:
+        made = torch.zeros(
+            self._shape, dtype=kept.dtype, device=kept.device, pin_memory=kept.is_pinned()
+        )
+        made[:, :, :before] = kept
+        return made
 
     def put(self, layer: int, k: Tensor, v: Tensor, plan: Sequence[Rows]) -> tuple[Tensor, Tensor]:
         """Keep ``[B, kv heads, S, d]`` at each item's own index; returns all that is kept."""
         pair = self._layers[layer]
         if pair is None:
-            pair = tuple(t.new_zeros(self._shape, device=self._device) for t in (k, v))
+            pair = tuple(self._empty(t) for t in (k, v))
             self._layers[layer] = pair
-        for items, rows in _alike(plan):
-            for kept, new in zip(pair, (k, v), strict=True):
-                value = new[items, :, : rows.stop - rows.start]
-                kept[items, :, rows.start : rows.stop] = value.to(kept.device)
-        if self._device is not None:
-            return pair[0].to(k.device, copy=True), pair[1].to(v.device, copy=True)
+        away = self._device is not None
+        for kept, new in zip(pair, (k, v), strict=True):
+            if away:
+                _keep_away(kept, new.contiguous(), plan)
+                continue
+            for items, rows in _alike(plan):
+                kept[items, :, rows.start : rows.stop] = new[items, :, : rows.stop - rows.start]
+        if away:
+            # page-locked memory is read behind what was queued before, and written to behind this
+            made = (t.to(k.device, copy=True, non_blocking=t.is_pinned()) for t in pair)
+            return tuple(made)  # type: ignore[return-value]
         return pair
+
+    def _empty(self, like: Tensor) -> Tensor:
+        """Zeros for a layer; in host memory page-locked where the device is CUDA, ten times as fast to copy."""
+        if self._device is not None and self._device.type == "cpu" and like.is_cuda:
+            return torch.zeros(self._shape, dtype=like.dtype, pin_memory=True)
+        return like.new_zeros(self._shape, device=self._device)
+
+
+def _keep_away(kept: Tensor, new: Tensor, plan: Sequence[Rows]) -> None:
+    """Copy each item's rows head by head: both sides are whole there, so that nothing is staged between."""
+    pinned = kept.is_pinned()
+    for item, rows in enumerate(plan):
+        for head in range(kept.shape[1]):
+            here = kept[item, head, rows.start : rows.stop]
+            here.copy_(new[item, head, : rows.stop - rows.start], non_blocking=pinned)
 
 
 def _alike(plan: Sequence[Rows]) -> list[tuple[Any, Rows]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 
 import torch
@@ -9,6 +10,20 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...grouped import grouped_linear
+
+#: Shapes of products that oneDNN, and torch above it, keep a plan and its memory for: 1024 each by default.
+_PLANS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16", "LRU_CACHE_CAPACITY": "16"}
+
+
+def bound_product_plans() -> None:
+    """Let a CPU keep few plans of products, for this process; of no effect after its first product.
+
+    Each number of rows is a shape, and experts get any number: at a middle size the plans held more than the
+    weights did. What the environment says already stays.
+    """
+    for name, count in _PLANS.items():
+        os.environ.setdefault(name, count)
+
 
 #: What `routed` gave for tensors that are still used: the banks of a layer are called with the same one.
 _routed = WeakTensorKeyDictionary()

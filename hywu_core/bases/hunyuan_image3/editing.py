@@ -7,15 +7,18 @@ only. Both branches of guidance are rows of one batch.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...errors import HYWUError
+from ...injection import inject
+from ...lora import GeneratedLoRA
 from .attention import KVCache
 from .model import HunyuanImage3, Progress
 from .passes import places, prefill
@@ -173,3 +176,20 @@ def sample(
         if on_step is not None:
             on_step(step, sampling.steps, x)
     return x
+
+
+@contextlib.contextmanager
+def injected(
+    model: nn.Module, lora: GeneratedLoRA | None, strength: float, rows: list[int]
+) -> Iterator[None]:
+    """The model with the LoRA, if there is one; row i of its batches has LoRA rows[i]."""
+    if lora is None:
+        yield
+        return
+    if lora.batch_size not in (1, max(rows) + 1):
+        raise HYWUError(
+            f"{max(rows) + 1} requests, but {lora.batch_size} LoRAs; generate one for each, or pick one."
+        )
+    index = rows if lora.batch_size > 1 else None
+    with inject(model, lora, strength, index=index):
+        yield

@@ -24,7 +24,7 @@ from .checkpoint import Folder, Slot, stored_tensors
 from .chunks import in_chunks, multiply, routed
 from .codecs import Codec, Plain
 from .model import HunyuanImage3
-from .placement import SLOTS, Matrix, Placement, place
+from .placement import CHUNK, SLOTS, Matrix, Placement, place
 
 #: Where offloaded experts rest: "ram", or "file" for the mapped safetensors.
 Rest = Literal["ram", "file"]
@@ -209,11 +209,13 @@ class CodedBank(nn.Module):
         self.source, self.chunk, self.workspace, self._device = stored, chunk, workspace, device
         self.read()
 
-    def read(self) -> None:
-        """Take the weights from where they are stored."""
+    def read(self, device: torch.device | None = None) -> None:
+        """Take the weights from where they are stored. device: another one than before."""
+        self._device = self._device if device is None else device
         shape = (self.num_experts, self.source.matrix_bytes)
         coded = torch.empty(shape, dtype=torch.uint8, device=self._device)
-        self.source.read(range(self.num_experts), coded)
+        if self._device.type != "meta":
+            self.source.read(range(self.num_experts), coded)
         self.coded = nn.Parameter(coded, requires_grad=False)
 
     def forward(self, x: Tensor, ends: Tensor, items: Tensor | None = None) -> Tensor:
@@ -331,6 +333,26 @@ def offload(
             made = OffloadedBank(bank, source, slots, placement.chunk, workspace)
             setattr(experts, name, made)
     return Offloaded(placement, slots, workspace)
+
+
+def coded_banks(
+    folder: Folder, model: HunyuanImage3, dtype: torch.dtype
+) -> list[dict[str, CodedBank]]:
+    """Exchange a quantized folder's banks for coded ones on "meta"; returns those of each layer, to be read.
+
+    Each decodes in memory of its own time, so that layers can be on several devices.
+    """
+    meta, made = torch.device("meta"), []
+    for i, layer in enumerate(model.model.layers):
+        experts, banks = layer.mlp.experts, {}
+        for name, source in _sources(folder, i, experts, dtype).items():
+            if isinstance(source.codec, Plain):
+                continue
+            chunk = min(CHUNK, model.config.num_experts)
+            banks[name] = CodedBank(getattr(experts, name), source, meta, chunk, Workspace(0, meta))
+            setattr(experts, name, banks[name])
+        made.append(banks)
+    return made
 
 
 def in_memory(source: Source, count: int, pin: bool = False) -> InMemory:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,13 +23,12 @@ from torch import Tensor, nn
 from ...condition import OFFICIAL_PART, Condition
 from ...errors import HYWUError
 from ...images import to_pillow
-from ...injection import inject
 from ...layout import LoRALayout
 from ...lora import GeneratedLoRA
 from . import vision
 from .checkpoint import FLOAT32, Folder, stored_dtype
 from .dispatch import DeviceMap, dispatch
-from .editing import Denoiser, OnStep, Sampling, sample
+from .editing import Denoiser, OnStep, Sampling, injected, sample
 from .embed import Aligner
 from .images import Size, align
 from .layers import RouterPrecision
@@ -114,7 +113,7 @@ class Pipeline:
         self.model, self.vae = parts.model, parts.vae
         #: Where the experts are, if the model was loaded with a budget.
         self.offloaded: Offloaded | None = None
-        self._parts, self._read = parts, lambda: None
+        self._parts, self._read, self._spread = parts, lambda: None, False
         self.encode_source = SourceEncoder(prompts, parts.vae, parts.tower, parts.aligner)
 
     @classmethod
@@ -156,7 +155,7 @@ class Pipeline:
         if device_map is not None:
             kept = dtype or stored_dtype(folder)
             dispatch(folder, parts.model, device_map, device, kept, budget)
-        if budget is not None or folder.quantized:
+        elif budget is not None or folder.quantized:
             kept = dtype or stored_dtype(folder)
             fixed, sizes = fixed_bytes(parts, kept, vae_dtype), dense_bytes(parts, kept, vae_dtype)
             offloaded = offload(
@@ -170,6 +169,7 @@ class Pipeline:
         parts.model.kv_device = torch.device("cpu") if kv == "ram" else None
         pipeline = cls(prompts, parts)
         pipeline.offloaded = offloaded
+        pipeline._spread = device_map is not None
         pipeline._read = functools.partial(fill, folder, parts, device, dtype, vae_dtype)
         return pipeline
 
@@ -178,7 +178,15 @@ class Pipeline:
         return self.model.device
 
     def evicted(self) -> contextlib.AbstractContextManager[None]:
-        """In the block no weights are on the device; after it they are read from the folder again."""
+        """In the block no weights are on the device; after it they are read from the folder again.
+
+        Raises HYWUError where layers are on several devices.
+        """
+        if self._spread:
+            raise HYWUError(
+                f"{self.prompts.folder.path}: layers on several devices don't leave them; make the LoRA in "
+                "a process of its own (`hywu hunyuan condition`, then `hywu generate`)."
+            )
         return evicted(self._parts, self.offloaded, self._read)
 
     # -- the three passes ------------------------------------------------------------------------
@@ -259,7 +267,7 @@ class Pipeline:
         drawn, sequences, sources = self.prepare(requests)
         start = drawn if noise is None else noise
         with (
-            _injected(self.model, lora, strength, self._rows(requests)),
+            injected(self.model, lora, strength, self._rows(requests)),
             Denoiser(self.model, sequences, sources, keep_prefix) as denoiser,
         ):
             guided = not self.config.distilled
@@ -360,23 +368,6 @@ def check_layout(model: HunyuanImage3, layout: LoRALayout, path: Path) -> None:
                 "that was trained for this base model."
             )
     layout.check(model)
-
-
-@contextlib.contextmanager
-def _injected(
-    model: nn.Module, lora: GeneratedLoRA | None, strength: float, rows: list[int]
-) -> Iterator[None]:
-    """The model with the LoRA, if there is one; row i of its batches has LoRA rows[i]."""
-    if lora is None:
-        yield
-        return
-    if lora.batch_size not in (1, max(rows) + 1):
-        raise HYWUError(
-            f"{max(rows) + 1} requests, but {lora.batch_size} LoRAs; generate one for each, or pick one."
-        )
-    index = rows if lora.batch_size > 1 else None
-    with inject(model, lora, strength, index=index):
-        yield
 
 
 def condition_of(
