@@ -16,14 +16,14 @@ from bench import hunyuan_base
 from hywu_core.bases.hunyuan_image3.editing import Denoiser, Sampling, sample
 
 CPU = torch.device("cpu")
-SEEDS, STEPS = 3, 3
+SEEDS, STEPS = 3, 2
 
 
 def config():
-    """Four layers of 32 experts, 27 million numbers a layer."""
+    """Four layers of 16 experts, 38 million numbers in all."""
     return replace(
         hunyuan_base.config_of(4, tiny=True), hidden_size=512, head_dim=64, num_heads=8, num_kv_heads=4,
-        num_experts=32, expert_widths=(512,) * 4, top_k=(4,) * 4,
+        num_experts=16, expert_widths=(384,) * 4, top_k=(4,) * 4,
     )  # fmt: skip
 
 
@@ -56,7 +56,6 @@ def errors() -> dict[str, float]:
         found = {"bf16": median_error(None, torch.bfloat16)}
         for method in ("int8", "fp8", "nf4"):
             found[method] = median_error(method, torch.float32)
-            found[f"{method} in bf16"] = median_error(method, torch.bfloat16)
     print(
         {
             name: f"{value:.2e} ({value / found['bf16']:.2f} of bf16's)"
@@ -68,4 +67,5 @@ def errors() -> dict[str, float]:
 
 def test_errors_end_to_end_beside_those_of_bfloat16(errors):
     assert 0 < errors["bf16"] < 0.1
-    assert errors["int8"] < errors["fp8"] < errors["nf4"]
+    assert errors["int8"] < 1.5 * errors["bf16"]
+    assert errors["int8"] < errors["fp8"] < errors["nf4"] < 5 * errors["bf16"]
