@@ -12,7 +12,7 @@ import pytest
 import torch
 from hunyuan_golden import BASE, SYSTEM
 from hywu_nodes.hywu_core import grouped
-from hywu_nodes.hywu_core.bases.hunyuan_image3 import offload
+from hywu_nodes.hywu_core.bases.hunyuan_image3 import chunks
 from hywu_nodes.hywu_core.bases.hunyuan_image3.attention import KVCache, Norm, Rows, Segment
 from hywu_nodes.hywu_core.bases.hunyuan_image3.passes import prefill
 from hywu_nodes.hywu_core.bases.hunyuan_image3.prompts import Request
@@ -114,7 +114,7 @@ def test_a_pass_runs_on_the_device_wherever_weights_are(call, base, monkeypatch,
     spread = [
         round(i * 80 / 8) for i in range(9)
     ]  # values are pretended, too: experts have equal shares
-    monkeypatch.setattr(offload, "routed", lambda ends: (spread, list(range(8))))
+    monkeypatch.setattr(chunks, "routed", lambda ends: (spread, list(range(8))))
     with FakeTensorMode():
         network = HostModel(config).bfloat16().requires_grad_(False)
         patcher = comfy.model_patcher.ModelPatcher(HunyuanModel(network, None, 3.0), cuda, CPU)
