@@ -17,8 +17,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..experiments.conflict.plan import ConflictPlan
-from ..files import read_json
+from ..experiments.conflict.plan import ConflictPlan, read_plan
 from ..training.schedule import OPTIMIZERS, PRECISIONS, chosen_precision
 from .console import say
 
@@ -130,4 +129,4 @@ def _recorded(folder: Path) -> str | None:
     path = folder / "plan.json"
     if not path.exists():
         return None
-    return read_json(path, dict, finite=False)["plan"].get("precision")
+    return read_plan(path)["plan"].get("precision")

@@ -364,6 +364,37 @@ def test_another_experiment_stands_beside_and_is_bundled_too(hywu, done, tmp_pat
     assert "in seed" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("damaged", ["{}", '{"plan": ["steps"]}', '{"plan": null}', "[]"])
+def test_a_plan_without_its_plan_is_named(hywu, tmp_path, capsys, damaged):
+    whole, mine = tmp_path / "whole", tmp_path / "mine"
+    for folder in (whole, mine):
+        assert hywu(folder, "--only", "none") == 0
+    capsys.readouterr()
+    (mine / "plan.json").write_text(damaged)
+    assert hywu(mine, "--only", "none") == 1
+    assert hywu(whole, "--only", "none", "--beside", "x", str(mine)) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2
+    assert all(str(mine / "plan.json") in line for line in errors)
+    assert (mine / "plan.json").read_text() == damaged
+
+
+def test_figures_without_their_fields_are_named(hywu, tmp_path, capsys):
+    whole, mine = tmp_path / "whole", tmp_path / "mine"
+    for folder in (whole, mine):
+        assert hywu(folder, "--only", "none") == 0
+    for damaged in ("{}", '{"trained": {}, "all_images": []}', '{"all_images": {"psnr": {}}}'):
+        (mine / "figures.json").write_text(damaged)
+        capsys.readouterr()
+        assert hywu(whole, "--only", "none", "--beside", "x", str(mine)) == 1
+        assert str(mine / "figures.json") in capsys.readouterr().err
+    stored = read(mine / "plan.json")
+    del stored["plan"]["crops"]
+    (mine / "plan.json").write_text(json.dumps(stored))
+    assert hywu(whole, "--only", "none", "--beside", "x", str(mine)) == 1
+    assert "in crops" in capsys.readouterr().err
+
+
 def test_the_last_step_judges_the_edits_that_were_measured(done, capsys):
     for run in ("hywu_r2", "shared_r2", "single_blur_r2", "sft"):
         for phrasing, rows in (("", "seen"), (".held_out", "held_out")):

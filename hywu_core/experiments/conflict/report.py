@@ -21,7 +21,7 @@ from .analysis import Summary, learning_curves
 from .evaluate import EvaluationSet
 from .experiment import Experiment
 from .page import COLUMNS, render
-from .plan import ConflictPlan
+from .plan import ConflictPlan, read_plan
 from .runs import write_json
 
 #: Figures of other experiments, by name.
@@ -70,9 +70,9 @@ def keep_beside(experiment: Experiment, other: Path, name: str) -> Path:
     Raises HYWUError where it isn't comparable, or has no figures yet.
     """
     folder = experiment.runs.folder
-    mine, theirs = (read_json(path / "plan.json", dict, finite=False) for path in (folder, other))
+    mine, theirs = (read_plan(path / "plan.json") for path in (folder, other))
     measured = ("tasks", "crops", "max_images", "sampling_steps", "seed")
-    different = [key for key in measured if mine["plan"][key] != theirs["plan"][key]]
+    different = [key for key in measured if mine["plan"].get(key) != theirs["plan"].get(key)]
     different += [key for key in ("editor", "tasks") if mine.get(key) != theirs.get(key)]
     if different:
         raise HYWUError(
@@ -80,11 +80,14 @@ def keep_beside(experiment: Experiment, other: Path, name: str) -> Path:
             "editor's edits of the same images can stand beside each other."
         )
     figures = read_json(other / "figures.json", dict, "run its report first", finite=False)
-    kept = {
-        "differs": {k: v for k, v in theirs["plan"].items() if mine["plan"].get(k) != v},
-        "trained": figures["trained"],
-        **{metric: figures["all_images"][metric] for metric in ("psnr", "ssim")},
-    }
+    differs = {k: v for k, v in theirs["plan"].items() if mine["plan"].get(k) != v}
+    try:
+        shown = {metric: figures["all_images"][metric] for metric in ("psnr", "ssim")}
+        kept = {"differs": differs, "trained": figures["trained"], **shown}
+    except (KeyError, TypeError) as error:
+        raise HYWUError(
+            f"{other / 'figures.json'}: not the figures of `hywu conflict` ({error}); run its report again."
+        ) from error
     path = folder / BESIDE
     found = read_json(path, dict, finite=False) if path.exists() else {}
     write_json(path, {**found, name: kept})
