@@ -67,6 +67,33 @@ def atomic_path(path: str | Path, overwrite: bool = False, durable: bool = True)
             shutil.rmtree(work, ignore_errors=True)
 
 
+def append_line(path: str | Path, line: bytes, durable: bool = True) -> None:
+    """Add a line to a file, whole or not at all: on a disk that gets full the file is as it was.
+
+    Half a line that a killed process left is ended first.
+    durable: wait until the disk has it.
+    Raises HYWUError naming the file when it can't be written.
+    """
+    line = line.removesuffix(b"\n") + b"\n"
+    try:
+        with open(path, "ab+", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            if end:
+                file.seek(end - 1)
+                line = line if file.read(1) == b"\n" else b"\n" + line
+            try:
+                rest = memoryview(line)
+                while rest:
+                    rest = rest[file.write(rest) :]
+                if durable:
+                    os.fsync(file.fileno())
+            except OSError:
+                file.truncate(end)
+                raise
+    except OSError as error:
+        raise HYWUError(f"{path}: can't be written ({reason(error)}).") from error
+
+
 @contextlib.contextmanager
 def atomic_folder(
     path: str | Path,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from safetensors import SafetensorError, safe_open
 
-from .atomic import atomic_folder, atomic_path, folder_lock, reason
+from .atomic import append_line, atomic_folder, atomic_path, folder_lock, reason
 from .errors import HYWUError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "HEADER", "as_json", "atomic_folder", "atomic_path", "check_fields", "check_name", "folder_lock", "is_file", "open_tensors",
+    "HEADER", "append_line", "as_json", "atomic_folder", "atomic_path", "check_fields", "check_name", "folder_lock", "is_file", "open_tensors",
     "parse_header", "parse_json", "read_header", "read_json", "read_json_lines", "read_metadata", "read_tensors",
     "save_tensors", "slug", "with_suffix", "write_json", "write_text",
 ]  # fmt: skip

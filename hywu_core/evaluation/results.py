@@ -8,7 +8,6 @@ missing, and why) and ``judgements/`` (raw answers of judges).
 from __future__ import annotations
 
 import json
-import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,15 @@ from typing import Any
 from PIL import Image
 
 from ..errors import HYWUError
-from ..files import atomic_path, check_fields, parse_json, read_json, read_json_lines, write_json
+from ..files import (
+    append_line,
+    atomic_path,
+    check_fields,
+    parse_json,
+    read_json,
+    read_json_lines,
+    write_json,
+)
 from ..images import load_image, write_image
 from .benchmarks import BENCHMARKS, find_benchmark
 from .benchmarks.base import Benchmark
@@ -190,10 +197,8 @@ class Failures:
 
     def add(self, item: Item, reason: str) -> None:
         """Write one line and wait until the disk has it."""
-        with self._lock, self.path.open("ab") as file:
-            file.write(_line(item.id, reason))
-            file.flush()
-            os.fsync(file.fileno())
+        with self._lock:
+            append_line(self.path, _line(item.id, reason))
 
     def settle(self, items: ItemList) -> None:
         """Leave one line, the latest, for each item that has still no result."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import fingerprint
+from ..atomic import append_line, reason
 from ..errors import HYWUError
 from ..files import check_fields, parse_json, slug
 
@@ -81,14 +82,21 @@ class JudgementStore:
         self.path = folder / name.file_name
         self._lock = threading.Lock()
         self._latest: dict[tuple[str, str, str, str], Judgement] = {}
-        self._file = None
+        self._writable = writable
         whole = self._read() if self.path.is_file() else 0
         if writable:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("ab")
-            self._file.truncate(whole)
-            if whole == 0:
-                self._write({"format": FORMAT, **asdict(name)})
+            self._begin(whole)
+
+    def _begin(self, whole: int) -> None:
+        """Cut off half a line that a killed run left; a new file gets its first line."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.is_file():
+                os.truncate(self.path, whole)
+        except OSError as error:
+            raise HYWUError(f"{self.path}: can't be written ({reason(error)}).") from error
+        if whole == 0:
+            self._write({"format": FORMAT, **asdict(self.name)})
 
     def _read(self) -> int:
         """Load all whole lines; returns their length in bytes."""
@@ -126,9 +134,7 @@ class JudgementStore:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._file:
-            self._file.close()
-            self._file = None
+        self._writable = False
 
     def __iter__(self) -> Iterator[Judgement]:
         return iter(self._latest.values())
@@ -147,11 +153,9 @@ class JudgementStore:
             self._latest[judgement.key] = judgement
 
     def _write(self, row: dict[str, Any]) -> None:
-        if self._file is None:
+        if not self._writable:
             raise HYWUError(f"{self.path}: was opened for reading only.")
-        self._file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        append_line(self.path, json.dumps(row, ensure_ascii=False).encode())
 
 
 def read_name(path: Path, header: dict[str, Any] | None = None) -> StoreName:

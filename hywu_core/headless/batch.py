@@ -18,7 +18,7 @@ from typing import Any
 
 from .. import fingerprint
 from ..errors import HYWUError
-from ..files import atomic_path, check_fields, folder_lock, read_json_lines, write_text
+from ..files import append_line, atomic_path, check_fields, folder_lock, read_json_lines, write_text
 from ..images import SUFFIXES
 from .client import Client, ServerError, outputs
 from .graph import Graph, locate
@@ -256,10 +256,4 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _append(path: Path, row: dict[str, Any]) -> None:
-    with path.open("ab+") as file:
-        file.seek(0, os.SEEK_END)
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            half = file.read(1) != b"\n"
-            file.write(b"\n" * half)
-        file.write(json.dumps(row).encode() + b"\n")
+    append_line(path, json.dumps(row).encode(), durable=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 from .. import fingerprint
 from ..charts import draw_loss
 from ..errors import HYWUError, get_logger, need, one_line
-from ..files import atomic_path
+from ..files import append_line, atomic_path
 
 logger = get_logger(__name__)
 
@@ -60,8 +61,9 @@ class Log:
         self.rows.append(dict(row))
         if not self.writes:
             return
-        with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, self.fields).writerow(row)
+        line = io.StringIO(newline="")
+        csv.DictWriter(line, self.fields).writerow(row)
+        append_line(self.path, line.getvalue().encode(), durable=False)
         if self._board is not None:
             for key in self.fields[1:]:
                 self._board.add_scalar(key, row[key], int(row["step"]))

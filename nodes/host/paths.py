@@ -9,6 +9,7 @@ from pathlib import Path
 
 import folder_paths
 
+from ...hywu_core.atomic import reason
 from ...hywu_core.bases.bundled.checkpoint import bundled, bundled_loras, weights_folder
 from ...hywu_core.errors import HYWUError, get_logger
 
@@ -299,6 +300,9 @@ def _place(prefix: str) -> tuple[str, str, int, str]:
     output = _checked(prefix)
     try:
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, output)
+    except OSError as error:
+        where = os.path.join(output, prefix)
+        raise HYWUError(f"{where}: can't be written ({reason(error)}).") from error
     except Exception as error:
         raise HYWUError(_outside(prefix)) from error
     if not inside(output, os.path.realpath(folder)) or name in ("", ".", ".."):

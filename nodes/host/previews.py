@@ -8,7 +8,19 @@ from torch import Tensor
 
 from nodes import PreviewImage
 
+from ...hywu_core.atomic import reason
+from ...hywu_core.errors import HYWUError
+
 
 def preview(images: Tensor) -> list[dict[str, Any]]:
-    """Save ``[B, H, W, 3]`` in the temp folder; returns the entries for ``ui["images"]``."""
-    return PreviewImage().save_images(images, "hywu")["ui"]["images"]
+    """Save ``[B, H, W, 3]`` in the temp folder; returns the entries for ``ui["images"]``.
+
+    Raises HYWUError naming the folder where it can't be written.
+    """
+    stock = PreviewImage()
+    try:
+        return stock.save_images(images, "hywu")["ui"]["images"]
+    except OSError as error:
+        raise HYWUError(
+            f"{stock.output_dir}: the node's images can't be written there ({reason(error)})."
+        ) from error

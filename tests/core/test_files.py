@@ -8,6 +8,8 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +17,10 @@ from safetensors.torch import save_file
 
 from hywu_core import HYWUError, atomic
 from hywu_core.errors import get_logger
+from hywu_core.evaluation.results import Failures
+from hywu_core.evaluation.store import Judgement, JudgementStore, StoreName
 from hywu_core.files import (
+    append_line,
     atomic_folder,
     atomic_path,
     check_name,
@@ -28,6 +33,7 @@ from hywu_core.files import (
     save_tensors,
     write_json,
 )
+from hywu_core.training.logs import FIELDS, Log
 
 
 def tree(folder):
@@ -155,6 +161,67 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits the size of files, which Windows can't")
+def test_a_line_is_added_whole_or_not_at_all(tmp_path):
+    import resource
+
+    path, before = tmp_path / "x.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    append_line(path, b"first")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(HYWUError, match=r"x.jsonl: can't be written \(.*too large"):
+            append_line(path, b"n" * 2000)
+        append_line(path, b"second\n", durable=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with path.open("ab") as file:
+        file.write(b"half of on")
+    append_line(path, b"third")
+    assert path.read_bytes() == b"first\nsecond\nhalf of on\nthird\n"
+    with pytest.raises(HYWUError, match="no/folder: can't be written"):
+        append_line(tmp_path / "no" / "folder", b"x")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits the size of files, which Windows can't")
+def test_what_is_appended_to_is_as_it_was_on_a_full_disk(tmp_path):
+    """Judgements, reasons of failures and a training's log: named, not half there, and the next one fits."""
+    import resource
+
+    name = StoreName("judge", "1", "wu-eval", "1")
+    log = Log(tmp_path, 0)
+    row = dict.fromkeys(FIELDS, 0.1234567890123)
+    with JudgementStore(tmp_path, name, writable=True) as store:
+        kept = Judgement("a", "q", "i", "p", "answered", "short")
+        store.append(kept)
+        failures = Failures(SimpleNamespace(root=tmp_path))
+        for number in range(6):
+            log.add({**row, "step": number})
+        failures.add(SimpleNamespace(id="a"), "r" * 450)
+        files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        limit = max(map(len, files.values()))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit + 10, before[1]))
+        try:
+            with pytest.raises(HYWUError, match="jsonl: can't be written"):
+                store.append(replace(kept, item="b", text="t" * limit))
+            with pytest.raises(HYWUError, match="failures.jsonl: can't be written"):
+                failures.add(SimpleNamespace(id="b"), "r" * limit)
+            with pytest.raises(HYWUError, match="log.csv: can't be written"):
+                for number in range(6, 600):
+                    log.add({**row, "step": number})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert len(store) == 1
+        after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        assert {n: d for n, d in after.items() if n != "log.csv"} == {
+            n: d for n, d in files.items() if n != "log.csv"
+        }
+        assert after["log.csv"].startswith(files["log.csv"])
+        assert after["log.csv"].endswith(b"\r\n")
+        store.append(replace(kept, item="b"))
+    assert [one.item for one in JudgementStore(tmp_path, name)] == ["a", "b"]
 
 
 def test_what_came_meanwhile_is_not_overwritten(tmp_path):

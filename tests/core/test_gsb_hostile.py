@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import socket
 import sqlite3
 import threading
@@ -17,7 +18,7 @@ from hywu_core.cli import main
 from hywu_core.errors import HYWUError
 from hywu_core.evaluation.gsb.server import allowed_hosts, serve
 from hywu_core.evaluation.gsb.session import create_session
-from hywu_core.evaluation.gsb.store import Store
+from hywu_core.evaluation.gsb.store import NotKept, Store
 
 S = "s/session/"
 BODY = {"voter": "v"}
@@ -146,6 +147,54 @@ def test_a_damaged_session_is_one_sentence(tmp_path, capsys, damage, step):
     said = capsys.readouterr().err
     assert "session.sqlite3" in said
     assert "Traceback" not in said
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits the size of files, which Windows can't")
+@pytest.mark.parametrize("way", ["pages", "bytes"])
+def test_a_full_disk_keeps_acknowledged_votes_and_the_next_one_works(tmp_path, way):
+    import resource
+
+    store, kept = Store(make(tmp_path, pairs=40)), []
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    pages = store._db.execute("PRAGMA page_count").fetchone()[0]
+    if way == "pages":
+        store._db.execute(f"PRAGMA max_page_count={pages}")
+    else:
+        store.add_vote("first", next(iter(store.pairs)), "good", True)
+        kept.append("first")
+        written = (store.folder / "session.sqlite3-wal").stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (written + 100, limits[1]))
+    try:
+        with pytest.raises(NotKept, match=r"session.sqlite3: can't be written"):
+            for number in range(20_000):
+                store.add_vote(f"v{number}", next(iter(store.pairs)), "good", True)
+                kept.append(f"v{number}")
+        with pytest.raises(NotKept):  # and again, not "within a transaction"
+            store.add_vote("again" * 2000, next(iter(store.pairs)), "good", True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        store._db.execute("PRAGMA max_page_count=1000000")
+    store.add_vote("last", next(iter(store.pairs)), "good", True)
+    store.close()
+    again = Store(store.folder)
+    assert [vote.voter for vote in again.votes()] == [*kept, "last"]
+    again.close()
+
+
+def test_a_vote_that_was_not_kept_is_said_without_the_servers_paths(tmp_path, monkeypatch, caplog):
+    def full(*_: object) -> None:
+        raise NotKept("/secret/session.sqlite3: can't be written (database or disk is full).")
+
+    with Server(make(tmp_path)) as server:
+        monkeypatch.setattr(Store, "add_vote", full)
+        pair = json.loads(server.ask(S + "state", BODY)[1])["pair"]["id"]
+        status, body = server.ask(S + "vote", {**BODY, "pair": pair, "choice": "left"})
+        assert status == 507
+        assert "not kept" in json.loads(body)["error"]
+        assert b"secret" not in body
+        assert "/secret/session.sqlite3" in caplog.text
+        monkeypatch.undo()
+        assert server.ask(S + "vote", {**BODY, "pair": pair, "choice": "left"})[0] == 200
 
 
 def test_two_sessions_into_one_folder_at_once_are_one(tmp_path):

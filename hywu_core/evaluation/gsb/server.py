@@ -21,7 +21,7 @@ from urllib.parse import SplitResult, urlsplit
 from ...errors import HYWUError, get_logger, need
 from ...files import parse_json
 from . import session
-from .store import Conflict, Store
+from .store import Conflict, NotKept, Store
 
 log = get_logger(__name__)
 
@@ -77,6 +77,10 @@ def routes(
                 return reply({"error": str(error)}, error.status)
             except Conflict as error:
                 return reply({"error": str(error)}, 409)
+            except NotKept as error:
+                log.warning("%s", error)
+                said = "This was not kept: the server's disk is full or can't be written; its log says more."
+                return reply({"error": said}, 507)
             except HYWUError as error:
                 return reply({"error": str(error)}, 400)
             except (web.HTTPException, asyncio.CancelledError):

@@ -13,7 +13,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,10 @@ class Vote:
 
 class Conflict(HYWUError):
     """The vote or undo meets a state that another tab has changed."""
+
+
+class NotKept(HYWUError):
+    """The disk didn't take what was to be kept."""
 
 
 class Store:
@@ -195,14 +199,20 @@ class Store:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """Keep all that is done in the block, or nothing. Raises NotKept where the disk is full or read-only."""
         with self._lock:
-            self._db.execute("BEGIN IMMEDIATE")
             try:
+                self._db.execute("BEGIN IMMEDIATE")
                 yield self._db
-            except BaseException:
-                self._db.execute("ROLLBACK")
+                self._db.execute("COMMIT")
+            except BaseException as error:
+                # of a full disk SQLite may have rolled back by itself; left open, no other would ever begin
+                with suppress(sqlite3.Error):
+                    if self._db.in_transaction:
+                        self._db.execute("ROLLBACK")
+                if isinstance(error, sqlite3.OperationalError):
+                    raise NotKept(f"{self._path}: can't be written ({error}).") from error
                 raise
-            self._db.execute("COMMIT")
 
 
 def write_session(path: Path, about: Mapping[str, Any], pairs: list[Pair]) -> None:

@@ -119,7 +119,11 @@ def start_run(name: str, made_from: Mapping[str, Any]) -> str:
     run = os.urandom(8).hex()
     if record.exists():
         found = read_json(record, dict, "move it away to start anew")
-        run, earlier = found["run"], found["made_from"]
+        run, earlier = found.get("run"), found.get("made_from")
+        if not isinstance(run, str) or not isinstance(earlier, dict):
+            raise HYWUError(
+                f"{record}: doesn't say which run this is; move {folder} away to start anew."
+            )
         changed = [key for key in wanted if earlier.get(key) != wanted[key]]
         if changed:
             raise HYWUError(
@@ -130,7 +134,6 @@ def start_run(name: str, made_from: Mapping[str, Any]) -> str:
         raise HYWUError(
             f"{target}: exists and is not of this training; choose another name, or move it away."
         )
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(record, {"run": run, "made_from": wanted}, indent=1, ascii=True, end="")
     return run
 
