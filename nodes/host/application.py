@@ -31,6 +31,8 @@ log = get_logger(__name__)
 ROOT = "diffusion_model."
 #: Larger ones overflow in half precision, merged as a bad image without a word.
 MAX_STRENGTH = 10_000.0
+#: Lines of strengths that are read: each costs a look at every module.
+MAX_LINES = 5_000
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,13 @@ class Scope:
 def module_patterns(text: str) -> dict[str, float]:
     """Lines of ``pattern = strength`` -> pattern -> strength. Raises HYWUError on any other line."""
     patterns = {}
-    for line in filter(None, map(str.strip, text.splitlines())):
+    lines = [line for line in map(str.strip, text.splitlines()) if line]
+    if len(lines) > MAX_LINES:
+        raise HYWUError(
+            f"module_strengths: {len(lines):,} lines, at most {MAX_LINES:,} are read; one pattern such as "
+            "'*attn*' takes many modules at once."
+        )
+    for line in lines:
         pattern, equals, number = line.rpartition("=")
         try:
             value = float(number)

@@ -79,6 +79,17 @@ def test_trials_of_another_plan_do_not_count(make, monkeypatch, trainings, tmp_p
     assert [t.config.seed for t in trainings] == [0, 1]
 
 
+def test_a_trial_that_lacks_its_loss_is_made_again(make, monkeypatch, tmp_path):
+    rates(monkeypatch, 1e-3)
+    make().learning_rate(SHARED)
+    (kept,) = (tmp_path / "tuning").glob("*.json")
+    whole = json.loads(kept.read_text())
+    for damaged in ({}, {**whole, "loss": None}, {**whole, "loss": "low"}):
+        kept.write_text(json.dumps(damaged))
+        make().learning_rate(SHARED)
+        assert json.loads(kept.read_text())["loss"] == pytest.approx(whole["loss"])
+
+
 def test_without_trials_it_is_the_middle_rate(make, monkeypatch, trainings):
     rates(monkeypatch, 1e-3, 2e-3, 4e-3)
     assert make(tune_steps=0).learning_rate(SHARED) == 2e-3

@@ -109,7 +109,8 @@ class Runs:
         wanted = {"plan": _trained_by(self.plan, run), "lr": rate, "steps": self.plan.tune_steps}
         if path.exists():
             found = files.read_json(path, dict, "remove it to try the rate anew", finite=False)
-            if {key: found.get(key) for key in wanted} == wanted:
+            known = isinstance(found.get("loss"), (int, float))
+            if known and {key: found.get(key) for key in wanted} == wanted:
                 return float(found["loss"])
         trainer = self._trainer(run, rate, self.plan.tune_steps, path.with_suffix(""))
         try:

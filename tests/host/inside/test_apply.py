@@ -6,6 +6,8 @@ guidance in one batch.
 
 from __future__ import annotations
 
+import time
+
 import comfy.hooks
 import comfy.model_base
 import comfy.model_patcher
@@ -260,6 +262,17 @@ def test_a_line_of_strengths_that_cannot_be_read_is_said_before_the_run(
     assert f"'{line}'" in said
     with pytest.raises(HYWUError, match="module_strengths"):
         apply(one, scope=scope(modules=line))
+
+
+def test_hundreds_of_thousands_of_lines_are_refused_at_once(nodes, scope, apply, one):
+    many = "\n".join(f"blocks.*[!{number}] = 1" for number in range(300_000))
+    started = time.process_time()
+    assert "300,000 lines, at most 5,000" in nodes["HYWULoRAScope"].VALIDATE_INPUTS(
+        module_strengths=many
+    )
+    with pytest.raises(HYWUError, match="300,000 lines"):
+        apply(one, scope=scope(modules=many))
+    assert time.process_time() - started < 5
 
 
 @pytest.mark.parametrize("text", [None, "", "blocks.* = 0.5\n\n blocks.1 = -2 "])

@@ -89,6 +89,20 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(train, trained):
     assert tensors_equal(checkpoint("stopped"), checkpoint("wan"))
 
 
+@pytest.mark.parametrize(
+    "damaged", ["{}", '{"run": 3, "made_from": {}}', '{"run": "a", "made_from": []}']
+)
+def test_a_record_of_the_run_without_its_keys_is_named(train, trained, damaged):
+    record = files.run_folder("wan") / "run.json"
+    before = record.read_text()
+    record.write_text(damaged)
+    try:
+        with pytest.raises(HYWUError, match="run.json: doesn't say which run this is"):
+            train()
+    finally:
+        record.write_text(before)
+
+
 def test_more_steps_than_before_go_on_where_it_ended(train, trained):
     train(name="longer")
     train(name="longer", steps=6)
