@@ -129,6 +129,9 @@ def atomic_folder(
             else:
                 _place_folder(new, path)
             _sync_folder(path.parent)
+        except HYWUError as error:
+            # a writer in the block knows its files by names that are gone when this is read
+            raise HYWUError(str(error).replace(str(new), str(path))) from error
         except (OSError, SafetensorError) as error:
             raise HYWUError(f"{path}: can't be written ({reason(error)}).") from error
         finally:

@@ -16,11 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fake_comfyui import DONE, FakeComfyUI
 from PIL import Image
 
 from hywu_core.cli import main
 from hywu_core.errors import HYWUError
 from hywu_core.evaluation.benchmarks import BENCHMARKS, read_items
+from hywu_core.evaluation.editors.base import EditFailed
 from hywu_core.evaluation.editors.comfy import ComfyEditor
 from hywu_core.evaluation.editors.command import CommandEditor
 from hywu_core.evaluation.editors.copy import CopyEditor
@@ -118,6 +120,29 @@ def test_workflow_inputs_are_checked(tmp_path):
     path.write_text(json.dumps(graph))
     with pytest.raises(HYWUError, match="has no input text"):
         ComfyEditor("http://127.0.0.1:9", path, "LoadImage.image", "1.text")
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ({"events": DONE, "running": False}, "record of it was cleared"),
+        ({"events": [], "running": False}, "removed from the queue"),
+        ({"events": [], "running": False, "closes": True}, "was restarted"),
+    ],
+)
+def test_an_edit_whose_prompt_is_nowhere_any_more_has_failed(tmp_path, how, words):
+    """And is no result without an image."""
+    path = tmp_path / "w.json"
+    graph = {"1": {"class_type": "LoadImage", "inputs": {"image": "x.png", "text": ""}}}
+    path.write_text(json.dumps(graph))
+    with FakeComfyUI() as server:
+        server.lost = True
+        for name, value in how.items():
+            setattr(server, name, value)
+        editor = ComfyEditor(server.url, path, "LoadImage.image", "1.text")
+        items = read_items("folder", BENCHMARKS["folder"].sample, tmp_path)
+        with pytest.raises(EditFailed, match=words):
+            editor.edit(Image.new("RGB", (8, 8)), items.items[0], 0)
 
 
 def test_gedit_tree_is_the_authors(tmp_path):

@@ -164,6 +164,21 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="limits the size of files, which Windows can't")
+def test_a_file_of_a_folder_is_named_as_it_would_have_been(tmp_path):
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(HYWUError) as caught, atomic_folder(tmp_path / "out") as new:
+            save_tensors(new / "x", {"a": torch.ones(1000)}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert str(caught.value).startswith(f"{tmp_path / 'out' / 'x.safetensors'}: can't be written")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits the size of files, which Windows can't")
 def test_a_line_is_added_whole_or_not_at_all(tmp_path):
     import resource
 

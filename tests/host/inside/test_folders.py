@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
+from pathlib import Path
 
 import folder_paths
 import pytest
+import torch
 from hywu_nodes.hywu_core.errors import HYWUError
 from hywu_nodes.hywu_core.files import atomic_path
-from hywu_nodes.nodes.host import paths
+from hywu_nodes.nodes.host import paths, previews
 
 import dev
 
@@ -151,3 +154,22 @@ def test_two_servers_save_under_one_prefix_and_nothing_is_lost(base):
 
 def full(path):
     raise HYWUError("the disk is full")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits the size of files, which Windows can't")
+def test_images_that_do_not_fit_on_the_disk_are_named_and_none_is_left():
+    import resource
+
+    temp, before = (
+        Path(folder_paths.get_temp_directory()),
+        resource.getrlimit(resource.RLIMIT_FSIZE),
+    )
+    previews.preview(torch.rand(1, 8, 8, 3))
+    there = set(temp.iterdir())
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    try:
+        with pytest.raises(HYWUError, match=r"temp: the node's images can't be written"):
+            previews.preview(torch.cat([torch.zeros(1, 64, 64, 3), torch.rand(1, 64, 64, 3)]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert set(temp.iterdir()) == there
