@@ -235,7 +235,12 @@ def _folder(path: Path) -> Found:
             counted[1] += file.stat().st_size
     metadata = {"kind": FOLDERS[name], **{k: v for k, v in said.items() if k != "format"}}
     listed = [(kind, count, f"{size:,}") for kind, (count, size) in sorted(rows.items())]
-    return Found(metadata, listed, ("files", "count", "bytes"), {**metadata, "files": rows})
+    return Found(
+        metadata,
+        listed,
+        ("files", "count", "bytes"),
+        {**metadata, "files": dict(sorted(rows.items()))},
+    )
 
 
 def _judgements(path: Path) -> Found:

@@ -129,7 +129,7 @@ def write_items(out: Path, plan: ConflictPlan, progress: bool = True) -> OwnSet:
     fields = {"asked": dict, "photographs": list}
     check_fields(about, fields, str(path), null=False)
     if missing := fields.keys() - about.keys():
-        raise HYWUError(f"{path}: lacks {missing.pop()}; remove the folder to make it anew.")
+        raise HYWUError(f"{path}: lacks {min(missing)}; remove the folder to make it anew.")
     if about["asked"] != asked:
         raise HYWUError(
             f"{path}: this folder holds another set of items ({_difference(about['asked'], asked)}); "

@@ -38,6 +38,8 @@ class Proxy(AppServer):
             return web.Response(status=401, text="<html>401 Authorization Required</html>")
         if not request.raw_path.startswith(self.prefix):
             return web.Response(status=404, text="no such site")
+        if self.prefix and request.raw_path == self.prefix:
+            return web.Response(status=301, headers={"Location": self.prefix + "/"})
         address = self.upstream + request.raw_path.removeprefix(self.prefix)
         if request.headers.get("Upgrade", "").lower() == "websocket":
             return await self._pass_socket(request, address)
@@ -46,7 +48,8 @@ class Proxy(AppServer):
         async with self._session.request(
             request.method, address, data=body or None, headers=headers
         ) as answer:
-            return web.Response(status=answer.status, body=await answer.read())
+            told = {k: v for k, v in answer.headers.items() if k == "Content-Type"}
+            return web.Response(status=answer.status, body=await answer.read(), headers=told)
 
     async def _pass_socket(self, request: web.Request, address: str) -> web.StreamResponse:
         self.sockets += 1
