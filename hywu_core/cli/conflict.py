@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..experiments.conflict.plan import ConflictPlan, read_plan
+from ..experiments.conflict.plan import ConflictPlan
 from ..training.schedule import OPTIMIZERS, PRECISIONS, chosen_precision
 from .console import say
 
@@ -129,4 +129,6 @@ def _recorded(folder: Path) -> str | None:
     path = folder / "plan.json"
     if not path.exists():
         return None
+    from ..experiments.conflict.runs import read_plan
+
     return read_plan(path)["plan"].get("precision")

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from ...bases.bundled.training import AT_START
 from ...errors import HYWUError
-from ...files import read_json
 from ...training.schedule import TrainConfig
 from ..tasks import CONFLICT
 
@@ -180,14 +178,3 @@ class Run:
         seed = "" if self.seed is None else f"s{self.seed}"
         parts = [self.strategy, self.task, rank, sweep, seed]
         return "_".join(part for part in parts if part)
-
-
-def read_plan(path: Path) -> dict[str, Any]:
-    """What a ``plan.json`` holds, its ``plan`` an object. Raises HYWUError where that isn't so."""
-    found = read_json(path, dict, finite=False)
-    if not isinstance(found.get("plan"), dict):
-        raise HYWUError(
-            f"{path}: not the plan of `hywu conflict` (its 'plan' is missing or no object); restore it, or use "
-            "another folder."
-        )
-    return found

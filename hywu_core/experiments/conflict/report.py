@@ -21,8 +21,7 @@ from .analysis import Summary, learning_curves
 from .evaluate import EvaluationSet
 from .experiment import Experiment
 from .page import COLUMNS, render
-from .plan import ConflictPlan, read_plan
-from .runs import write_json
+from .plan import ConflictPlan
 
 #: Figures of other experiments, by name.
 BESIDE = "beside.json"

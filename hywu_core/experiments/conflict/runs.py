@@ -230,3 +230,14 @@ def _sources(experiment: Path, editor: Path, plan: ConflictPlan) -> dict[str, Pa
         },
         "figures.json": experiment / "figures.json",
     }
+
+
+def read_plan(path: Path) -> dict[str, Any]:
+    """What a ``plan.json`` holds, its ``plan`` an object. Raises HYWUError where that isn't so."""
+    found = files.read_json(path, dict, finite=False)
+    if not isinstance(found.get("plan"), dict):
+        raise HYWUError(
+            f"{path}: not the plan of `hywu conflict` (its 'plan' is missing or no object); restore it, or use "
+            "another folder."
+        )
+    return found
