@@ -31,7 +31,7 @@ from .evaluate import (
     unadapted,
 )
 from .plan import ConflictPlan, Run
-from .runs import VALIDATION, Runs, write_json
+from .runs import VALIDATION, Runs, read_plan, write_json
 
 #: Batches of training images over which the mean LoRAs are taken.
 MEAN_BATCHES = 8
@@ -197,7 +197,7 @@ def make_experiment(
 
     path, editor_file = folder / "plan.json", editor_file or bundled("editor")
     editor = load_editor(editor_file)
-    begun = read_json(path, dict, finite=False) if path.exists() else None
+    begun = read_plan(path) if path.exists() else None
     base = EditorBase(editor, plan.sampling_steps, plan.error, at_start=plan.at_start)
     mine = {"plan": as_json(plan.to_json()), "editor": dict(base.encoder), "tasks": VERSION}
     if begun is not None:

@@ -22,6 +22,7 @@ from .evaluate import EvaluationSet
 from .experiment import Experiment
 from .page import COLUMNS, render
 from .plan import ConflictPlan
+from .runs import read_plan, write_json
 
 #: Figures of other experiments, by name.
 BESIDE = "beside.json"
