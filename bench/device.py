@@ -23,6 +23,9 @@ KINDS = {
     ),
 }  # fmt: skip
 
+#: So many short calls are timed even where building kernels took the time.
+LEAST_CALLS, LEAST_S = 10, 2.0
+
 
 def use(name: str) -> torch.device:
     """The device of that name, made the current one: events and streams are the current device's."""
@@ -53,8 +56,9 @@ def timed(
 ) -> dict[str, float]:
     """Median and spread of up to `most` calls after a warm-up; no call starts after `budget_s`.
 
-    The warm-up counts towards the budget; one call is always timed. warm_up_s has the first call's
-    wall time: compilation, capture and first copies are in it.
+    The warm-up counts towards the budget; one call is always timed, and so are `LEAST_CALLS` that take no
+    more than `LEAST_S` together. warm_up_s has the first call's wall time: compilation, capture and first
+    copies are in it.
     """
     start = time.perf_counter()
     function()
@@ -62,7 +66,13 @@ def timed(
         torch.cuda.synchronize(device)
     warm_up = time.perf_counter() - start
     values: list[float] = []
-    while not values or (len(values) < most and time.perf_counter() - start < budget_s):
+    while not values or (
+        len(values) < most
+        and (
+            time.perf_counter() - start < budget_s
+            or (len(values) < LEAST_CALLS and sum(values) < LEAST_S)
+        )
+    ):
         values.append(seconds_of(function, device))
     quartiles = statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
     return {

@@ -1,13 +1,14 @@
 """The parts of the fast path on a GPU, switched off one by one: the second ten minutes on a device.
 
-    python -m bench.switches --json FILE [--seconds 570]
+    python -m bench.switches --json FILE [--seconds 170]
     python -m bench.switches --device cpu --tiny --json FILE       for the tests
 
-On the official size with a few blocks (every block asks for the same), each setting a process of its own:
-everything on, each part of `Switches` off, other chunk sizes; then the parts that cost more than they gain
-off, at all blocks; then three kernels under Nsight Compute where it is installed and may count; then
-blocks offloaded. The JSON is written anew after each. A part is worth keeping where it makes the whole at
-least so much faster that the two measurements of everything don't differ by more.
+First, within three minutes: the official size at two blocks, in bf16 and in fp8, each a process of its own in
+which all settings take turns (bench/interleaved.py): everything on, each part of `Switches` off, other chunk
+sizes. Then, as far as there is time: the parts that cost more than they gain off, at all blocks; three kernels
+under Nsight Compute where it is installed and may count; blocks offloaded. The JSON is written anew after
+each. A part is switched off only where the whole is faster without it by more than two measurements of the
+same differ.
 """
 
 from __future__ import annotations
@@ -28,13 +29,14 @@ from hywu_core.cli.console import say, table
 from hywu_core.generator.speed.passes import Switches
 
 from . import clocks, isolated
+from .interleaved import AGAIN, BLOCKS, KEPT, SETTLE_S
 from .measure import checked, course_options, write_json
 
-#: Blocks of the short runs: the first has no prefix where it is kept.
-BLOCKS = 3
+#: Seconds in which a variant's settings take turns, and what its process may take beside them.
+ROUNDS_S, BESIDE_S = {"ours": 35.0, "fp8": 25.0}, 30.0
 
-#: Rows of a chunk beside the usual 16,896: two layers, three layers, six waves of tiles.
-CHUNK_ROWS = (11_032, 16_548, 25_344)
+#: Blocks of the official size: the kept prefix is most of one of them.
+OFFICIAL_BLOCKS = 24
 
 #: Kernels looked at closely, by what their names have in common.
 KERNELS = ("_across", "_rotate", "_rms_norm")
@@ -56,7 +58,7 @@ def parts(variant: str) -> list[str]:
 
 
 class Course:
-    """Settings, each measured in a process of its own while there is time."""
+    """Settings and their figures, measured while there is time."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self._args, self._end = args, time.perf_counter() + args.seconds
@@ -82,11 +84,29 @@ class Course:
         write_json(self._args.json, self.figures)
         say(f"[{self.left():4.0f} s left] {name}: {_told(found)}")
 
-    def seconds(self, name: str) -> float | None:
-        return self.figures["settings"].get(name, {}).get("median_s")
+    def interleaved(self, variant: str) -> None:
+        """All settings of a variant, which take turns in one process; each kept under its name."""
+        args = self._args
+        beside = 5.0 if args.tiny else BESIDE_S + SETTLE_S
+        seconds = 0.1 if args.tiny else min(ROUNDS_S[variant], self.left() - beside)
+        if seconds <= 0:
+            self.put(variant, {"skipped": f"{self.left():.0f} s were left"})
+            return
+        command = ["--variant", variant, "--device", args.device, "--seconds", f"{seconds:g}"]
+        command += ["--parts", *(args.parts or parts(variant))]
+        command += ["--no-chunks"] if args.parts else []
+        found = isolated.call(
+            "interleaved", [*command, *(["--tiny"] if args.tiny else [])], self.left()
+        )
+        if "failed" in found:
+            self.put(variant, {name: found.get(name) for name in ("failed", "trace")})
+        for name, one in found.get("settings", {}).items():
+            self.put(f"{variant}: {name}", one)
 
 
 def _told(found: dict[str, Any]) -> str:
+    if "times" in found:
+        return f"{1000 * found['median_s']:.4g} ms, {found['times']:.4f}x everything"
     if "median_s" in found:
         return f"{1000 * found['median_s']:.4g} ms"
     return str(found.get("skipped") or found.get("failed") or "measured")
@@ -94,19 +114,13 @@ def _told(found: dict[str, Any]) -> str:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """All settings; returns what is written to the JSON."""
-    course, short = Course(args), ["--blocks", str(BLOCKS)]
+    course = Course(args)
     watched: dict[str, Any] = {}
     with clocks.logged(watched):
         try:
             for variant in args.variants:
-                course.measure(f"{variant}: everything", variant, *short)
-                for part in args.parts or parts(variant):
-                    course.measure(f"{variant}: without {part}", variant, *short, "--off", part)
-                course.measure(f"{variant}: everything again", variant, *short)
-            for rows in () if args.parts else CHUNK_ROWS:
-                name = f"ours: chunks of {rows} rows"
-                course.measure(name, "ours", *short, "--chunk-rows", str(rows))
-            course.figures["verdicts"] = verdicts(course, args)
+                course.interleaved(variant)
+            course.figures["verdicts"] = verdicts(course.figures["settings"])
             if not args.parts:
                 _whole(course, args)
         except KeyboardInterrupt:
@@ -117,36 +131,42 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return course.figures
 
 
-def verdicts(course: Course, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """``[{part, variant, times, keep}]``: how much slower the whole is without a part."""
+def verdicts(settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """``[{part, variant, times, keep}]``: how much slower the whole is without a part.
+
+    settings: ``{"VARIANT: SETTING": figures}`` of bench/interleaved.py.
+    The prefix is told at all blocks, of which it is as much as it is of two.
+    """
     made = []
-    for variant in args.variants:
-        one, again = (course.seconds(f"{variant}: everything{w}") for w in ("", " again"))
-        if one is None:
+    for key, found in settings.items():
+        variant, _, name = key.partition(": ")
+        again = settings.get(f"{variant}: {AGAIN}", {})
+        if "times" not in found or "times" not in again:
             continue
-        usual = min(one, again or one)
-        noise = max(one, again or one) / usual
-        for part in args.parts or parts(variant):
-            without = course.seconds(f"{variant}: without {part}")
-            if without is not None:
-                times = without / usual
-                # what costs less than the noise is kept: the reference says that it gains
-                made.append(
-                    {"part": part, "variant": variant, "times": times, "keep": times * noise >= 1}
-                )
+        if name == KEPT:
+            share = (1 - found["times"]) * BLOCKS / OFFICIAL_BLOCKS
+            part, times = "keep_prefix", 1 / (1 - share)
+        elif name.startswith("without "):
+            part, times = name.removeprefix("without "), found["times"]
+        else:
+            continue
+        # what costs less than the noise is kept: the reference says that it gains
+        noise = max(abs(again["times"] - 1), again["spread"])
+        keep = times + noise >= 1
+        made.append({"part": part, "variant": variant, "times": times, "keep": keep})
     return made
 
 
 def _whole(course: Course, args: argparse.Namespace) -> None:
     """The best setting at all blocks, kernels under Nsight Compute, offloaded blocks."""
     worse = [v["part"] for v in course.figures["verdicts"] if not v["keep"]]
-    off = ["--off", *worse] if worse else []
-    for variant in args.variants:
-        course.measure(f"{variant}: the best, all blocks", variant, *off, longest=90)
+    for variant in args.variants if worse else ():
+        course.measure(f"{variant}: the best, all blocks", variant, "--off", *worse, longest=90)
     for kernel in KERNELS:
         if course.left() > 40:
             course.put(f"Nsight Compute: {kernel}", inspected(kernel, args, course.left()))
-    course.measure("offloaded, all blocks", "offloaded", longest=90)
+    if course.left() > 60:
+        course.measure("offloaded, all blocks", "offloaded", longest=90)
 
 
 def inspected(kernel: str, args: argparse.Namespace, seconds: float) -> dict[str, Any]:

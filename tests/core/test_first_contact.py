@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
+import time
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bench import clocks, decisions, first_contact, isolated, on_device, probe, switches, tables
+from bench import (
+    clocks,
+    decisions,
+    first_contact,
+    interleaved,
+    isolated,
+    on_device,
+    one,
+    probe,
+    sizes,
+    switches,
+    tables,
+)
+from bench import device as device_clock
 from hywu_core import HYWUError
 from hywu_core.generator.speed.passes import Switches
 
@@ -191,13 +204,57 @@ def test_switches_are_tried_one_by_one(tmp_path, capsys):
 
 
 def test_a_part_that_costs_more_than_the_noise_is_switched_off():
-    args = argparse.Namespace(variants=["ours"], parts=["waves", "across"], json=None, seconds=60)
-    course = switches.Course(args)
-    times = {"everything": 0.1, "without waves": 0.09, "without across": 0.0995}
-    times["everything again"] = 0.101
-    course.figures["settings"] = {f"ours: {n}": {"median_s": s} for n, s in times.items()}
-    keep = {v["part"]: v["keep"] for v in switches.verdicts(course, args)}
-    assert keep == {"waves": False, "across": True}
+    times = {"everything": 1, "everything again": 1.002, "without waves": 0.98}
+    times |= {"without across": 0.997, "without wide_rope": 1.03, "prefix kept": 0.76}
+    spread = {"everything again": 0.004}
+    settings = {
+        f"ours: {n}": {"median_s": 0.4 * t, "times": t, "spread": spread.get(n, 0.001)}
+        for n, t in times.items()
+    } | {"fp8": {"failed": "no"}}
+    found = {v["part"]: v for v in switches.verdicts(settings)}
+    keeps = {part: v["keep"] for part, v in found.items()}
+    assert keeps == {"waves": False, "across": True, "wide_rope": True, "keep_prefix": True}
+    # a quarter of two blocks is a fiftieth of 24
+    assert found["keep_prefix"]["times"] == pytest.approx(1 / (1 - 0.24 * 2 / 24))
+
+
+def test_settings_are_judged_against_everything_of_their_round():
+    # the card slows down by half on the way: the ratios don't see it
+    rounds = [{"everything": s, "without across": 1.05 * s} for s in (1.0, 1.2, 1.5)]
+    found = interleaved.summary(rounds)
+    assert found["without across"]["times"] == pytest.approx(1.05)
+    assert found["without across"]["spread"] == pytest.approx(0, abs=1e-9)
+    assert found["everything"]["median_s"] == 1.2
+
+
+def test_settings_take_turns_and_one_that_fails_costs_no_other():
+    device = torch.device("cpu")
+    size = one.chosen("official", tiny=True, blocks=2)
+    generator = sizes.make(size.config())
+    condition = sizes.random_condition(generator.config, 10, device, torch.float32)
+    tried = dict(interleaved.settings(["keep_prefix", "waves"], chunks=False))
+    assert list(tried) == ["everything", "prefix kept", "without waves", "everything again"]
+    seen = []
+
+    def run():
+        seen.append((generator.switches.waves, generator.prefix_cache_bytes))
+        if not generator.switches.waves:
+            raise ValueError("no")
+        return generator.generate_grids(condition)
+
+    found = interleaved.measure(generator, condition, run, tried, 0)
+    assert found["without waves"] == {"failed": "ValueError: no"}
+    assert found["prefix kept"]["rounds"] == 3
+    assert seen.count((False, 0)) == 1  # it isn't tried again
+    assert seen.count((True, None)) == 4  # to make the prefix, and in each round
+    assert tried["prefix kept"].prefixes.found
+    assert not tried["everything"].prefixes.found
+
+
+def test_short_calls_are_timed_several_times_whatever_the_warm_up_took():
+    device = torch.device("cpu")
+    assert device_clock.timed(lambda: None, device, 0, 20)["calls"] == device_clock.LEAST_CALLS
+    assert device_clock.timed(lambda: time.sleep(0.7), device, 0, 20)["calls"] == 3
 
 
 def test_every_part_of_the_fast_path_is_tried():
