@@ -41,6 +41,19 @@ def logged(into: dict[str, Any]) -> Iterator[None]:
             into["clocks"] = summary(file.read())
 
 
+def driver() -> str | None:
+    """The driver's version, None where nvidia-smi doesn't tell."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    command = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip().splitlines()[0] if done.stdout.strip() else None
+
+
 def summary(text: str) -> dict[str, Any]:
     """Samples of nvidia-smi's lines, and the median and range of each column."""
     names = ("sm_mhz", "memory_mhz", "watts", "celsius")

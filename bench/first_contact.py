@@ -106,6 +106,7 @@ def environment(device: torch.device) -> dict[str, Any]:
             "multiprocessors": properties.multi_processor_count,
             "cache_bytes": properties.L2_cache_size,
             "memory_bytes": properties.total_memory,
+            "driver": clocks.driver(),
         }
     return found
 

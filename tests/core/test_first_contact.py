@@ -306,6 +306,25 @@ def test_the_documents_tables_come_from_the_figures(tmp_path):
         tables.main([str(tmp_path / "other.json"), "--docs", str(document)])
 
 
+def test_the_document_has_the_tables_of_the_kept_figures():
+    text = tables.DOCS.read_text(encoding="utf-8")
+    kept = sorted((tables.DOCS.parent.parent / "bench" / "figures").glob("*.json"))
+    assert kept
+    for path in kept:
+        for name, table in tables.tables_of(path).items():
+            assert tables.placed(text, name, table) == text, f"{name}: run bench.tables {path.name}"
+
+
+def test_what_a_plan_for_a_new_shape_costs_counts():
+    ways = {"default": (0.08, 0.745), "cudnn": (0.12, 0.0003), "efficient": (0.21, 0.0006)}
+    found = {
+        f"masked/{n}": {"ms": ms, "first_s": first, "error": 1e-3}
+        for n, (ms, first) in ways.items()
+    }
+    made = decisions.decisions({"probe": {"attention": found}})
+    assert {d["question"]: d["answer"] for d in made}["attention masked"] == "efficient"
+
+
 def test_every_table_has_its_place_in_the_document():
     text = tables.DOCS.read_text()
     for name in ("sizes", "decisions", "switches", "training", "cpu", "estimate"):
