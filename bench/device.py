@@ -131,7 +131,9 @@ def rates(
             ("download_gbs", lambda: host.copy_(other, non_blocking=True)),
         ):
             found[name] = gigabytes / _best(copy, device)
-        ordinary = torch.empty(a.shape, dtype=dtype)
+        ordinary = torch.ones(
+            a.shape, dtype=dtype
+        )  # written, so that no page is made while it counts
         found["pageable_gbs"] = gigabytes / seconds_of(lambda: ordinary.copy_(other), device)
         fp8 = _fp8_product(a, b)
         if fp8 is not None:

@@ -116,34 +116,62 @@ def attention(probe: Probe) -> dict[str, Any]:
 
 
 def products(probe: Probe) -> dict[str, Any]:
-    """TFLOP/s of each product of a block at the chunk sizes in question: bf16, in place, fp8."""
+    """TFLOP/s of each product of a block at the chunk sizes in question: bf16, in place, fp8.
+
+    On a card whose clock has settled, the chunk sizes there and back: one that heats is slower at each step.
+    """
     p = probe
     found: dict[str, Any] = {"fp8_works": scaled_mm_works(p.device)}
+    _settle(p)
     for out, wide in ((3, 1), (1, 1), (4, 1), (1, 4)):
         n, k = out * p.width, wide * p.width
         weight, bias = p.random(n, k), p.random(n)
-        for rows in p.rows:
-            x, y = p.random(rows, k), p.random(rows, n)
-            calls: dict[str, Callable[[], Any]] = {
-                "linear": lambda x=x, w=weight, b=bias: F.linear(x, w, b),
-                "addmm_": lambda x=x, y=y, w=weight: y.addmm_(x, w.t()),
-            }
-            if found["fp8_works"]:
-                for name, added in (("fp8", None), ("fp8_bias", bias)):
-                    calls[name] = _fp8_product(x, weight, added)
-            one: dict[str, Any] = {}
-            for name, call in calls.items():
-                try:
-                    one[name] = 2 * rows * n * k / 1e9 / p.milliseconds(call)
-                except Exception as error:
-                    if _sticky(error):
-                        raise
-                    one[name] = str(error)[:160]
-            if rows == p.rows[-1]:
-                one["kernels"] = {name: kernel_names(c, p.device) for name, c in calls.items()}
-            found[f"{rows}x{n}x{k}"] = one
-            del x, y, calls
+        calls = {rows: _products(p, rows, weight, bias, found["fp8_works"]) for rows in p.rows}
+        rates: dict[tuple[int, str], list[Any]] = {}
+        for rows in (*p.rows, *reversed(p.rows)):
+            for name, call in calls[rows].items():
+                rates.setdefault((rows, name), []).append(_tflops(p, call, 2 * rows * n * k))
+        for (rows, name), (there, back) in rates.items():
+            failed = next((r for r in (there, back) if isinstance(r, str)), None)
+            found.setdefault(f"{rows}x{n}x{k}", {})[name] = failed or (there + back) / 2
+        last = calls[p.rows[-1]]
+        found[f"{p.rows[-1]}x{n}x{k}"]["kernels"] = {
+            name: kernel_names(call, p.device) for name, call in last.items()
+        }
+        del calls, last
     return found
+
+
+def _products(
+    p: Probe, rows: int, weight: Tensor, bias: Tensor, fp8: bool
+) -> dict[str, Callable[[], Any]]:
+    """Each way to multiply so many rows."""
+    x, y = p.random(rows, weight.shape[1]), p.random(rows, weight.shape[0])
+    calls: dict[str, Callable[[], Any]] = {
+        "linear": lambda: F.linear(x, weight, bias),
+        "addmm_": lambda: y.addmm_(x, weight.t()),
+    }
+    if fp8:
+        calls |= {"fp8": _fp8_product(x, weight, None), "fp8_bias": _fp8_product(x, weight, bias)}
+    return calls
+
+
+def _tflops(p: Probe, call: Callable[[], Any], flops: int) -> float | str:
+    """The rate of a call, or its error."""
+    try:
+        return flops / 1e9 / p.milliseconds(call)
+    except Exception as error:
+        if _sticky(error):
+            raise
+        return str(error)[:160]
+
+
+def _settle(p: Probe, seconds: float = 2.0) -> None:
+    """Products until the clock has come to what the power allows."""
+    if p.device.type == "cuda":
+        square, start = p.random(8192, 8192), time.perf_counter()
+        while time.perf_counter() - start < seconds:
+            seconds_of(lambda: [square @ square for _ in range(25)], p.device)
 
 
 def _fp8_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Callable[[], Tensor]:
