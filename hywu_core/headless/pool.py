@@ -266,7 +266,7 @@ class Pool:
                     raise
                 finally:
                     server.runs.remove(run)
-                    if run.upload and server.up.is_set():
+                    if run.upload and (server.up.is_set() or isinstance(server.trouble, Busy)):
                         # in a task of its own, which the end of this one doesn't end
                         self._releases = [task for task in self._releases if not task.done()]
                         emptied = self.empty([(server.url, run.upload)])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
 import sys
 import time
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,9 @@ from hywu_core.evaluation.editors.base import EditFailed
 from hywu_core.evaluation.editors.comfy import ComfyEditor
 from hywu_core.evaluation.items import Item
 from hywu_core.evaluation.run import in_threads
+from hywu_core.headless.batch import Batch, items_of
 from hywu_core.headless.local import free_port, get_json
+from hywu_core.headless.pool import Pool
 
 pytest.importorskip("aiohttp", reason="the client needs the `headless` extra")
 
@@ -172,6 +176,52 @@ def test_a_fast_server_takes_what_waits_at_a_slow_one(servers, command, tmp_path
     counts = Counter(row["server"] for row in found)
     assert counts[servers.urls[0]] <= 3  # it was given four at first
     assert set(servers.finished().values()) == {1}
+
+
+def refusals(servers: Servers, i: int) -> list[float]:
+    """When a server said that it is full."""
+    return list(map(float, (servers.folder / f"server{i}.log.refused").read_text().split()))
+
+
+def test_a_server_whose_queue_is_full_is_asked_again(servers, command, tmp_path):
+    servers.start(0.3)
+    # one runs and four wait at most, eight are sent at once
+    assert main(command(10, servers, "--instruction", "x", "--ahead", "7")) == 0
+    check_results(tmp_path / "out", 10, "x")
+    assert set(servers.finished().values()) == {1}
+    assert len(servers.finished()) == 10
+    assert refusals(servers, 0)
+    assert not (tmp_path / "out" / "failures.jsonl").exists()
+
+
+def test_a_server_that_stays_full_is_asked_more_and_more_rarely_and_others_go_on(
+    servers, command, tmp_path
+):
+    urls = [servers.start(0.05), servers.start(0.6)]
+    full = servers.folder / "server0.log.full"
+    full.touch()
+    command(16, servers)
+    items = items_of([tmp_path / "sources"], "x")
+    batch = Batch(tmp_path / "out", items, fake.GRAPH, (fake.IMAGE, "image"), (fake.TEXT, "instruction"))
+
+    def show(done: int, failed: int) -> None:
+        if done and len(refusals(servers, 0)) >= 3:
+            full.unlink(missing_ok=True)
+
+    # no patience: the pool's own pauses of 1, 2, 4 s, not those of a request
+    asyncio.run(batch.run(Pool(urls, ahead=0, patience=0), show))
+    found = check_results(tmp_path / "out", 16, "x")
+    assert {row["server"] for row in found[:4]} == {urls[1]}
+    assert {row["server"] for row in found} == set(urls)
+    assert not batch.failed
+    assert set(servers.finished().values()) == {1}
+    times = refusals(servers, 0)
+    pauses = [after - before for before, after in pairwise(times)]
+    assert len(pauses) >= 2
+    assert pauses[0] >= 1
+    assert pauses[1] >= 2
+    # what was uploaded for a prompt that was refused is taken back, too
+    assert set(get_json(urls[0] + "/uploads").values()) <= {0}
 
 
 def test_what_fails_is_listed_and_tried_again(servers, command, tmp_path, capsys):

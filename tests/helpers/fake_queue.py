@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import sys
+import time
+from pathlib import Path
 
 from aiohttp import web
 
@@ -22,7 +24,11 @@ def edited(source: bytes, instruction: str, seed: int = 1) -> bytes:
 
 
 class Server:
-    """seconds: of a prompt. A text of "fail" fails, "copy" gives the source. Its work is logged to a file, a line per finished prompt."""
+    """seconds: of a prompt. A text of "fail" fails, "copy" gives the source. Its work is logged to a file, a line per finished prompt.
+
+    It is full with four waiting prompts, and while a file beside the log ends in ``.full``; when it refused one stands
+    in ``.refused``.
+    """
 
     def __init__(self, seconds: float, log: str) -> None:
         self.seconds, self.log = seconds, log
@@ -69,7 +75,9 @@ class Server:
 
     async def _prompt(self, request):
         body = await request.json()
-        if len(self.pending) > 3:
+        if len(self.pending) > 3 or Path(self.log + ".full").exists():
+            with open(self.log + ".refused", "a") as log:
+                log.write(f"{time.monotonic()}\n")
             return web.Response(status=429)
         self.pending.append((body["prompt_id"], body["prompt"]))
         return web.json_response({"prompt_id": body["prompt_id"], "node_errors": {}})
