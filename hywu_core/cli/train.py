@@ -16,9 +16,11 @@ examples:
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 from ..bases.bundled.training import ERRORS
+from ..training.crops import POLICIES
 from ..training.schedule import OPTIMIZERS, PRECISIONS, RATES
 from .console import say
 
@@ -75,11 +77,32 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--patience", type=int, default=0, metavar="N",
         help="stop after N measurements without a better one (default 0: never)",
     )  # fmt: skip
+    parser.add_argument(
+        "--crop",
+        choices=POLICIES,
+        default="random",
+        help="of --data: see docs/training.md (default random)",
+    )
+    parser.add_argument(
+        "--sizes", nargs="+", type=_size, metavar="HxW",
+        help="of --data: crops of several resolutions, by the images' proportions (default: the editor's own)",
+    )  # fmt: skip
+    parser.add_argument("--cache", type=Path, help="of --data: folder that keeps decoded images")
+    parser.add_argument(
+        "--workers", type=int, help="of --data: threads that decode (default: one per core, to 8)"
+    )
     parser.add_argument("--tensorboard", action="store_true", help="also log for TensorBoard")
     parser.add_argument("--wandb", action="store_true", help="also log to Weights & Biases")
     parser.add_argument("--editor", type=Path, help="another editor's file as the base")
     parser.add_argument("--device", help="such as cpu or cuda (default: the accelerator there is)")
     parser.add_argument("--commit", default="", help="commit of the code, kept in the provenance")
+
+
+def _size(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)[x×](\d+)", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"'{text}' is no HEIGHTxWIDTH, such as 96x128")
+    return int(found[1]), int(found[2])
 
 
 def _rates() -> str:

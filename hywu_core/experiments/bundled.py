@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,8 +20,16 @@ from ..files import folder_lock
 from ..generator.config import GeneratorConfig
 from ..layout import LoRALayout
 from ..training.base import Batch, BatchSource
+from ..training.crops import Size
 from ..training.data import Ahead, PairBatches
-from ..training.pairs import held_out, number_of_references, pairs_identity, phrasings, read_pairs
+from ..training.pairs import (
+    Pair,
+    held_out,
+    number_of_references,
+    pairs_identity,
+    phrasings,
+    read_pairs,
+)
 from ..training.schedule import RATES, TrainConfig, chosen_precision, refuse_differences
 from ..training.state import state_header
 from ..training.strategies import FullFineTuning, HyperNetwork, StaticLoRA, Strategy
@@ -32,13 +41,16 @@ from .images import PACKAGES, ImagePool, split_files
 from .tasks import CONFLICT, VERSION, TaskBatches, get_task
 
 WEIGHTS, BEST = "weights.safetensors", "best.safetensors"
+#: What a run's identity says only where it isn't this.
+USUAL: Mapping[str, Any] = MappingProxyType({"crop": "random", "sizes": None, "validation": 0.0})
 
 
 @dataclass(frozen=True)
 class Request:
     """What is trained, on what, how long; each field is an option of `hywu train`.
 
-    data: None for the built-in tasks. lr: 0 or None takes the one that the run was
+    data: None for the built-in tasks. crop, sizes, cache, workers: of it, see `PairBatches`; sizes None is the
+    editor's own. lr: 0 or None takes the one that the run was
     begun with, else of `RATES`. error: of an item (see
     `EditorBase`); None takes the logarithm, or what a run was begun with. init: a generator's file or
     "bundled", whose weights are begun with. validation: share of the pairs that is not trained on.
@@ -72,6 +84,10 @@ class Request:
     editor: Path | None = None
     device: str | None = None
     commit: str = ""
+    crop: str = "random"
+    sizes: Sequence[Size] | None = None
+    cache: Path | None = None
+    workers: int | None = None
 
     def __post_init__(self) -> None:
         if (self.strategy == "single") != bool(self.task):
@@ -89,6 +105,10 @@ class Request:
             raise HYWUError(
                 "--validation is a share of --data; the built-in tasks have none to share."
             )
+        given = {"--crop": self.crop != "random", "--sizes": self.sizes, "--cache": self.cache}
+        if self.data is None and any(given.values()):
+            name = next(name for name, value in given.items() if value)
+            raise HYWUError(f"{name} is about --data; the built-in tasks make their own crops.")
 
     @classmethod
     def names(cls) -> set[str]:
@@ -106,6 +126,10 @@ class Training:
         error = _error(request, self.header)
         self.base = EditorBase(editor, error=error, at_start=_at_start(self.header))
         self.data = _data(request, ConflictPlan.crop_size, say)
+        if self.header:
+            begun = dict(USUAL) | dict(self.header.get("identity", {}))
+            mine = {key: self.data.identity.get(key, value) for key, value in USUAL.items()}
+            refuse_differences(begun, mine, state)
         self.config = self._config()
         torch.manual_seed(request.seed + 1)
         strategy = _strategy(request, self.base)
@@ -214,15 +238,24 @@ def _own_pairs(request: Request, size: int, say: Callable[[str], None]):
     if number_of_references(pairs):
         raise HYWUError(f"{request.data}: {ONE_IMAGE}")
     identity: dict[str, Any] = {"data": pairs_identity(pairs), "tasks": request.task or "all"}
-    options, kept = (request.batch_size, size, request.seed, request.task or ""), []
+    sizes = [list(one) for one in request.sizes] if request.sizes else None
+    more = {"crop": request.crop, "sizes": sizes, "validation": request.validation}
+    identity |= {key: value for key, value in more.items() if value != USUAL[key]}
+
+    def batches_of(some: Sequence[Pair]) -> PairBatches:
+        return PairBatches(
+            some, request.batch_size, request.sizes or size, request.seed, request.task or "",
+            crop=request.crop, cache=request.cache, workers=request.workers,
+        )  # fmt: skip
+
+    kept = []
     if request.validation:
         pairs, others = held_out(pairs, request.validation, request.seed)
-        identity["validation"] = request.validation
-        kept = PairBatches(others, *options).once()
+        kept = batches_of(others).once()
     texts = phrasings(pairs)
     if request.task:
         texts = {request.task: texts.get(request.task, [])}
-    return Ahead(PairBatches(pairs, *options)), texts, identity, kept
+    return Ahead(batches_of(pairs), depth=2), texts, identity, kept
 
 
 # -- what is trained ---------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,6 +19,7 @@ from .. import fingerprint
 from ..errors import HYWUError, get_logger, need, one_line
 from ..files import parse_json, read_json_lines
 from ..images import MAX_SIDE, SUFFIXES, image_size, load_image, read_image
+from .workers import in_workers
 
 logger = get_logger(__name__)
 
@@ -50,6 +51,7 @@ class Pair:
     """One example of a user: images and what was asked.
 
     references: images for the condition only.
+    size: (width, height) of source and target where that was looked at.
     """
 
     source: Source
@@ -57,6 +59,7 @@ class Pair:
     instruction: str
     task: str
     references: tuple[Source, ...] = ()
+    size: tuple[int, int] | None = field(default=None, compare=False)
 
     @property
     def images(self) -> tuple[Source, ...]:
@@ -71,6 +74,11 @@ def read_source(image: Source, max_side: int = MAX_SIDE) -> Tensor:
         return read_image(io.BytesIO(image.read()), max_side)
     except HYWUError as error:
         raise HYWUError(f"{image}: {error}") from error
+
+
+def size_of(pair: Pair) -> tuple[int, int]:
+    """(width, height) of source and target. Raises HYWUError naming the image where it isn't a whole one."""
+    return pair.size or _size(pair.source)
 
 
 def _size(image: Source) -> tuple[int, int]:
@@ -148,14 +156,19 @@ def read_pairs(path: str | Path) -> tuple[list[Pair], list[str]]:
     Raises HYWUError when there is nothing to read, or no row is good.
     """
     path = Path(path)
-    pairs, bad = [], []
-    for where, made in _reader(path)(path):
+
+    def look(row: Row) -> Pair | str:
+        where, made = row
         try:
             if isinstance(made, HYWUError):
                 raise made
-            pairs.append(_checked(made()))
+            return _checked(made())
         except HYWUError as error:
-            bad.append(f"{where}: {error}")
+            return f"{where}: {error}"
+
+    pairs, bad = [], []
+    for found in in_workers(look, _reader(path)(path)):
+        (bad if isinstance(found, str) else pairs).append(found)
     for text in bad:
         logger.warning("skipped: %s", text)
     if not pairs:
@@ -340,4 +353,4 @@ def _checked(pair: Pair) -> Pair:
     if sizes[0] != sizes[1]:
         names = [PurePosixPath(str(i)).name for i in (pair.source, pair.target)]
         raise HYWUError(f"{names[0]} is {sizes[0]} and {names[1]} is {sizes[1]}")
-    return pair
+    return replace(pair, size=sizes[0])

@@ -202,7 +202,9 @@ def test_a_server_that_stays_full_is_asked_more_and_more_rarely_and_others_go_on
     full.touch()
     command(16, servers)
     items = items_of([tmp_path / "sources"], "x")
-    batch = Batch(tmp_path / "out", items, fake.GRAPH, (fake.IMAGE, "image"), (fake.TEXT, "instruction"))
+    batch = Batch(
+        tmp_path / "out", items, fake.GRAPH, (fake.IMAGE, "image"), (fake.TEXT, "instruction")
+    )
 
     def show(done: int, failed: int) -> None:
         if done and len(refusals(servers, 0)) >= 3:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from hywu_core.errors import HYWUError
-from hywu_core.training import data, pairs
+from hywu_core.training import decoding, pairs
 from hywu_core.training.base import Batch
 from hywu_core.training.data import Ahead, Images, PairBatches
 from hywu_core.training.pairs import held_out, pairs_identity, read_pairs, read_source
@@ -178,7 +178,9 @@ def test_only_one_task(tmp_path, write_pairs):
 def test_images_are_decoded_once_and_kept_up_to_a_limit(tmp_path, monkeypatch):
     read = []
     monkeypatch.setattr(
-        data, "read_source", lambda s: read.append(s) or torch.zeros(3, 10, 10, dtype=torch.uint8)
+        decoding,
+        "read_source",
+        lambda s, side: read.append(s) or torch.zeros(3, 10, 10, dtype=torch.uint8),
     )
     images = Images(most=700)  # two of 300 bytes
     for name in "aabab":
