@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -30,7 +31,9 @@ from ..training.pairs import (
     phrasings,
     read_pairs,
 )
+from ..training.recompute import HeldNetwork, recomputed
 from ..training.schedule import RATES, TrainConfig, chosen_precision, refuse_differences
+from ..training.sharding import repeated
 from ..training.state import state_header
 from ..training.strategies import FullFineTuning, HyperNetwork, StaticLoRA, Strategy
 from ..training.trainer import STATE, Trainer
@@ -175,19 +178,28 @@ class Training:
         """Train to the end, or go on; the weights' file, or None when it was stopped before."""
         request, trainer = self.request, self.trainer
         if not self.main:
-            return request.out / WEIGHTS if trainer.run() else None
+            return request.out / WEIGHTS if self._train() else None
         count = trainer.accelerator.num_processes
         processes = f"{count} processes" if count > 1 else "one process"
+        processes += ", sharded" if trainer.shards is not None else ""
         self.say(
             f"{request.strategy} on {trainer.device}, {processes}, precision {self.config.precision}"
         )
         with folder_lock(request.out):
-            if not trainer.run():
+            if not self._train():
                 self.say(
                     f"stopped after {trainer.step} of {request.steps} steps; the same command goes on"
                 )
                 return None
             return self.export(request.out / WEIGHTS)
+
+    def _train(self) -> bool:
+        """Whether it is over. Checkpointing is of the base's blocks, too."""
+        held = self.trainer.strategy
+        if not isinstance(held, HeldNetwork):
+            return self.trainer.run()
+        with contextlib.closing(held), recomputed(repeated(self.base.module)):
+            return self.trainer.run()
 
     def export(self, path: Path) -> Path:
         """Write the averaged weights with how they came about."""
@@ -268,15 +280,16 @@ def _strategy(request: Request, base: EditorBase) -> Strategy:
     layout = LoRALayout.of(base.module, request.rank, exclude=EXCLUDE)
     if request.strategy != "hywu":
         return StaticLoRA(base, layout, request.strategy)
+    network = HeldNetwork if request.checkpointing else HyperNetwork
     if request.init:
         path = bundled("generator") if request.init == "bundled" else Path(request.init)
-        return HyperNetwork.begun_with(base, path, request.checkpointing)
+        return network.begun_with(base, path, request.checkpointing)
     size = replace(GeneratorSize(), d_model=request.d_model, num_blocks=request.blocks)
     config = GeneratorConfig(
         layout, dict(base.condition_parts), dim_accumulation=request.rank,
         encoder=dict(base.encoder), base=base.name, **asdict(size),
     )  # fmt: skip
-    return HyperNetwork(base, config, request.checkpointing)
+    return network(base, config, request.checkpointing)
 
 
 def _error(request: Request, header: Mapping[str, Any]) -> str:

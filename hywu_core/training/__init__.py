@@ -13,6 +13,7 @@ _WHERE = {
     "BaseModel": ".base",
     "Batch": ".base",
     "FullFineTuning": ".strategies",
+    "HeldNetwork": ".recompute",
     "HyperNetwork": ".strategies",
     "PairBatches": ".data",
     "StaticLoRA": ".strategies",
@@ -21,6 +22,7 @@ _WHERE = {
     "Validation": ".validation",
     "held_out": ".pairs",
     "read_pairs": ".pairs",
+    "recomputed": ".recompute",
 }
 
 __all__ = sorted(_WHERE)

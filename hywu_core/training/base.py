@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..condition import Condition
-from ..fingerprint import of_weights
+from ..fingerprint import of_values, of_weights
+from .sharding import is_sharded, local
 
 
 @dataclass(frozen=True)
@@ -107,5 +108,8 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 def frozen_digest(module: nn.Module) -> str:
-    """Hash of all parameters and buffers of a module, bit by bit."""
+    """Hash of all parameters and buffers of a module, bit by bit; of what is sharded, of this process's part."""
+    state = module.state_dict()
+    if any(map(is_sharded, state.values())):
+        return of_values({name: local(value) for name, value in state.items()}, 64)
     return of_weights(module)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..precision import usual_precision
+from .sharding import is_sharded, local, part_of, whole
 
 #: Coefficients of the quintic Newton-Schulz iteration and how often it is done (Jordan et al.).
 QUINTIC, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
@@ -139,13 +140,18 @@ class Muon(torch.optim.Optimizer):
     def _step_matrices(self, group: dict[str, Any]) -> None:
         rate = group["lr"] * MATRIX_RATE
         by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
+        sharded = []
         for parameter in group["params"]:
             if parameter.grad is None:
                 continue
             if group["weight_decay"]:
                 parameter.mul_(1 - rate * group["weight_decay"])
-            step, parts = self._momentum(parameter), self.parts[parameter]
-            for pair in zip(parameter.chunk(parts), step.chunk(parts), strict=True):
+            step, parts = whole(self._momentum(parameter)), self.parts[parameter]
+            target: Tensor = parameter
+            if is_sharded(parameter):  # every process makes whole steps, and takes its part of them
+                target = torch.zeros_like(step)
+                sharded.append((parameter, target))
+            for pair in zip(target.chunk(parts), step.chunk(parts), strict=True):
                 by_shape.setdefault(pair[0].shape, []).append(pair)
         for shape, pairs in by_shape.items():
             targets, steps = zip(*pairs, strict=True)
@@ -156,6 +162,8 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_add_(targets, made.mul_(factor).unbind())
             else:
                 torch._foreach_add_(targets, made.unbind(), alpha=factor)
+        for parameter, change in sharded:
+            local(parameter.detach()).add_(part_of(change, parameter))
 
     def _momentum(self, parameter: nn.Parameter) -> Tensor:
         """Nesterov's: the gradient mixed with its running mean."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import HYWUError
 from ..precision import usual_precision
+from .sharding import is_sharded, local
 
 PRECISIONS = ("no", "bf16", "fp16")
 OPTIMIZERS = ("adamw", "muon")
@@ -137,8 +138,8 @@ class Average:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the parameters after `step` (counted from 0)."""
-        mine, theirs = list(self.values.values()), [p.detach() for p in self.parameters.values()]
-        torch._foreach_lerp_(mine, theirs, self.weight(step))
+        mine, theirs = (map(local, d.values()) for d in (self.values, self.parameters))
+        torch._foreach_lerp_(list(mine), [p.detach() for p in theirs], self.weight(step))
 
     def weight(self, step: int) -> float:
         """The share of the parameters after `step` in the average."""
@@ -154,11 +155,14 @@ class Average:
 
     @contextlib.contextmanager
     def swapped(self) -> Iterator[None]:
-        """Inside the block the parameters hold their averages, read only; nothing is copied.
+        """Inside the block the parameters hold their averages, read only; nothing is copied but of sharded ones.
 
         They stay the same objects, so the optimizer's state and hooks on them are not touched.
         """
-        kept = {name: p.data for name, p in self.parameters.items()}
+        kept = {
+            name: local(p.detach()).clone() if is_sharded(p) else p.data
+            for name, p in self.parameters.items()
+        }
         try:
             self._set(self.values)
             yield
@@ -167,6 +171,9 @@ class Average:
 
     def _set(self, values: Mapping[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():
-            parameter.data = values[name]
+            if is_sharded(parameter):  # whoever gathers it holds on to its memory
+                local(parameter.detach()).copy_(local(values[name]))
+            else:
+                parameter.data = values[name]
             # whoever keeps what follows from the weights learns by the version that they are others
             torch.autograd.graph.increment_version(parameter)

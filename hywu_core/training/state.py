@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import HYWUError
 from ..files import check_fields, open_tensors, parse_header, read_header, save_tensors
 from .schedule import Average
+from .sharding import is_sharded, put
 
 FORMAT = "hywu-training-1"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -24,20 +25,33 @@ def save_state(
     average: Average,
     optimizer: torch.optim.Optimizer,
     header: Mapping[str, Any],
+    writes: bool = True,
 ) -> None:
-    """Write everything that `load_state` needs to go on after `step` steps, atomically."""
+    """Write everything that `load_state` needs to go on after `step` steps, atomically.
+
+    writes: False for a process that only gives its part of what is sharded; all must call this together then.
+    """
     tensors: dict[str, Tensor] = {}
+
+    def gathered(tensor: Tensor) -> Tensor:
+        """On the main process; the others only take part."""
+        if not is_sharded(tensor):
+            return tensor
+        all_of_it = tensor.detach().full_tensor()
+        return all_of_it.cpu() if writes else all_of_it.new_empty(0)
+
     for name, parameter in parameters.items():
-        tensors[f"parameters.{name}"] = parameter
-        tensors[f"average.{name}"] = average.values[name]
+        tensors[f"parameters.{name}"] = gathered(parameter)
+        tensors[f"average.{name}"] = gathered(average.values[name])
     moments = {
-        f"{moment}.{name}": optimizer.state[parameter][moment]
+        f"{moment}.{name}": gathered(optimizer.state[parameter][moment])
         for name, parameter in parameters.items()
         for moment in _MOMENTS
         if moment in optimizer.state.get(parameter, {})
     }
     whole = {**header, "format": FORMAT, "step": step, "moments": len(moments)}
-    save_tensors(path, {**tensors, **moments}, whole, overwrite=True)
+    if writes:
+        save_tensors(path, {**tensors, **moments}, whole, overwrite=True)
 
 
 def recorded_precision(path: Path) -> str | None:
@@ -89,18 +103,16 @@ def load_state(
         # one tensor after another: the whole file is as large as all that is trained
         with torch.no_grad():
             for name, parameter in parameters.items():
-                parameter.copy_(file.get_tensor(f"parameters.{name}"))
-                average.values[name].copy_(file.get_tensor(f"average.{name}"))
+                put(parameter, file.get_tensor(f"parameters.{name}"))
+                put(average.values[name], file.get_tensor(f"average.{name}"))
                 found = [m for m in _MOMENTS if f"{m}.{name}" in moments]
                 if not found:
                     continue
-                optimizer.state[parameter] = {
-                    "step": _steps(header["step"], parameter, optimizer),
-                    **{
-                        m: torch.empty_like(parameter).copy_(file.get_tensor(f"{m}.{name}"))
-                        for m in found
-                    },
-                }
+                kept = {m: torch.empty_like(parameter) for m in found}
+                for m, moment in kept.items():
+                    put(moment, file.get_tensor(f"{m}.{name}"))
+                steps = _steps(header["step"], parameter, optimizer)
+                optimizer.state[parameter] = {"step": steps, **kept}
     return header
 
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -26,7 +24,9 @@ from .graphs import RecordedStep, suits
 from .logs import Log, plot_loss, save_grid
 from .muon import Muon, adamw
 from .schedule import Average, TrainConfig, lr_at, refuse_differences
+from .sharding import Shards, averaged, gathered_strategy, sharding_asked, whole
 from .state import load_state, save_state, state_header
+from .stopping import Interrupt
 from .strategies import Strategy
 from .validation import Validation
 
@@ -112,6 +112,7 @@ class Trainer:
                 f"{parts} at least."
             )
         trained, base = self.strategy.trained, self.base.module
+        self.shards = Shards(self.strategy, base, self.accelerator) if sharding_asked() else None
         self.parameters = {n: p for n, p in trained.named_parameters() if p.requires_grad}
         base.requires_grad_(False).to(self.device, memory_format=self.memory_format)
         trained.to(memory_format=self.memory_format)
@@ -125,7 +126,8 @@ class Trainer:
         else:
             optimizer = adamw(self.parameters.values(), *settings)
         objective = Objective(self.base, self.strategy)
-        self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
+        prepare = self.accelerator.prepare if self.shards is None else self.shards.prepare
+        self.objective, self.optimizer = prepare(objective, optimizer)
         self.average = Average(self.parameters, config.ema)
         self.recorded = RecordedStep(self) if suits(self) else None
 
@@ -148,7 +150,7 @@ class Trainer:
             self.validation.begin(self.folder, self.step, self._main)
         stop = min(self.config.steps, until or self.config.steps)
         try:
-            with _Interrupt() as interrupt, steady_attention(self.device):
+            with Interrupt() as interrupt, steady_attention(self.device):
                 self._loop(stop, log, interrupt)
         finally:
             if log is not None:
@@ -166,7 +168,7 @@ class Trainer:
     def _main(self) -> bool:
         return self.accelerator.is_main_process
 
-    def _loop(self, stop: int, log: Log | None, interrupt: _Interrupt) -> None:
+    def _loop(self, stop: int, log: Log | None, interrupt: Interrupt) -> None:
         bar = tqdm(
             total=self.config.steps,
             initial=self.step,
@@ -220,7 +222,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.average.update(step)
         mean = accelerator.reduce(total, reduction="mean")
-        return torch.stack([mean, norm.detach().float()])
+        return torch.stack([mean, whole(norm).detach().float()])
 
     def _whole(self, step: int) -> tuple[Batch, Draws]:
         """A step's batch of all processes, and its draws."""
@@ -234,21 +236,21 @@ class Trainer:
 
     def _shares(self, step: int) -> list[tuple[Batch, Draws]]:
         """This process's part of a step's batch, cut for accumulation."""
-        whole = self.batches(step)
-        if len(whole) != self.config.batch_size:
+        batch = self.batches(step)
+        if len(batch) != self.config.batch_size:
             raise HYWUError(
-                f"training: the data gave {len(whole)} examples for step {step}, the batch size is "
+                f"training: the data gave {len(batch)} examples for step {step}, the batch size is "
                 f"{self.config.batch_size}."
             )
-        draws = self.base.draw(whole, _mix(self.config.seed, step))
-        size, config = len(whole), self.config
+        draws = self.base.draw(batch, _mix(self.config.seed, step))
+        size, config = len(batch), self.config
         parts = self.accelerator.num_processes * config.accumulation
         first = self.accelerator.process_index * config.accumulation
         shares = []
         for part in range(first, first + config.accumulation):
             items = list(range(part * size // parts, (part + 1) * size // parts))
             share = {key: value[items] for key, value in draws.items()}
-            shares.append(self._on_device(whole.select(items), share))
+            shares.append(self._on_device(batch.select(items), share))
         return shares
 
     def _on_device(self, batch: Batch, draws: Draws) -> tuple[Batch, Draws]:
@@ -265,8 +267,8 @@ class Trainer:
     # -- keeping ---------------------------------------------------------------------------------
 
     def save(self, log: Log | None = None) -> None:
-        """Write the state (main process only)."""
-        if not self._main:
+        """Write the state (main process only; of what is sharded all processes give their part)."""
+        if not self._main and self.shards is None:
             return
         header = {
             "config": self.config.to_json(),
@@ -278,7 +280,9 @@ class Trainer:
             **self.extra,
         }
         path = self.folder / STATE
-        save_state(path, self.step, self.parameters, self.average, self._inner, header)
+        save_state(path, self.step, self.parameters, self.average, self._inner, header, self._main)
+        if not self._main:
+            return
         if self.on_save is not None:
             self.on_save(self.step)
         if log is not None:
@@ -310,25 +314,26 @@ class Trainer:
 
     def draw_samples(self) -> None:
         """A grid of source, target and the edit with averaged weights, as a PNG."""
-        if self.samples is None or not self._main:
+        if self.samples is None or not (self._main or self.shards):
             return
         edits = self.edit(self.samples.to(self.device, self.memory_format))
         path = self.folder / "samples" / f"step_{self.step:06d}.png"
-        save_grid([self.samples.source, self.samples.target, edits], path)
+        if self._main:
+            save_grid([self.samples.source, self.samples.target, edits], path)
 
     @torch.no_grad()
     def edit(self, batch: Batch, seed: int = 0) -> Tensor:
         """Edits of a batch on the training's device, with the averaged weights."""
-        with self.average.swapped(), self.strategy.adapted(batch) as module:
+        with averaged(self.average, self.shards), self.strategy.adapted(batch) as module:
             return self.base.edit(module, batch, seed)
 
     @torch.no_grad()
     def mean_loss(self, examples: Iterable[tuple[Batch, int]]) -> float:
         """Mean loss of batches, each with the seed of its draws, with the averaged weights in float32."""
         losses = []
-        with self.average.swapped(), steady_attention(self.device):
-            for whole, seed in examples:
-                batch, draws = self._on_device(whole, self.base.draw(whole, seed))
+        with averaged(self.average, self.shards), steady_attention(self.device):
+            for example, seed in examples:
+                batch, draws = self._on_device(example, self.base.draw(example, seed))
                 with self.strategy.adapted(batch) as module:
                     losses.append(float(self.base.loss(module, batch, draws).mean()))
         return math.fsum(losses) / len(losses)
@@ -355,6 +360,10 @@ class Trainer:
             "seconds": round(self.seconds, 1),
             **provenance,
         }
+        if self.shards is not None:
+            return gathered_strategy(self.strategy, self.folder / STATE, self.step).export(
+                path, about
+            )
         with self.average.swapped():
             return self.strategy.export(path, about)
 
@@ -396,31 +405,6 @@ class _Progress:
         self.bar.update(len(self.waiting))
         self.bar.set_postfix(loss=f"{self.smooth:.5f}", refresh=False)
         self.waiting.clear()
-
-
-class _Interrupt:
-    """Turns the first Ctrl-C or SIGTERM into a flag; the second one interrupts at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> _Interrupt:
-        # signals can only be handled in the main thread; elsewhere the host has its own way to stop
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def _handle(self, number: int, frame: Any) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        logger.warning("stopping after this step; once more to stop at once")
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
 
 
 def _mix(seed: int, step: int) -> int:

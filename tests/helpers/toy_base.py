@@ -5,6 +5,7 @@ Called as a script it trains a few steps: ``toy_base.py FOLDER STEPS UNTIL STRAT
 
 from __future__ import annotations
 
+import json
 import sys
 import zlib
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 from hywu_core.condition import Condition
 from hywu_core.generator.config import GeneratorConfig
 from hywu_core.layout import LoRALayout
+from hywu_core.training import sharding
 from hywu_core.training.base import Batch
 from hywu_core.training.schedule import TrainConfig
 from hywu_core.training.strategies import FullFineTuning, HyperNetwork, StaticLoRA
@@ -117,6 +119,23 @@ def make_trainer(folder: Path, name: str = "hywu", **settings) -> Trainer:
     )  # fmt: skip
 
 
+def count_parts(trainer: Trainer) -> None:
+    """Write down how many values of base, generator, average and optimizer this process holds, and of how many."""
+    moments = [s["exp_avg"] for s in trainer.optimizer.state.values()]
+    held = {
+        "base": [*trainer.base.module.layers.parameters()],
+        "generator": [*trainer.strategy.trained.parameters()],
+        "average": [*trainer.average.values.values()],
+        "moments": moments,
+    }
+    counts = {
+        name: [sum(sharding.local(t).numel() for t in tensors), sum(t.numel() for t in tensors)]
+        for name, tensors in held.items()
+    }
+    rank = trainer.accelerator.process_index
+    (trainer.folder / f"held_{rank}.json").write_text(json.dumps(counts))
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     path, steps, until, *combinations = sys.argv[1:]
@@ -125,4 +144,8 @@ if __name__ == "__main__":
         trainer = make_trainer(
             Path(path) / combination, strategy, steps=int(steps), optimizer=optimizer
         )
-        trainer.run(until=int(until))
+        over = trainer.run(until=int(until))
+        if over and trainer.accelerator.is_main_process:
+            trainer.export(trainer.folder / "weights.safetensors", {})
+        if trainer.shards is not None:
+            count_parts(trainer)

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from functools import partial
+from contextlib import AbstractContextManager
 from typing import Any
 
 import comfy.model_management as mm
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ....hywu_core.discovery import submodule
 from ....hywu_core.errors import HYWUError
 from ....hywu_core.generator.config import GeneratorConfig
 from ....hywu_core.generator.model import ParameterGenerator
-from ....hywu_core.injection import inject
 from ....hywu_core.layout import LoRALayout
+from ....hywu_core.training import recompute
 from ....hywu_core.training.base import Batch
 from ....hywu_core.training.strategies import HyperNetwork
 from .base import HostBase
@@ -30,57 +29,10 @@ BYTES_OF_UPDATE = 4
 STATES_PER_BLOCK = 4
 
 
-class HeldNetwork(HyperNetwork):
-    """HyperNetwork whose LoRAs stay on the base until the next batch, or `release`.
-
-    Layers that are recomputed in the backward pass, after the loss, must find them there.
-    """
-
-    def __init__(self, base: HostBase, config: GeneratorConfig, checkpointing: bool) -> None:
-        super().__init__(base, config, checkpointing)
-        self._held = contextlib.ExitStack()
-
-    @contextlib.contextmanager
-    def adapted(self, batch: Batch) -> Iterator[nn.Module]:
-        self.release()
-        lora = self.loras(batch)
-        # an index, so that inputs with several rows per item (windows, tiles) repeat it
-        index = range(lora.batch_size)
-        self._held.enter_context(inject(self.base.module, lora, index=list(index)))
-        yield self.base.module
-
-    def release(self) -> None:
-        """Take the LoRAs off the base."""
-        self._held.close()
-
-
-@contextlib.contextmanager
-def recomputed(module: nn.Module, layout: LoRALayout) -> Iterator[None]:
+def recomputed(module: nn.Module, layout: LoRALayout) -> AbstractContextManager[None]:
     """Inside the block the layout's layers keep only their inputs for the backward pass."""
-    layers = [submodule(module, path) for stack in layout.stacks for path in stack.layers if path]
-    before = [layer.__dict__.get("forward") for layer in layers]
-    try:
-        for layer in layers:
-            layer.forward = partial(_recomputing, layer.forward)
-        yield
-    finally:
-        for layer, forward in zip(layers, before, strict=True):
-            del layer.forward
-            if forward is not None:
-                layer.forward = forward
-
-
-def _recomputing(forward: Any, *args: Any, **kwargs: Any) -> Any:
-    if not torch.is_grad_enabled():
-        return forward(*args, **kwargs)
-
-    def run(*inputs: Any) -> Any:
-        # some blocks add to their input in place, which would be added twice
-        own = [x.clone() if isinstance(x, Tensor) and x.requires_grad else x for x in inputs]
-        count = len(args)
-        return forward(*own[:count], **dict(zip(kwargs, own[count:], strict=True)))
-
-    return checkpoint(run, *args, *kwargs.values(), use_reentrant=False)
+    paths = [path for stack in layout.stacks for path in stack.layers if path]
+    return recompute.recomputed([submodule(module, path) for path in paths])
 
 
 def check_weights(config: GeneratorConfig, device: torch.device, items: int) -> int:

@@ -23,6 +23,7 @@ from ....hywu_core.generator.config import GeneratorConfig
 from ....hywu_core.images import load_image
 from ....hywu_core.layout import LoRALayout
 from ....hywu_core.training.logs import read_log
+from ....hywu_core.training.recompute import HeldNetwork
 from ....hywu_core.training.schedule import TrainConfig
 from ....hywu_core.training.state import state_header
 from ....hywu_core.training.trainer import STATE, Trainer
@@ -34,7 +35,6 @@ from .base import HostBase
 from .conditions import READS, CachedEncoder
 from .data import FixedCrops
 from .memory import (
-    HeldNetwork,
     autograd_through_host,
     check_step,
     check_weights,

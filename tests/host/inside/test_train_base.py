@@ -13,6 +13,7 @@ from hywu_nodes.hywu_core.condition import Condition
 from hywu_nodes.hywu_core.generator.config import GeneratorConfig
 from hywu_nodes.hywu_core.layout import LoRALayout
 from hywu_nodes.hywu_core.training.base import Batch
+from hywu_nodes.hywu_core.training.recompute import HeldNetwork
 from hywu_nodes.hywu_core.training.schedule import TrainConfig
 from hywu_nodes.hywu_core.training.strategies import StaticLoRA
 from hywu_nodes.hywu_core.training.trainer import Trainer
@@ -22,7 +23,6 @@ from hywu_nodes.nodes.host.train.base import HostBase
 from hywu_nodes.nodes.host.train.conditions import CachedEncoder
 from hywu_nodes.nodes.host.train.data import FixedCrops
 from hywu_nodes.nodes.host.train.memory import (
-    HeldNetwork,
     autograd_through_host,
     plain_patcher,
     recomputed,
