@@ -59,7 +59,7 @@ class Bench:
     def __init__(self, folder: Path, servers: int, count: int, seconds: float, side: int) -> None:
         self.folder, self.count, self.log = folder, count, folder / "made.txt"
         host = dev.prepare_host()
-        self.servers = []
+        self.servers, self.client_cpu = [], {}
         for i in range(servers):
             base = folder / f"server{i}"
             (base / "custom_nodes").mkdir(parents=True)
@@ -91,7 +91,10 @@ class Bench:
             return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
     def rate(self, name: str, servers: Sequence[LocalServer], count: int) -> float:
-        """Images per second of a run over some servers, from the first result to the last."""
+        """Images per second of a run over some servers, from the first result to the last; notes the client's CPU
+        seconds per image.
+        """
+        cpu = cpu_of_children()
         out, images = self.folder / name, sorted(self.sources.iterdir())[:count]
         before = len(self.log.read_text().splitlines())
         client = self.client(out, servers, images)
@@ -102,13 +105,15 @@ class Bench:
             time.sleep(0.01)
         if client.returncode or len(seen) != count:
             raise SystemExit(f"{name}: exit code {client.returncode}, {len(seen)} of {count} made")
+        self.client_cpu[name] = round((cpu_of_children() - cpu) / count, 3)
         # the first prompt of each server has no predecessor
         return (count - len(servers)) / (seen[-1] - seen[len(servers) - 1])
 
     def throughput(self, each: int) -> dict[str, Any]:
         alone = [self.rate(f"alone{i}", [s], each) for i, s in enumerate(self.servers)]
         together = self.rate("together", self.servers, each * len(self.servers))
-        return {"alone": alone, "together": together, "of_the_sum": together / sum(alone)}
+        figures = {"alone": alone, "together": together, "of_the_sum": together / sum(alone)}
+        return figures | {"client_cpu_seconds_per_image": self.client_cpu}
 
     def faults(self) -> dict[str, Any]:
         """Kill the client at 20 % and 45 %, a server at 55 %, which comes back; check every result."""
@@ -170,6 +175,12 @@ class Bench:
         """MiB of the client and of each server that has run all the time."""
         pids = [client.pid, *(s.process.pid for s in self.servers[1:])]
         return [psutil.Process(pid).memory_info().rss >> 20 for pid in pids]
+
+
+def cpu_of_children() -> float:
+    """Seconds of all processes that were waited for."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

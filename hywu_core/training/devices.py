@@ -14,6 +14,7 @@ import torch
 
 from ..devices import chosen_device
 from ..errors import HYWUError, need
+from .sharding import ASKED
 
 #: Variables by which launchers say how many processes they have started (torchrun, MPI's).
 COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -62,7 +63,8 @@ def make_accelerator(device: str | None, precision: str) -> Any:
         torch.cuda.set_device(chosen)
     # a second trainer in one process may have another precision or device, which the shared state forbids
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=count == 1)
-    made = accelerate.Accelerator(mixed_precision=precision, cpu=chosen.type == "cpu")
+    with _sharding_is_ours():
+        made = accelerate.Accelerator(mixed_precision=precision, cpu=chosen.type == "cpu")
     if made.num_processes != count:
         raise HYWUError(
             f"training: {count} processes were started and {made.num_processes} found each other; they would "
@@ -77,6 +79,19 @@ def make_accelerator(device: str | None, precision: str) -> Any:
         atexit.unregister(_leave)
         atexit.register(_leave)
     return made
+
+
+@contextlib.contextmanager
+def _sharding_is_ours() -> Iterator[None]:
+    """Inside the block accelerate doesn't see that its configuration asks for FSDP, and wants to wrap nothing: see
+    `sharding`.
+    """
+    before = os.environ.pop(ASKED, None)
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[ASKED] = before
 
 
 def _leave() -> None:

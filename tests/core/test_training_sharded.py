@@ -17,7 +17,7 @@ from hywu_core import load_generator
 from hywu_core.errors import HYWUError
 from hywu_core.files import read_header, read_tensors
 from hywu_core.headless.local import free_port
-from hywu_core.training import sharding
+from hywu_core.training import devices, sharding
 from hywu_core.training.logs import read_log
 from hywu_core.training.sharding import repeated, sharding_asked
 
@@ -162,11 +162,21 @@ def test_what_sharding_does_not_do_is_refused(monkeypatch, tmp_path):
         sharding_asked()
 
 
+def test_accelerate_has_nothing_to_wrap(monkeypatch):
+    """On a GPU it would want to shard the module itself, and refuse an optimizer alone."""
+    monkeypatch.setenv(sharding.ASKED, "true")
+    monkeypatch.setenv(sharding.VERSION, "2")
+    made = devices.make_accelerator("cpu", "no")
+    assert made.state.fsdp_plugin is None
+    assert not made.is_fsdp2
+    assert os.environ[sharding.ASKED] == "true"
+
+
 def test_the_blocks_of_a_base_are_the_outermost_ones_that_can_be_called():
     from torch import nn
 
     block = nn.Sequential(nn.Linear(2, 2), nn.ModuleList([nn.Linear(2, 2)]))
-    lists = nn.ModuleList(
-        [nn.ModuleList([block, nn.Identity()]), nn.ModuleDict({"a": nn.Linear(2, 2)})]
-    )
-    assert repeated(nn.Sequential(nn.Linear(2, 2), lists)) == [block]
+    inside, holder = nn.Linear(2, 2), nn.Module()
+    holder.lists = nn.ModuleList([block])
+    lists = nn.ModuleList([nn.ModuleList([nn.Identity()]), nn.ModuleDict({"a": inside}), holder])
+    assert repeated(nn.Sequential(nn.Linear(2, 2), lists)) == [inside, block]
