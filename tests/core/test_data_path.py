@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from bench import data as data_bench
 from hywu_core import fingerprint
 from hywu_core.cli import main
 from hywu_core.errors import HYWUError
@@ -251,3 +252,26 @@ def test_the_command_trains_on_several_resolutions_and_says_what_a_run_was_begun
     assert train(*several) == 0  # neither cache nor workers are settings
     assert main(["train", "--out", str(tmp_path / "other"), "--cache", str(tmp_path / "c")]) == 1
     assert "--cache is about --data" in capsys.readouterr().err
+
+
+def test_the_bench_of_large_images(capsys):
+    assert (
+        data_bench.main(
+            [
+                "--pixels",
+                "0.3",
+                "--pairs",
+                "2",
+                "--batch-size",
+                "2",
+                "--size",
+                "32",
+                "--rounds",
+                "1",
+            ]
+        )
+        == 0
+    )
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["width"] == 632
+    assert all(figures[name]["wall_ratio"] > 0 for name in ("cold", "warm", "folder"))
