@@ -226,23 +226,17 @@ class Trainer:
 
     def _whole(self, step: int) -> tuple[Batch, Draws]:
         """A step's batch of all processes, and its draws."""
-        whole = self.batches(step)
-        if len(whole) != self.config.batch_size:
-            raise HYWUError(
-                f"training: the data gave {len(whole)} examples for step {step}, the batch size is "
-                f"{self.config.batch_size}."
-            )
-        return whole, self.base.draw(whole, _mix(self.config.seed, step))
-
-    def _shares(self, step: int) -> list[tuple[Batch, Draws]]:
-        """This process's part of a step's batch, cut for accumulation."""
         batch = self.batches(step)
         if len(batch) != self.config.batch_size:
             raise HYWUError(
                 f"training: the data gave {len(batch)} examples for step {step}, the batch size is "
                 f"{self.config.batch_size}."
             )
-        draws = self.base.draw(batch, _mix(self.config.seed, step))
+        return batch, self.base.draw(batch, _mix(self.config.seed, step))
+
+    def _shares(self, step: int) -> list[tuple[Batch, Draws]]:
+        """This process's part of a step's batch, cut for accumulation."""
+        batch, draws = self._whole(step)
         size, config = len(batch), self.config
         parts = self.accelerator.num_processes * config.accumulation
         first = self.accelerator.process_index * config.accumulation
