@@ -49,7 +49,10 @@ def draw_loss(rows: Sequence[Mapping[str, float]], path: Path) -> Path:
 def draw_edits(
     columns: Mapping[str, Tensor], rows: Sequence[str], path: Path, size: float = 1.15
 ) -> Path:
-    """columns: title -> images ``[R, 3, H, W]`` in 0..1; rows: one label (the instruction) per row."""
+    """columns: title -> images ``[R, 3, H, W]`` in 0..1.
+
+    rows: one label (the instruction) per row.
+    """
     figure = _figure(size * len(columns) + 1.2, size * len(rows) + 0.3)
     axes = figure.subplots(len(rows), len(columns), squeeze=False)
     for column, (title, images) in enumerate(columns.items()):

@@ -36,7 +36,11 @@ FOLDERS = {"hywu_run.json": "evaluation results", "plan.json": "conflict experim
 
 
 class Found(NamedTuple):
-    """metadata: what is said line by line; rows, header: the table; json: what programs get."""
+    """metadata: what is said line by line.
+
+    rows, header: the table.
+    json: what programs get.
+    """
 
     metadata: dict[str, Any]
     rows: Sequence[Sequence[object]]

@@ -52,11 +52,12 @@ USUAL: Mapping[str, Any] = MappingProxyType({"crop": "random", "sizes": None, "v
 class Request:
     """What is trained, on what, how long; each field is an option of `hywu train`.
 
-    data: None for the built-in tasks. crop, sizes, cache, workers: of it, see `PairBatches`; sizes None is the
-    editor's own. lr: 0 or None takes the one that the run was
-    begun with, else of `RATES`. error: of an item (see
-    `EditorBase`); None takes the logarithm, or what a run was begun with. init: a generator's file or
-    "bundled", whose weights are begun with. validation: share of the pairs that is not trained on.
+    data: None for the built-in tasks.
+    crop, sizes, cache, workers: of it, see `PairBatches`; sizes None is the editor's own.
+    lr: 0 or None takes the one that the run was begun with, else of `RATES`.
+    error: of an item (see `EditorBase`); None takes the logarithm, or what a run was begun with.
+    init: a generator's file or "bundled", whose weights are begun with.
+    validation: share of the pairs that is not trained on.
     Raises HYWUError on options that don't go together.
     """
 

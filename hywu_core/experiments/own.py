@@ -175,8 +175,9 @@ def _difference(one: Mapping[str, Any], two: Mapping[str, Any]) -> str:
 class KeptEdits:
     """The edits that an experiment was measured with, as an editor: what it reports in dB is judged here.
 
-    runs: task -> name of the run whose edits are taken; "" for any task. out: where `write_items` writes the
-    items, before the first edit. Raises HYWUError when an edit isn't kept.
+    runs: task -> name of the run whose edits are taken; "" for any task.
+    out: where `write_items` writes the items, before the first edit.
+    Raises HYWUError when an edit isn't kept.
     """
 
     parallel = 1
@@ -262,8 +263,9 @@ def own_table(
 ) -> Table:
     """The small table for the README: every method's WU-Eval, with what it does not show.
 
-    seen, held_out: the same methods in the same order, the first being compared with; parameters: of
-    the editor; questionnaire: its title.
+    seen, held_out: the same methods in the same order, the first being compared with.
+    parameters: of the editor.
+    questionnaire: its title.
     """
     names = [LABELS.get(scores.method, scores.method) for scores in seen]
     whole = comparison_table(seen).rows

@@ -39,11 +39,14 @@ def from_state_dict(
     metadata: Mapping[str, str] | None = None,
     skip_missing: bool = False,
 ) -> GeneratedLoRA:
-    """header: ours or {}; config: PEFT's or None; metadata: the file's.
+    """header: ours or {}.
 
-    skip_missing: leave out keys that are no plain LoRA, and modules that `base` lacks: the log counts and
-    names them, and the provenance under ``left_out``. Raises HYWUError on them otherwise, and on what
-    contradicts itself.
+    config: PEFT's or None.
+    metadata: the file's.
+
+    skip_missing: leave out keys that are no plain LoRA, and modules that `base` lacks: the log counts and names
+        them, and the provenance under ``left_out``.
+    Raises HYWUError on them otherwise, and on what contradicts itself.
     """
     pairs, scales, left_out = _read(tensors, Scales(config, metadata or {}), base)
     if "layout" in header:

@@ -25,7 +25,11 @@ _PATTERNS = ("alpha_pattern", "read")
 
 
 class Scales:
-    """config: PEFT's adapter_config.json or None; metadata: the safetensors file's. Raises HYWUError."""
+    """config: PEFT's adapter_config.json or None.
+
+    metadata: the safetensors file's.
+    Raises HYWUError.
+    """
 
     def __init__(self, config: Mapping[str, Any] | None, metadata: Mapping[str, str]) -> None:
         #: Start of names -> a configuration in PEFT's words; the longest start counts.

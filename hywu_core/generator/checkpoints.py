@@ -42,15 +42,17 @@ def load_generator(
 ) -> ParameterGenerator:
     """Load a generator, ready for inference (eval mode, parameters without gradients).
 
-    path: an official folder (config.json and safetensors, sharded or not, with or without index),
-        or one of our files. dtype: None keeps the file's. rope_precision: None keeps the
-        checkpoint's. operations, memory_budget: see ParameterGenerator. With a budget that the
-        weights don't fit in, the blocks' weights stay in host memory; on the CPU, where the budget is of
-        host memory itself, a generator with a budget reads its blocks from the file's memory map
-        (the file must stay; the generator can't be moved or cast).
+    path: an official folder (config.json and safetensors, sharded or not, with or without index), or one of our
+        files.
+    dtype: None keeps the file's.
+    rope_precision: None keeps the checkpoint's.
+    operations, memory_budget: see ParameterGenerator. With a budget that the weights don't fit in, the blocks'
+        weights stay in host memory; on the CPU, where the budget is of host memory itself, a generator with a
+        budget reads its blocks from the file's memory map (the file must stay; the generator can't be moved or
+        cast).
     Tensors go from the file's memory map straight to the device and dtype, one shard at a time.
-    Raises HYWUError naming the file and the keys when something is missing, extra, misshaped, not
-    finite or truncated.
+    Raises HYWUError naming the file and the keys when something is missing, extra, misshaped, not finite or
+    truncated.
     """
     source = open_checkpoint(path)
     config = source.config

@@ -92,8 +92,9 @@ def named(items: Sequence[Item]) -> list[Item]:
 class Batch:
     """Items through a graph into a folder. `todo`: without a result; `failed`: name -> why, of this run.
 
-    image, instruction: (node, input) that takes them. shard: (i, n), this process's part of all items, i from
-    1. Raises HYWUError on a folder of something else, and on values for inputs that aren't there.
+    image, instruction: (node, input) that takes them.
+    shard: (i, n), this process's part of all items, i from 1.
+    Raises HYWUError on a folder of something else, and on values for inputs that aren't there.
     """
 
     def __init__(
@@ -131,8 +132,10 @@ class Batch:
         return fingerprint.of_json([fingerprint.sampled([item.source]), *about], 32)
 
     async def run(self, pool: Pool, progress: Callable[[int, int], None]) -> None:
-        """Make what is missing. progress: called with (results there, failed). Raises ServerError where no
-        server is left; what fails on its own stands in `failed`.
+        """Make what is missing.
+
+        progress: called with (results there, failed).
+        Raises ServerError where no server is left; what fails on its own stands in `failed`.
         """
         with folder_lock(self.state):
             found, left = self._begin(set(pool.urls))

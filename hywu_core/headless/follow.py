@@ -35,7 +35,10 @@ NOWHERE = 4
 
 
 class Follower:
-    """One prompt on one server. `prompt` is its id. limit: seconds that it may run, once it has begun."""
+    """One prompt on one server. `prompt` is its id.
+
+    limit: seconds that it may run, once it has begun.
+    """
 
     def __init__(
         self,

@@ -48,9 +48,11 @@ LOOK = 0.5
 class Work:
     """A prompt for any server.
 
-    graph: in API format, this prompt's own. image: (node, input) that loads an uploaded image; read: gives that
-    image as (bytes, suffix). collect: takes what is wanted of the history record, before the server is given
-    more. begun: called with (server's address, prompt's id, upload's name) before anything of it is there.
+    graph: in API format, this prompt's own.
+    image: (node, input) that loads an uploaded image.
+    read: gives that image as (bytes, suffix).
+    collect: takes what is wanted of the history record, before the server is given more.
+    begun: called with (server's address, prompt's id, upload's name) before anything of it is there.
     found: what `begun` was told by a process that ended since; it is followed where it still is.
     """
 
@@ -107,9 +109,12 @@ class _Server:
 class Pool:
     """`async with Pool(servers) as pool: await pool.run(work)`, for `capacity` works at once and more.
 
-    servers: addresses, see `Address`. ahead: prompts that wait in each server's queue behind the running one.
-    timeout: seconds that a prompt may run. patience: seconds without any answer after which a server counts as
-    gone; give_up: seconds without any server after which all fails. tries: of a work that a server fails at.
+    servers: addresses, see `Address`.
+    ahead: prompts that wait in each server's queue behind the running one.
+    timeout: seconds that a prompt may run.
+    patience: seconds without any answer after which a server counts as gone.
+    give_up: seconds without any server after which all fails.
+    tries: of a work that a server fails at.
     Raises HYWUError on addresses that can't be used.
     """
 

@@ -29,7 +29,10 @@ def server() -> Any:
 
 
 class Page:
-    """Of one node. node: its id in the prompt; None where nobody looks on."""
+    """Of one node.
+
+    node: its id in the prompt; None where nobody looks on.
+    """
 
     def __init__(self, node: str | None) -> None:
         self.node, self._next = node, 0.0

@@ -57,7 +57,8 @@ def editor_identity(editor: nn.Module) -> str:
 def check_made_for(wanted: str | None, identity: str, what: str = "This editor") -> None:
     """Raise HYWUError, with the way out, when a generator was trained for another editor.
 
-    wanted: the editor that the generator names, None where it names none. identity: the one at hand.
+    wanted: the editor that the generator names, None where it names none.
+    identity: the one at hand.
     what: how that one is called.
     """
     if wanted in (None, identity):
@@ -109,9 +110,10 @@ def load_editor(
 ) -> Any:
     """Load an editor, frozen and in eval mode; its `provenance` is the file's.
 
-    path: None is the bundled one. operations, kind: layers of a host, and its subclass.
-    Raises HYWUError naming the file when it is missing, not an editor's, or its keys, shapes or
-    values are not the model's.
+    path: None is the bundled one.
+    operations, kind: layers of a host, and its subclass.
+    Raises HYWUError naming the file when it is missing, not an editor's, or its keys, shapes or values are not
+    the model's.
     """
     path = bundled("editor") if path is None else path
     tensors, header = read_tensors(path)

@@ -41,10 +41,13 @@ FORMER_TARGET = re.compile(r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])")
 class EditorConfig:
     """Hyperparameters, one entry per scale from full resolution down; each scale halves the sides.
 
-    widths: channels. encode, decode: blocks on the way down and up; the coarsest scale has only the
-    latter. steer: width of the vector that steers the blocks. text_width, text_heads, text_depth: of
-    the text encoder. text_words: longest instruction, in words. buckets: embeddings that the words'
-    pieces are hashed to. pool: the condition has at most ``pool x pool`` image tokens.
+    widths: channels.
+    encode, decode: blocks on the way down and up; the coarsest scale has only the latter.
+    steer: width of the vector that steers the blocks.
+    text_width, text_heads, text_depth: of the text encoder.
+    text_words: longest instruction, in words.
+    buckets: embeddings that the words' pieces are hashed to.
+    pool: the condition has at most ``pool x pool`` image tokens.
     max_pixels: larger images are edited in tiles.
     """
 

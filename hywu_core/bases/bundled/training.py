@@ -38,10 +38,11 @@ AT_START = 0.5
 class EditorBase:
     """Flow matching on the editor; the loss is on the clean image that it predicts.
 
-    sampling_steps: Euler steps of `edit`. error: "mse" of an item, or its logarithm ("log"), by which
-    each item counts by its own measure: a mean of squares hardly sees a task whose edits are small, such as
-    a blur, beside one that changes every pixel. smallest: added before the logarithm. at_start: share of the
-    draws at t = 1.
+    sampling_steps: Euler steps of `edit`.
+    error: "mse" of an item, or its logarithm ("log"), by which each item counts by its own measure: a mean of
+        squares hardly sees a task whose edits are small, such as a blur, beside one that changes every pixel.
+    smallest: added before the logarithm.
+    at_start: share of the draws at t = 1.
     """
 
     def __init__(

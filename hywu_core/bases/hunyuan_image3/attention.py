@@ -46,8 +46,9 @@ class KVCache:
     """Keys and values of all layers by index of the sequence: ``[B, kv heads, capacity, d]`` a layer.
 
     A later pass overwrites what it computes again and reads the rest. `close` gives the memory back;
-    `KVCache.live` counts the bytes of all that are open. device: where they rest between uses, None where
-    they are made; elsewhere one layer's are copied to the device at a time.
+    `KVCache.live` counts the bytes of all that are open.
+    device: where they rest between uses, None where they are made; elsewhere one layer's are copied to the
+        device at a time.
     """
 
     _open: weakref.WeakSet[KVCache] = weakref.WeakSet()

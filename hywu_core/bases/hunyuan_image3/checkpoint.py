@@ -48,7 +48,11 @@ class Head(NamedTuple):
 
 @dataclass(frozen=True)
 class Slot:
-    """parameter: our name. expert: which of a bank, or None. rows: of the stored tensor, or None."""
+    """parameter: our name.
+
+    expert: which of a bank, or None.
+    rows: of the stored tensor, or None.
+    """
 
     parameter: str
     expert: int | None = None
@@ -92,8 +96,9 @@ def stored_tensors(module: nn.Module, prefix: str = "") -> dict[str, Stored]:
 class Folder:
     """An official folder that was looked through: configs, and the file of every stored tensor.
 
-    shapes: of the model's tensors. quantized: those of them that are stored in fewer bits. heads: all that
-    the files hold.
+    shapes: of the model's tensors.
+    quantized: those of them that are stored in fewer bits.
+    heads: all that the files hold.
     """
 
     path: Path

@@ -44,7 +44,10 @@ def routed(ends: Tensor) -> tuple[list[int], list[int]]:
 def in_chunks(
     x: Tensor, ends: Tensor, out_features: int, chunk: int, weights: Callable[[Sequence[int]], Tensor]
 ) -> Tensor:  # fmt: skip
-    """The grouped product, of so many experts at a time. weights: experts -> ``[n, out, in]``."""
+    """The grouped product, of so many experts at a time.
+
+    weights: experts -> ``[n, out, in]``.
+    """
     bounds, used = routed(ends)
     out = x.new_empty(x.shape[0], out_features)
     for i in range(0, len(used), chunk):

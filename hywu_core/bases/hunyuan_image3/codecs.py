@@ -103,7 +103,10 @@ class Scaled(Codec):
 
 @dataclass(frozen=True)
 class NF4(Codec):
-    """4 bits times a scale per block. scale_dtype: bfloat16 as written here, float32 from bitsandbytes."""
+    """4 bits times a scale per block.
+
+    scale_dtype: bfloat16 as written here, float32 from bitsandbytes.
+    """
 
     scale_dtype: torch.dtype
     block: int = BLOCK

@@ -18,7 +18,10 @@ MOST = 4096
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """channels: width of each level; scaling_factor, shift_factor: what latents are sampled in."""
+    """channels: width of each level.
+
+    scaling_factor, shift_factor: what latents are sampled in.
+    """
 
     channels: tuple[int, ...]
     layers_per_block: int

@@ -40,9 +40,11 @@ def schedule(steps: int, shift: float) -> Tensor:
 class Denoiser:
     """Predictions dx/dsigma of images, given sequences that end in the image to generate.
 
-    sequences: one per row of the latents; sources: their source images. keep_prefix: whether the
-    prefix' keys and values are kept between calls; computed again each time, the result is bit by bit
-    the same. Use it in a ``with`` block, or call `close`: that frees them.
+    sequences: one per row of the latents.
+    sources: their source images.
+    keep_prefix: whether the prefix' keys and values are kept between calls; computed again each time, the
+        result is bit by bit the same.
+    Use it in a ``with`` block, or call `close`: that frees them.
     """
 
     def __init__(
@@ -79,9 +81,12 @@ class Denoiser:
     def __call__(
         self, latents: Tensor, t: Tensor, t_next: Tensor | None = None, guidance: float = 1.0
     ) -> Tensor:
-        """latents ``[B, C, h, w]``; t float32 ``[B]``, 1000·sigma; t_next: of the step's end.
+        """latents ``[B, C, h, w]``; t float32 ``[B]``, 1000·sigma.
 
-        guidance, t_next: what distilled checkpoints read. Returns float32 ``[B, C, h, w]``.
+        t_next: of the step's end.
+
+        guidance, t_next: what distilled checkpoints read.
+        Returns float32 ``[B, C, h, w]``.
         """
         try:
             if self._cache is None:
@@ -133,8 +138,9 @@ class Denoiser:
 
 @dataclass(frozen=True)
 class Sampling:
-    """steps, flow_shift: of the schedule. guidance: how far from the unconditional branch; distilled
-    checkpoints read it instead.
+    """steps, flow_shift: of the schedule.
+
+    guidance: how far from the unconditional branch; distilled checkpoints read it instead.
     """
 
     steps: int

@@ -130,6 +130,9 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x: Tensor, turn: Tensor, plan: Sequence[Rows], cache: KVCache | None = None
     ) -> Tensor:
-        """x ``[B, S, hidden]``; turn, plan, cache: see `Attention`."""
+        """x ``[B, S, hidden]``.
+
+        turn, plan, cache: see `Attention`.
+        """
         x = x + self.self_attn(self.input_layernorm(x), turn, plan, cache, self.layer)
         return x + self.mlp(self.post_attention_layernorm(x))

@@ -210,7 +210,10 @@ class CodedBank(nn.Module):
         self.read()
 
     def read(self, device: torch.device | None = None) -> None:
-        """Take the weights from where they are stored. device: another one than before."""
+        """Take the weights from where they are stored.
+
+        device: another one than before.
+        """
         self._device = self._device if device is None else device
         shape = (self.num_experts, self.source.matrix_bytes)
         coded = torch.empty(shape, dtype=torch.uint8, device=self._device)
@@ -300,9 +303,11 @@ def offload(
 ) -> Offloaded:  # fmt: skip
     """Exchange banks of a model on "meta" for offloaded and quantized ones; `Folder.fill` reads the others.
 
-    fixed_bytes: of the weights that always stay; dense: see `place`. budget: None keeps all on the device.
+    fixed_bytes: of the weights that always stay.
+    dense: see `place`.
+    budget: None keeps all on the device.
     coded_bank: the class of quantized banks that stay; another one than CodedBank is a host's, whose memory
-    manager counts what a pass takes.
+        manager counts what a pass takes.
     Raises HYWUError on a budget too small, before anything is allocated.
     """
     all_sources = [
@@ -370,7 +375,10 @@ def in_memory(source: Source, count: int, pin: bool = False) -> InMemory:
 def _sources(
     folder: Folder, layer: int, experts: nn.Module, dtype: torch.dtype
 ) -> dict[str, Source]:
-    """Where the three banks of a layer lie in the files. dtype: of those that aren't quantized."""
+    """Where the three banks of a layer lie in the files.
+
+    dtype: of those that aren't quantized.
+    """
     prefix = f"model.layers.{layer}.mlp.experts."
     names: dict[str, list[tuple[str, Slot]]] = {name: [] for name in BANKS}
     for stored_name, stored in stored_tensors(experts, prefix).items():

@@ -20,9 +20,10 @@ CHUNK = 8
 class Placement:
     """Device bytes of weights: fixed (dense ones that stay, and the largest that doesn't), of each layer's experts, of a slot, of decoding.
 
-    resident: layers whose experts stay on the device. chunk: experts that are copied or decoded at once, 0
-    where neither is done. decode_bytes: a decoded chunk, and what decoding a matrix holds. dropped: of the
-    dense parts, how many are on the device only while they are used, the first ones.
+    resident: layers whose experts stay on the device.
+    chunk: experts that are copied or decoded at once, 0 where neither is done.
+    decode_bytes: a decoded chunk, and what decoding a matrix holds.
+    dropped: of the dense parts, how many are on the device only while they are used, the first ones.
     """
 
     fixed_bytes: int
@@ -52,7 +53,10 @@ class Matrix:
 
     @classmethod
     def of(cls, codec: Codec, rows: int, width: int, dtype: torch.dtype) -> Matrix:
-        """A matrix ``[rows, width]``; dtype: what it is decoded to."""
+        """A matrix ``[rows, width]``.
+
+        dtype: what it is decoded to.
+        """
         stored = rows * codec.row_bytes(width)
         if isinstance(codec, Plain):
             return cls(stored)
@@ -70,8 +74,10 @@ def place(
 ) -> Placement:  # fmt: skip
     """The placement that keeps to `budget` (None: no limit).
 
-    fixed_bytes: of what always stays. layers: of each layer's experts. dense: of parts that may be dropped
-    while they aren't used, one at a time on the device; as few as possible are.
+    fixed_bytes: of what always stays.
+    layers: of each layer's experts.
+    dense: of parts that may be dropped while they aren't used, one at a time on the device; as few as possible
+        are.
     Raises HYWUError with the least that works.
     """
     least = []

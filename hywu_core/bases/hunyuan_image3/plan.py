@@ -39,10 +39,14 @@ CARDS: dict[str, tuple[float, float]] = {
 class RunPlan:
     """Bytes of one way to store the experts, for one size of sequence.
 
-    weights: all, placed within the budget (device_weights); kv: keys and values of both branches; moved:
-    copied to the device by a pass that reaches every expert; host: experts that rest off the device;
+    weights: all, placed within the budget (device_weights).
+    kv: keys and values of both branches.
+    moved: copied to the device by a pass that reaches every expert.
+    host: experts that rest off the device.
     dropped: other parts that are there only while they are used.
-    activations: of the transformer's longest pass; vae: of decoding the image; disk: of the files;
+    activations: of the transformer's longest pass.
+    vae: of decoding the image.
+    disk: of the files.
     generator: weights and intermediates of one, 0 without.
     """
 
@@ -94,10 +98,13 @@ def plan(
 ) -> RunPlan:  # fmt: skip
     """The plan of a folder as it is (None), or with its experts quantized.
 
-    budget: bytes of weights on the device, None for all. tokens: of a sequence with its image;
-    image_tokens: that a later step computes. rank: of a LoRA on every matrix of the layers, in bfloat16.
-    dtype: of what isn't quantized, None as stored. generator: see `generator_plan`. Raises
-    HYWUError where the budget is too small, with the least that works.
+    budget: bytes of weights on the device, None for all.
+    tokens: of a sequence with its image.
+    image_tokens: that a later step computes.
+    rank: of a LoRA on every matrix of the layers, in bfloat16.
+    dtype: of what isn't quantized, None as stored.
+    generator: see `generator_plan`.
+    Raises HYWUError where the budget is too small, with the least that works.
     """
     config, parts = folder.config, build(folder)
     dtype = stored_dtype(folder)

@@ -49,7 +49,10 @@ Read = Callable[[str, slice | None], Tensor]
 
 @dataclass(frozen=True)
 class Quantized:
-    """A matrix ``[out, in]`` stored in several tensors. state: what its marker says."""
+    """A matrix ``[out, in]`` stored in several tensors.
+
+    state: what its marker says.
+    """
 
     name: str
     codec: Codec
@@ -102,8 +105,10 @@ def find_quantized(
 ) -> dict[str, Quantized]:
     """Quantized matrices by the name of their weight.
 
-    shapes: of all stored tensors; those that are parts of a quantized matrix are taken out, and the
-    matrix' own shape is put in. dtypes: as safetensors names them. where: the folder, for errors.
+    shapes: of all stored tensors; those that are parts of a quantized matrix are taken out, and the matrix' own
+        shape is put in.
+    dtypes: as safetensors names them.
+    where: the folder, for errors.
     """
     found: dict[str, Quantized] = {}
     for name in list(shapes):

@@ -119,7 +119,10 @@ class Resting:
 
 @contextlib.contextmanager
 def evicted(parts: Parts, offloaded: Offloaded | None, read: Callable[[], None]) -> Iterator[None]:
-    """All weights leave the device in the block. read: fills parameters on "meta" from the files."""
+    """All weights leave the device in the block.
+
+    read: fills parameters on "meta" from the files.
+    """
     modules = (parts.model, parts.vae, parts.tower, parts.aligner)
     banks = [m for m in parts.model.modules() if isinstance(m, CodedBank)]
     for module in modules:

@@ -67,9 +67,12 @@ class Sampler:
 
 @dataclass(frozen=True)
 class Thought:
-    """cot: the chain of thought with its tags. ratio: index of the bucket chosen, or None.
+    """cot: the chain of thought with its tags.
 
-    ids: all that was written. finished: whether it ended by itself, not at the limit.
+    ratio: index of the bucket chosen, or None.
+
+    ids: all that was written.
+    finished: whether it ended by itself, not at the limit.
     """
 
     cot: str

@@ -47,8 +47,12 @@ class Concern(Enum):
 
 @dataclass(frozen=True)
 class Fault:
-    """status: of HTTP; sentence: the server's; words: code and type, in lower case; parameter: the one
-    that the server names, or ""."""
+    """status: of HTTP.
+
+    sentence: the server's.
+    words: code and type, in lower case.
+    parameter: the one that the server names, or "".
+    """
 
     status: int
     sentence: str

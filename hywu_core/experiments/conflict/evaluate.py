@@ -168,7 +168,10 @@ def changed(module: nn.Module, change: Mapping[str, Tensor]) -> Iterator[nn.Modu
 def evaluate(
     base: BaseModel, adapt: Adapted, items: Batch, batch_size: int, by_task: bool = False
 ) -> Tensor:
-    """Edits ``[N, 3, H, W]`` of all items, in their order, on the CPU. by_task: batches of one task each."""
+    """Edits ``[N, 3, H, W]`` of all items, in their order, on the CPU.
+
+    by_task: batches of one task each.
+    """
     device = device_of(base.module)
     edits = torch.empty_like(items.source)
     order = list(range(len(items)))

@@ -80,7 +80,10 @@ def bucket(length: int) -> int:
 
 @dataclass
 class _Graph:
-    """inputs: padded condition on the device, whose masks tell the padding. kept: what the graph reads."""
+    """inputs: padded condition on the device, whose masks tell the padding.
+
+    kept: what the graph reads.
+    """
 
     inputs: Condition
     outputs: list[Tensor]
