@@ -34,7 +34,7 @@ def pool() -> ImagePool:
 def make(pool, tmp_path):
     def runs(**changes) -> Runs:
         plan = dataclasses.replace(PLAN, **changes)
-        return Runs(toy.ToyBase(), pool, 8, plan, tmp_path, {"commit": "abc"}, "cpu")
+        return Runs(toy.ToyBase(), pool, plan, tmp_path, {"commit": "abc"}, "cpu")
 
     return runs
 

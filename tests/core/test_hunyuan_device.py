@@ -39,7 +39,7 @@ def test_every_variant_is_measured(measured):
         assert step["published_s"] == pytest.approx(
             step["median_s"] * (1 + 7 * step["share_in_layers"])
         )
-        assert 0.2 < step["share_in_layers"] < 1
+        assert 0 < step["share_in_layers"] < 1  # how much of it depends on what else runs
         if name != "resident":
             exact = variant.method is None and not variant.lora
             assert each["equal"] is exact, name
