@@ -29,6 +29,8 @@ import dev
 from hywu_core.headless.client import Client
 from hywu_core.headless.local import LocalServer
 
+from .measure import show_json
+
 PHOTO = "bench.png"
 #: The long run is about memory: a small image keeps it short.
 SMALL = "bench-small.png"
@@ -203,10 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Image.fromarray(pixels[:64, :64]).save(server.base / "input" / SMALL)
         figures = asyncio.run(measure(server, args))
     figures = {"comfyui": host.version, "size": args.size, **figures}
-    text = json.dumps(figures, indent=2)
-    print(text)
-    if args.json:
-        args.json.write_text(text + "\n", encoding="utf-8")
+    show_json(args.json, figures)
     return 0
 
 

@@ -31,6 +31,8 @@ from hywu_core.bases.bundled.training import EditorBase
 from hywu_core.layout import LoRALayout
 from hywu_core.training import Ahead, PairBatches, StaticLoRA, TrainConfig, Trainer, read_pairs
 
+from .measure import show_json
+
 SMALL = 512
 
 
@@ -129,10 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         figures = {**vars(args), "json": None, **measure(Path(folder), args)}
-    text = json.dumps(figures, indent=2)
-    print(text)
-    if args.json:
-        args.json.write_text(text + "\n", encoding="utf-8")
+    show_json(args.json, figures)
     return 0
 
 

@@ -121,3 +121,11 @@ def write_json(path: Path | None, data: dict[str, Any]) -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"environment": environment(), **data}, indent=2) + "\n")
+
+
+def show_json(path: Path | None, figures: dict[str, Any]) -> None:
+    """Print figures as JSON, and write the same to a file where one is named."""
+    text = json.dumps(figures, indent=2)
+    print(text)
+    if path:
+        path.write_text(text + "\n", encoding="utf-8")

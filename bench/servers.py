@@ -33,6 +33,8 @@ from PIL import Image
 import dev
 from hywu_core.headless.local import LocalServer
 
+from .measure import show_json
+
 #: A node that waits as for a device and writes the image's first pixel down, by which images are told apart.
 PACK = """
 import time
@@ -202,10 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             server.start()
         figures = {**vars(args), "json": None, "cores": os.cpu_count()}
         figures |= {"throughput": bench.throughput(args.each), "faults": bench.faults()}
-    text = json.dumps(figures, indent=2)
-    print(text)
-    if args.json:
-        args.json.write_text(text + "\n", encoding="utf-8")
+    show_json(args.json, figures)
     return 0
 
 

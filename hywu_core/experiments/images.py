@@ -145,6 +145,11 @@ def split_files(side: str) -> list[Path] | list[PackedImage]:
     return [files[name] for name in wanted]
 
 
+def data_provenance() -> dict[str, str]:
+    """What was trained on, for the provenance of weights: releases, and whether packed images stood in."""
+    return {**dict(PACKAGES.values()), **({"as": "WebP"} if os.environ.get(PACKED) else {})}
+
+
 def photographs() -> dict[str, Tensor]:
     """The evaluation photographs of scikit-image and scikit-learn, uint8 ``[3, H, W]``, full size."""
     data = need("skimage.data", "for the evaluation photographs", "scikit-image")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from ..training.base import Batch, Draws
 from ..training.schedule import TrainConfig
 from ..training.strategies import FullFineTuning
 from ..training.trainer import Trainer
-from .images import PACKAGES, PACKED, ImagePool
+from .images import ImagePool, data_provenance
 from .pretraining_tasks import PRETRAINING, SPATIAL
 from .tasks import make_batch
 from .unknown_requests import unknown_request
@@ -168,7 +167,7 @@ def provenance(config: TrainConfig, stage: Stage, step: int, commit: str) -> dic
         "stage": asdict(stage),
         "training": config.to_json(),
         "tasks": [*PRETRAINING, UNKNOWN],
-        "data": {**dict(PACKAGES.values()), **({"as": "WebP"} if os.environ.get(PACKED) else {})},
+        "data": data_provenance(),
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
     }
 

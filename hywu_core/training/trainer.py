@@ -298,6 +298,8 @@ class Trainer:
         )
         self.config.check_same(header.get("config", {}), path)
         header = load_state(path, self.parameters, self.average, self._inner)
+        if self.recorded is not None:  # a recording writes the moments that were there before
+            self.recorded = RecordedStep(self)
         self.step, self.seconds = int(header["step"]), float(header.get("seconds", 0))
         former = header.get("config", {}).get("steps", 0)
         if self.config.steps > former and self._main:

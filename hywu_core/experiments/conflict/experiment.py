@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -192,7 +191,7 @@ def make_experiment(
     """The experiment on an editor's file; a folder that holds another plan is refused."""
     from ...bases.bundled.checkpoint import bundled, load_editor
     from ...bases.bundled.training import EditorBase
-    from ..images import PACKAGES, PACKED, ImagePool, split_files
+    from ..images import ImagePool, data_provenance, split_files
     from ..tasks import VERSION
 
     path, editor_file = folder / "plan.json", editor_file or bundled("editor")
@@ -216,7 +215,7 @@ def make_experiment(
         write_json(path, mine)
     provenance = {
         "commit": commit,
-        "data": {**dict(PACKAGES.values()), **({"as": "WebP"} if os.environ.get(PACKED) else {})},
+        "data": data_provenance(),
         "device": str(chosen_device(device)),
         "editor": read_header(editor_file).get("provenance", {}),
     }
