@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +25,12 @@ logger = get_logger(__name__)
 _KEY = re.compile(
     r"(?P<name>.+?)(?:\.lora_linear_layer|[._]lora)?"
     r"(?:[._](?P<down>lora_down|lora_A)|[._](?P<up>lora_up|lora_B)|\.(?P<d>down)|\.(?P<u>up))"
-    r"(?:\.default)?\.weight|(?P<of>.+)\.alpha"
+    r"(?:\.default)?\.weight|(?P<bare>.+)\.lora_(?P<side>A|B)|(?P<of>.+)\.alpha"
 )
 #: A file of mixed ranks is padded to the largest; larger than this and so many times its size is no LoRA.
 MOST_BYTES, MOST_TIMES = 1 << 28, 64
+#: What matrices may be, beside 8-bit floating point, which is widened.
+DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
 def from_state_dict(
@@ -48,11 +50,33 @@ def from_state_dict(
         them, and the provenance under ``left_out``.
     Raises HYWUError on them otherwise, and on what contradicts itself.
     """
-    pairs, scales, left_out = _read(tensors, Scales(config, metadata or {}), base)
+    told = Scales(config, metadata or {})
+    pairs, scales, left_out = read_pairs(tensors, told, Names(base))
+    if not pairs and set(left_out.values()) <= {NOT_PLAIN}:
+        shown = f"keys such as {next(iter(left_out))}" if left_out else "an empty file"
+        raise HYWUError(f"not a plain LoRA: {shown} can't be read; {READABLE}.")
     if "layout" in header:
         return _in_layout(layout_of(header), pairs, scales, header.get("provenance") or {})
     if left_out and not (skip_missing and pairs):
         raise HYWUError(_complaint(left_out, len(pairs), base))
+    for warning in told.warnings:
+        logger.warning("%s", warning)
+    provenance = {}
+    if left_out:
+        provenance = {"left_out": {"count": len(left_out), "names": list(left_out)[:20]}}
+        logger.warning("%s", _complaint(left_out, len(pairs), base, LEFT_OUT))
+    return of_pairs(pairs, scales, provenance)
+
+
+def of_pairs(
+    pairs: Mapping[str, tuple[Tensor, Tensor]],
+    scales: Mapping[str, float],
+    provenance: Mapping[str, Any] | None = None,
+) -> GeneratedLoRA:
+    """One LoRA of single matrices: module -> lora_A ``[r, in, …]`` and lora_B ``[out, r, …]``, and its scale.
+
+    Raises HYWUError on convolutions larger than 1x1 and on experts that are missing.
+    """
     flat, conv = {}, set()
     for name, (a, b) in pairs.items():
         if a.ndim > 2:
@@ -62,12 +86,8 @@ def from_state_dict(
         flat[name] = a.flatten(1), b.flatten(1)
     even, alpha = equalize(flat, scales)
     even = {name: (a[None], b[None]) for name, (a, b) in even.items()}
-    provenance = {}
-    if left_out:
-        provenance = {"left_out": {"count": len(left_out), "names": list(left_out)[:20]}}
-        logger.warning("%s", _complaint(left_out, len(pairs), base, LEFT_OUT))
     grouped = _group_experts(even)
-    return GeneratedLoRA.from_pairs(grouped, alpha, conv=conv, provenance=provenance)
+    return GeneratedLoRA.from_pairs(grouped, alpha, conv=conv, provenance=dict(provenance or {}))
 
 
 def equalize(
@@ -114,31 +134,46 @@ def _check_size(pairs: Mapping[str, tuple[Tensor, Tensor]], rank: int) -> None:
         )
 
 
-def _read(
-    tensors: Mapping[str, Tensor], scales: Scales, base: LoRALayout | nn.Module | None
+class Resolver(Protocol):
+    """Whose names count: `of` gives the base's name of a file's name, or None; see `names.Names`."""
+
+    @property
+    def known(self) -> Collection[str] | None:
+        """The names that the base has; None where there is no base."""
+        ...
+
+    def of(self, name: str) -> str | None: ...
+
+
+def read_pairs(
+    tensors: Mapping[str, Tensor], scales: Scales, names: Resolver
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, float], dict[str, str]]:
-    """(base's name -> pair, base's name -> scale, file's name -> why it is left out)."""
+    """(base's name -> pair, base's name -> scale, file's name -> why it is left out).
+
+    Raises HYWUError on half a pair, on shapes, values and dtypes that are no LoRA's, and on a module of the base
+    that the file holds twice.
+    """
     parts: dict[str, dict[str, Tensor]] = {}
     left_out: dict[str, str] = {}
     for key, value in tensors.items():
         match = _KEY.fullmatch(key)
         if match is None:
-            left_out[key] = "no plain LoRA"
+            left_out[key] = NOT_PLAIN
             continue
-        side = "A" if match["down"] or match["d"] else "alpha" if match["of"] else "B"
-        part = parts.setdefault(match["name"] or match["of"], {})
+        below = match["down"] or match["d"] or match["side"] == "A"
+        side = "A" if below else "alpha" if match["of"] else "B"
+        part = parts.setdefault(match["name"] or match["bare"] or match["of"], {})
         if side in part:
             raise HYWUError(f"{key}: the file holds this matrix twice, under two names.")
         part[side] = value
-    if not parts:
-        shown = f"keys such as {next(iter(left_out))}" if left_out else "an empty file"
-        raise HYWUError(f"not a plain LoRA: {shown} can't be read; {READABLE}.")
-    names = Names(base)
     pairs, found = {}, {}
     for key, part in parts.items():
+        if part.keys() == {"alpha"}:  # of something else than a pair: LoHa and others
+            left_out[f"{key}.alpha"] = NOT_PLAIN
+            continue
         if "A" not in part or "B" not in part:
             raise HYWUError(f"{key} has only one of its two matrices; the file is incomplete.")
-        a, b = part["A"], part["B"]
+        a, b = _wide(part["A"]), _wide(part["B"])
         _check_pair(key, a, b)
         name = names.of(key)
         if name is None:
@@ -151,14 +186,19 @@ def _read(
     return pairs, found, left_out
 
 
-LEFT_OUT = "are left out"
+LEFT_OUT, NOT_PLAIN = "are left out", "no plain LoRA"
 READABLE = "only lora_A/lora_B or lora_down/lora_up pairs with alpha can"
+
+
+def _wide(factor: Tensor) -> Tensor:
+    """8-bit floating point as bfloat16, which holds each of its values: little can be computed with it."""
+    return factor.to(torch.bfloat16) if str(factor.dtype).startswith("torch.float8") else factor
 
 
 def _check_pair(key: str, a: Tensor, b: Tensor) -> None:
     if min(a.ndim, b.ndim) < 2 or a.shape[0] != b.shape[1]:
         raise HYWUError(f"{key}: A is {tuple(a.shape)} and B {tuple(b.shape)}; the ranks differ.")
-    if 0 in a.shape or 0 in b.shape or not (a.is_floating_point() and b.is_floating_point()):
+    if 0 in a.shape or 0 in b.shape or not {a.dtype, b.dtype} <= DTYPES:
         raise HYWUError(
             f"{key}: A is {a.dtype} {tuple(a.shape)} and B {b.dtype} {tuple(b.shape)}; both must be "
             "floating point, without a zero in their shapes."
@@ -181,7 +221,7 @@ def _complaint(
             "some names lost their dots, which only the base model knows; give the base model or layout "
             "(load_lora(path, base=…), in ComfyUI the MODEL of Load Generated LoRA)"
         )
-    if "no plain LoRA" in reasons:
+    if NOT_PLAIN in reasons:
         ways.append(READABLE)
     if done != LEFT_OUT and kept:
         ways.append("or skip what can't be read (skip_missing)")

@@ -34,6 +34,10 @@ class Scales:
     def __init__(self, config: Mapping[str, Any] | None, metadata: Mapping[str, str]) -> None:
         #: Start of names -> a configuration in PEFT's words; the longest start counts.
         self._configs: dict[str, Mapping[Any, Any]] = {}
+        #: Whether what is told describes this file; else it is a note of the training, and may be of a file
+        #: that was made smaller or mixed since, or had another alpha in some blocks.
+        self._describes = config is not None or DIFFUSERS in metadata
+        self._differ: list[str] = []
         if config is not None:
             self._configs[""] = _checked(config, "adapter_config.json")
         elif DIFFUSERS in metadata:
@@ -49,7 +53,7 @@ class Scales:
         """Scale of the module called `name` in the file and `resolved` in the base.
 
         alpha: the file's tensor, which rules.
-        Raises HYWUError where a configuration beside it says another.
+        Raises HYWUError where a configuration beside it says another; a training's note that does gets a warning.
         """
         told = self._told(name, resolved, rank)
         if alpha is None:
@@ -57,11 +61,21 @@ class Scales:
         if alpha.numel() != 1 or not math.isfinite(value := float(alpha)):
             raise HYWUError(f"{name}.alpha is {tuple(alpha.shape)} and no single finite number.")
         if told is not None and not math.isclose(told, value / rank, rel_tol=1e-3):
-            raise HYWUError(
-                f"{name}: its alpha tensor says the scale {value / rank:g}, the configuration beside it "
-                f"{told:g}; remove the wrong one."
-            )
+            differ = f"{name}: its alpha tensor says the scale {value / rank:g}"
+            if self._describes:
+                raise HYWUError(
+                    f"{differ}, the configuration beside it {told:g}; remove the wrong one."
+                )
+            self._differ.append(f"{differ}, the file's metadata {told:g}")
         return value / rank
+
+    @property
+    def warnings(self) -> list[str]:
+        """A sentence where alpha tensors and the training's note in the metadata disagree."""
+        if not self._differ:
+            return []
+        more = f" ({len(self._differ)} modules differ)" if len(self._differ) > 1 else ""
+        return [f"{self._differ[0]}; the tensors count{more}."]
 
     def _told(self, name: str, resolved: str, rank: int) -> float | None:
         starts = [s for s in self._configs if name.startswith(f"{s}." if s else "")]
@@ -70,7 +84,7 @@ class Scales:
         config = self._configs[max(starts, key=len)]
         alpha = config["lora_alpha"]
         for pattern, value in config[_PATTERNS]:
-            if pattern.fits(resolved):
+            if pattern.fits(resolved) or pattern.fits(name):
                 alpha = value
                 break
         return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

@@ -532,15 +532,40 @@ def test_an_alpha_that_only_the_metadata_has_counts(tmp_path, metadata):
     assert torch.allclose(product(lora, "blocks.0.attn1.to_q").float(), 4 * (b @ a), rtol=1e-5)
 
 
-def test_an_alpha_of_the_metadata_that_contradicts_the_tensors_is_said(tmp_path):
+def test_an_alpha_of_the_metadata_that_contradicts_the_tensors_is_said(tmp_path, caplog):
     tensors = named(["a.0.to_q"], AB) | {"a.0.to_q.alpha": torch.tensor(2.0)}
-    save_file(tensors, tmp_path / "x.safetensors", metadata={"ss_network_alpha": "8"})
+    described = {"lora_adapter_metadata": '{"a.lora_alpha": 8, "a.r": 2}'}
+    save_file(tensors, tmp_path / "x.safetensors", metadata=described)
     with pytest.raises(
         HYWUError, match="alpha tensor says the scale 1, the configuration beside it 4"
     ):
         load_lora(tmp_path / "x.safetensors")
+    # what a training noted may be of the file that this one was resized from: the tensors count, as in ComfyUI
+    save_file(tensors, tmp_path / "x.safetensors", metadata={"ss_network_alpha": "8"})
+    assert load_lora(tmp_path / "x.safetensors").scale == 1
+    assert "says the scale 1, the file's metadata 4; the tensors count." in caplog.text
+    caplog.clear()
     save_file(tensors, tmp_path / "x.safetensors", metadata={"ss_network_alpha": "None"})
     assert load_lora(tmp_path / "x.safetensors").scale == 1
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_matrices_of_8_bits_are_read(tmp_path, dtype):
+    tensors = {key: value.to(dtype) for key, value in named(["a.0.to_q"], AB).items()}
+    save_file(tensors, tmp_path / "x.safetensors")
+    lora = load_lora(tmp_path / "x.safetensors")
+    lora.check_finite("it")
+    a, b = lora["a.0.to_q"]
+    assert torch.equal(a[0].float(), tensors["a.0.to_q.lora_A.weight"].float())
+    assert torch.equal(b[0].float(), tensors["a.0.to_q.lora_B.weight"].float())
+    lora.save(tmp_path / "again", "comfyui")
+
+
+def test_names_without_a_weight_at_their_end_are_read(tmp_path):
+    pair = {"a.0.to_q.lora_A": torch.ones(2, 6), "a.0.to_q.lora_B": torch.ones(5, 2)}
+    save_file(pair, tmp_path / "mochi.safetensors")
+    assert list(load_lora(tmp_path / "mochi.safetensors")) == ["a.0.to_q"]
 
 
 def changed(path, change):

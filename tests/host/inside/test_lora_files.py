@@ -148,6 +148,107 @@ def test_what_is_no_plain_pair_names_the_stock_loader(call, model, known, write)
         call.HYWULoadLoRA(write("loha.safetensors", loha), model)
 
 
+WIDE, NARROW = f"transformer.{WHOLE}", f"transformer.{SLICES[0]}"
+
+
+def _changed(name, side, change):
+    return lambda t: t.update({f"{name}.{side}": change(t[f"{name}.{side}"])})
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        (WIDE, lambda t: t.pop(f"{WIDE}.lora_A.weight"), "has only one of its two matrices"),
+        (WIDE, lambda t: t.pop(f"{WIDE}.lora_B.weight"), "has only one of its two matrices"),
+        (WIDE, lambda t: t.update({f"{WIDE}.alpha": torch.ones(2)}), "no single finite number"),
+        (WIDE, lambda t: t.update({f"{WIDE}.alpha": torch.ones(0)}), "no single finite number"),
+        (WIDE, _changed(WIDE, "lora_A.weight", lambda a: a.sum()), "the ranks differ"),
+        (NARROW, _changed(NARROW, "lora_A.weight", lambda a: a[:1]), "the ranks differ"),
+        (NARROW, _changed(NARROW, "lora_A.weight", lambda a: a[:, 1:]), "is 128 x 127, and that is 128 x 128"),
+        (NARROW, _changed(NARROW, "lora_B.weight", lambda b: b[1:]), "is 127 x 128, and that is 128 x 128"),
+        (WIDE, lambda t: t.update({f"{WIDE}.reshape_weight": torch.tensor([9, 9])}), "own Load LoRA"),
+        (WIDE, lambda t: t.update({f"{WIDE}.lora_mid.weight": torch.ones(2)}), "own Load LoRA"),
+        (WIDE, lambda t: t.update({f"{WIDE}.diff_b": torch.ones(2)}), "own Load LoRA"),
+        (WIDE, lambda t: t.clear(), "is empty"),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_is_an_error_in_words_whatever_is_asked_for(
+    call, model, known, write, name, change, words
+):
+    tensors = pair(model, known, name)
+    change(tensors)
+    file = write("damaged.safetensors", tensors)
+    for skip in (False, True):
+        with pytest.raises(HYWUError, match=words):
+            call.HYWULoadLoRA(file, model, skip_missing=skip)
+
+
+def test_one_module_under_two_names_is_an_error(call, model, known, write):
+    flat = "lora_transformer_" + WHOLE.replace(".", "_")
+    tensors = pair(model, known, WIDE) | pair(model, known, flat, seed=1)
+    with pytest.raises(HYWUError, match="mlp.fc2 twice, under two names"):
+        call.HYWULoadLoRA(write("twice.safetensors", tensors), model)
+
+
+def test_a_fused_layer_and_a_slice_of_it_both_count(call, model, known, write):
+    fused = f"diffusion_model.{BLOCK}.attn.qkv"
+    tensors = pair(model, known, fused, alpha=1) | pair(model, known, NARROW, rank=3, seed=1)
+    for ordered in (tensors, dict(reversed(tensors.items()))):
+        gap, changed = gap_to_stock(call, model, tensors, write("both.safetensors", ordered))
+        assert changed > 0.01
+        assert gap < 1e-5
+
+
+def test_slices_of_several_dtypes_lose_nothing(call, model, known, write):
+    tensors = {k: v.bfloat16() for k, v in pair(model, known, NARROW).items()}
+    tensors |= pair(model, known, f"transformer.{SLICES[1]}", seed=1)
+    gap, changed = gap_to_stock(call, model, tensors, write("dtypes.safetensors", tensors))
+    assert changed > 0.01
+    assert gap < 1e-6
+
+
+def test_matrices_of_8_bits_load_with_the_model(call, model, known, write):
+    tensors = {
+        k: v.to(torch.float8_e4m3fn)
+        for name in (WIDE, NARROW)
+        for k, v in pair(model, known, name).items()
+    }
+    wide = {k: v.bfloat16() for k, v in tensors.items()}
+    lora = call.HYWULoadLoRA(write("f8.safetensors", tensors), model)[0]
+    same = call.HYWULoadLoRA(write("bf16.safetensors", wide), model)[0]
+    for path in same:
+        assert all(torch.equal(x, y) for x, y in zip(lora[path], same[path], strict=True))
+
+
+def test_an_alpha_that_only_the_metadata_has_counts_with_the_model_too(call, model, known, base):
+    folder = base / "output" / "loras"
+    folder.mkdir(parents=True, exist_ok=True)
+    told = {"ss_network_alpha": "2", "ss_network_dim": "8"}
+    tensors = pair(model, known, WIDE, rank=8)
+    save_file(tensors, folder / "told.safetensors", told)
+    assert call.HYWULoadLoRA("told.safetensors", model)[0].scale == 0.25
+    assert call.HYWULoadLoRA("told.safetensors")[0].scale == 0.25
+    # the note of a training, of a file that was resized since: as ComfyUI, and said
+    save_file(tensors | {f"{WIDE}.alpha": torch.tensor(8.0)}, folder / "resized.safetensors", told)
+    assert call.HYWULoadLoRA("resized.safetensors", model)[0].scale == 1
+    shown = call.shown("HYWULoadLoRA", "resized.safetensors", model)["hywu_warnings"]
+    assert "says the scale 1, the file's metadata 0.25; the tensors count." in shown[0]
+
+
+def test_every_spelling_of_a_pair_that_comfyui_reads(call, model, known, write):
+    spelled = [
+        ("lora_down.weight", "lora_up.weight"), ("lora_A.weight", "lora_B.weight"), ("lora_A", "lora_B"),
+        ("lora.down.weight", "lora.up.weight"), ("lora_A.default.weight", "lora_B.default.weight"),
+        ("lora_linear_layer.down.weight", "lora_linear_layer.up.weight"),
+    ]  # fmt: skip
+    for down, up in spelled:
+        a, b = pair(model, known, WIDE).values()
+        tensors = {f"{WIDE}.{down}": a, f"{WIDE}.{up}": b}
+        gap, changed = gap_to_stock(call, model, tensors, write("spelled.safetensors", tensors))
+        assert changed > 0.01, down
+        assert gap < 1e-6, down
+
+
 def test_a_file_of_another_model_is_refused_whatever_is_asked_for(call, model, write):
     tensors = {
         "diffusion_model.elsewhere.lora_A.weight": torch.zeros(2, 4),
