@@ -15,12 +15,14 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
     x: ``[T, in]`` with rows sorted by group.
     weight: ``[E, out, in]``.
-    ends: int32 ``[E]``, cumulative ends of the groups.
+    ends: int32 ``[E]``, cumulative ends of the groups; on the CPU too, where they are known there.
     Returns ``[T, out]``. One grouped product without waiting for the device where torch has one for the
     dtype, else a loop over the groups that aren't empty.
     """
     if _has_grouped_product(x, weight):
-        out = torch._grouped_mm(x, weight.mT, offs=ends.to(torch.int32))
+        # without waiting: the driver has its own copy of ends that were on the CPU
+        offs = ends.to(x.device, torch.int32, non_blocking=True)
+        out = torch._grouped_mm(x, weight.mT, offs=offs)
         if out.requires_grad:
             # its backward refuses expanded gradients, such as those of a sum
             out.register_hook(Tensor.contiguous)

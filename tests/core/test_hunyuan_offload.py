@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from dataclasses import replace
 
@@ -10,16 +11,21 @@ import torch
 from hunyuan_golden import BASE, SYSTEM, generator, golden, pipeline, source
 
 from hywu_core import HYWUError
-from hywu_core.bases.hunyuan_image3 import Pipeline, Request, Sampler, dispatch, layers, open_folder
-from hywu_core.bases.hunyuan_image3.attention import KVCache
-from hywu_core.bases.hunyuan_image3.chunks import routed
-from hywu_core.bases.hunyuan_image3.model import HunyuanImage3
-from hywu_core.bases.hunyuan_image3.offload import (
-    CodedBank,
-    OffloadedBank,
-    coded_banks,
-    in_memory,
+from hywu_core.bases.hunyuan_image3 import (
+    Pipeline,
+    Request,
+    Sampler,
+    dispatch,
+    layers,
+    open_folder,
+    staging,
 )
+from hywu_core.bases.hunyuan_image3.attention import KVCache
+from hywu_core.bases.hunyuan_image3.banks import CodedBank, OffloadedBank
+from hywu_core.bases.hunyuan_image3.chunks import multiply, routed
+from hywu_core.bases.hunyuan_image3.matrices import in_memory
+from hywu_core.bases.hunyuan_image3.model import HunyuanImage3
+from hywu_core.bases.hunyuan_image3.offload import coded_banks
 from hywu_core.bases.hunyuan_image3.placement import CHUNK, SLOTS, Matrix, place
 from hywu_core.bases.hunyuan_image3.quantize import quantize
 from hywu_core.bases.hunyuan_image3.resting import dense_bytes, held_bytes
@@ -194,6 +200,72 @@ def test_slots_are_free_after_an_error(request_):
     assert not p.offloaded.traffic._in_use
     wanted = pipeline().condition([request_]).parts["hidden_states"]
     assert torch.equal(p.condition([request_]).parts["hidden_states"], wanted)
+
+
+class Recorded:
+    """A stream or an event that writes down what is asked of it."""
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log = name, log
+
+    def record(self, stream: Recorded) -> None:
+        self.log.append(f"{self.name} recorded on {stream.name}")
+
+    def wait_event(self, event: Recorded) -> None:
+        self.log.append(f"{self.name} waits for {event.name}")
+
+    def wait_stream(self, stream: Recorded) -> None:
+        self.log.append(f"{self.name} waits for {stream.name}")
+
+
+def test_a_chunk_is_copied_on_a_stream_of_its_own_while_another_computes(monkeypatch):
+    """What is queued where, in order: the next copy comes before the wait for the former product's end."""
+    log: list[str] = []
+    main, side = Recorded("main", log), Recorded("side", log)
+    now = [main]
+
+    @contextlib.contextmanager
+    def on(stream):
+        now.append(stream)
+        yield
+        now.pop()
+
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: now[-1])
+    bank = load(fixed() + SLOTS * 2 * MATRIX).model.model.layers[0].mlp.experts.w2
+    slots, read = bank.slots, bank.source.read
+    slots._side = side
+    slots._copied = [Recorded(f"copied {i}", log) for i in range(SLOTS)]
+    slots._freed = [Recorded(f"freed {i}", log) for i in range(SLOTS)]
+
+    def reads(experts, into):
+        log.append(f"{now[-1].name} copies {experts}")
+        read(experts, into)
+
+    def multiplies(x, weight, experts, bounds, out):
+        log.append(f"{now[-1].name} computes {list(experts)}")
+        multiply(x, weight, experts, bounds, out)
+
+    monkeypatch.setattr(bank.source, "read", reads)
+    monkeypatch.setattr(staging, "multiply", multiplies)
+    ends = torch.tensor([3, 4, 4, 6, 7, 7, 7, 9], dtype=torch.int32)  # experts 2, 5 and 6 have none
+    x = torch.randn(9, bank.in_features)
+    made = bank(x, ends)
+    experts = pipeline().model.model.layers[0].mlp.experts.w2
+    assert torch.equal(made, experts(x, ends))
+    assert log == [
+        "side waits for freed 0", "side copies [0, 1]", "copied 0 recorded on side",
+        "main waits for copied 0", "main computes [0, 1]",
+        "side waits for freed 1", "side copies [3, 4]", "copied 1 recorded on side",
+        "freed 0 recorded on main", "main waits for copied 1", "main computes [3, 4]",
+        "side waits for freed 0", "side copies [7]", "copied 0 recorded on side",
+        "freed 1 recorded on main", "main waits for copied 0", "main computes [7]",
+        "freed 0 recorded on main",
+    ]  # fmt: skip
+    log.clear()
+    slots.allocate(free=True)
+    slots.allocate()
+    assert log == ["main waits for side", "side waits for main"]
 
 
 def test_placement_at_the_published_size():

@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from bench.measure import peak_memory
 from hywu_core import HYWUError
 from hywu_core.bases.hunyuan_image3 import Pipeline, Request, open_folder
+from hywu_core.bases.hunyuan_image3.banks import CodedBank, OffloadedBank
 from hywu_core.bases.hunyuan_image3.checkpoint import read_heads
 from hywu_core.bases.hunyuan_image3.codecs import NF4_LEVELS, codec_of, relative_error
-from hywu_core.bases.hunyuan_image3.offload import CodedBank, OffloadedBank
 from hywu_core.bases.hunyuan_image3.quantize import WORK, errors_of, quantize, quantized_bytes
 from hywu_core.cli.main import main
 

@@ -62,4 +62,4 @@ def multiply(
     """Products of some experts' rows, written where they belong. weight ``[n, out, in]``."""
     first, last = bounds[experts[0]], bounds[experts[-1] + 1]
     local = torch.tensor([bounds[e + 1] - first for e in experts], dtype=torch.int32)
-    out[first:last] = grouped_linear(x[first:last], weight, local.to(x.device))
+    out[first:last] = grouped_linear(x[first:last], weight, local)

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from . import vision
+from .banks import CodedBank
 from .checkpoint import Folder
-from .offload import CodedBank, Offloaded, Traffic
+from .offload import Offloaded
+from .staging import Traffic
 
 if TYPE_CHECKING:
     from .pipeline import Parts

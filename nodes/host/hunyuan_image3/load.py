@@ -23,7 +23,8 @@ from ....hywu_core.bases.hunyuan_image3.prompts import Prompts
 from ....hywu_core.bases.hunyuan_image3.sources import SourceEncoder
 from ....hywu_core.bases.hunyuan_image3.vae import VAE
 from ....hywu_core.errors import HYWUError
-from .model import CodedBanks, HostModel, HunyuanModel, patched
+from .banks import CodedBanks
+from .model import HostModel, HunyuanModel, patched
 
 #: Tokens of an edit of one image at 1 megapixel, its chain of thought and the new image among them.
 EDIT_TOKENS = 11_100
@@ -115,6 +116,7 @@ def load(
         offload(folder, parts.model, 0, None, torch.device("cpu"), kept, "ram", CodedBanks)
     fill(folder, parts, "cpu", dtype)
     network = parts.model
+    network.staging.share(network)
     network.set_router_precision(router)
     network.default_guidance = folder.settings.guidance
     vae = ImageVAE(parts.vae)

@@ -24,20 +24,19 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ....hywu_core.bases.hunyuan_image3.chunks import in_chunks
+from ....hywu_core.bases.hunyuan_image3.banks import CodedBank
 from ....hywu_core.bases.hunyuan_image3.config import HunyuanConfig
 from ....hywu_core.bases.hunyuan_image3.editing import Denoiser
 from ....hywu_core.bases.hunyuan_image3.images import custom_size
 from ....hywu_core.bases.hunyuan_image3.model import HunyuanImage3
-from ....hywu_core.bases.hunyuan_image3.offload import CodedBank
 from ....hywu_core.bases.hunyuan_image3.placement import CHUNK
 from ....hywu_core.bases.hunyuan_image3.plan import activation_bytes, kv_bytes
 from ....hywu_core.bases.hunyuan_image3.prompts import Prompts, Request
 from ....hywu_core.bases.hunyuan_image3.sequence import TokenSequence
 from ....hywu_core.bases.hunyuan_image3.sources import Source
 from ....hywu_core.errors import HYWUError
-from ....hywu_core.grouped import GroupedLinear, grouped_linear
 from .. import operations
+from .banks import Banks, Staging
 
 #: Key of a conditioning's dict, and the wrapper's.
 KEY = "hunyuan_image3"
@@ -61,35 +60,6 @@ class Row:
         return self.prompts.image(self.request, size)[self.unconditional]
 
 
-class Banks(GroupedLinear, comfy.ops.CastWeightBiasOp):
-    """Expert banks that may rest in host memory; then only experts with rows are copied, in chunks."""
-
-    comfy_cast_weights = True
-    bias = None
-
-    def forward(self, x: Tensor, ends: Tensor, items: Tensor | None = None) -> Tensor:
-        weight = self.weight
-        if self.weight_function:
-            weight, _ = comfy.ops.cast_bias_weight(self, x)
-        if weight.device == x.device and weight.dtype == x.dtype:
-            return grouped_linear(x, weight, ends)
-
-        def copied(experts: Sequence[int]) -> Tensor:
-            chunk = x.new_empty(len(experts), self.out_features, self.in_features)
-            for place, expert in zip(chunk, experts, strict=True):
-                place.copy_(weight[expert], non_blocking=True)
-            return chunk
-
-        return in_chunks(x, ends, self.out_features, CHUNK, copied)
-
-
-class CodedBanks(CodedBank, comfy.ops.CastWeightBiasOp):
-    """Quantized banks: ComfyUI counts their bytes as they are, and may leave them in host memory."""
-
-    comfy_cast_weights = True
-    bias = None
-
-
 class Operations:
     """Layers for the network; those with few weights are ComfyUI's to load whole."""
 
@@ -105,6 +75,9 @@ class HostModel(HunyuanImage3):
     def __init__(self, config: HunyuanConfig) -> None:
         super().__init__(config, Operations, Banks)
         self.sessions = Sessions(self)
+        #: Where experts that rest in host memory pass through.
+        self.staging = Staging()
+        self.staging.share(self)
         #: What a distilled checkpoint reads where the conditioning says nothing.
         self.default_guidance = 1.0
 
@@ -112,6 +85,11 @@ class HostModel(HunyuanImage3):
     def device(self) -> torch.device:
         """ComfyUI's, also where weights rest in host memory."""
         return mm.get_torch_device()
+
+    def decode(self, *args: Any, **kwargs: Any) -> Tensor:
+        """See `HunyuanImage3.decode`."""
+        with self.staging.passing():
+            return super().decode(*args, **kwargs)
 
     def forward(
         self, x: Tensor, timestep: Tensor, rows: Sequence[Row] = (),
@@ -274,7 +252,7 @@ class HunyuanModel(comfy.model_base.BaseModel):
         return made
 
     def memory_required(self, input_shape: Any, cond_shapes: Any = None) -> float:
-        """Bytes: keys and values, a pass' activations, a chunk of experts that are copied or decoded."""
+        """Bytes: keys and values, a pass' activations, chunks of experts that are copied or decoded."""
         network, dtype = self.diffusion_model, self.get_dtype()
         config = network.config
         batch, (height, width) = input_shape[0], input_shape[2:]
@@ -283,9 +261,11 @@ class HunyuanModel(comfy.model_base.BaseModel):
         kept = batch * (prefix + image) * kv_bytes(config, dtype)
         pass_ = activation_bytes(config, batch * max(prefix, image), dtype)
         matrix = (config.hidden_size, max(config.expert_widths))
-        bank = network.model.layers[0].mlp.experts.w1
-        scratch = bank.source.codec.scratch_bytes(*matrix) if isinstance(bank, CodedBank) else 0
-        return float(kept + pass_ + CHUNK * math.prod(matrix) * dtype.itemsize + scratch)
+        bank, decoded = network.model.layers[0].mlp.experts.w1, 0
+        if isinstance(bank, CodedBank):
+            scratch = bank.source.codec.scratch_bytes(*matrix)
+            decoded = CHUNK * math.prod(matrix) * dtype.itemsize + scratch
+        return float(kept + pass_ + network.staging.nbytes + decoded)
 
 
 def _config(config: HunyuanConfig) -> comfy.supported_models_base.BASE:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hunyuan_golden import BASE, SYSTEM
 from hywu_nodes.hywu_core import grouped
-from hywu_nodes.hywu_core.bases.hunyuan_image3 import chunks
+from hywu_nodes.hywu_core.bases.hunyuan_image3 import staging
 from hywu_nodes.hywu_core.bases.hunyuan_image3.attention import KVCache, Norm, Rows, Segment
 from hywu_nodes.hywu_core.bases.hunyuan_image3.passes import prefill
 from hywu_nodes.hywu_core.bases.hunyuan_image3.prompts import Request
@@ -114,7 +114,7 @@ def test_a_pass_runs_on_the_device_wherever_weights_are(call, base, monkeypatch,
     spread = [
         round(i * 80 / 8) for i in range(9)
     ]  # values are pretended, too: experts have equal shares
-    monkeypatch.setattr(chunks, "routed", lambda ends: (spread, list(range(8))))
+    monkeypatch.setattr(staging, "routed", lambda ends: (spread, list(range(8))))
     with FakeTensorMode():
         network = HostModel(config).bfloat16().requires_grad_(False)
         patcher = comfy.model_patcher.ModelPatcher(HunyuanModel(network, None, 3.0), cuda, CPU)
@@ -125,8 +125,14 @@ def test_a_pass_runs_on_the_device_wherever_weights_are(call, base, monkeypatch,
         x = network.model.wte(torch.zeros(1, 40, dtype=torch.int64, device=network.device))
         yx, seen = torch.zeros(1, 40, 2, dtype=torch.int64), [Rows((Segment(0, 40, True),))]
         time = network.time_embed_2(torch.zeros(1, device=network.device), torch.bfloat16)
+        traffic = network.staging.traffic
         with torch.no_grad():
             made = network.decode(x, yx, seen)
+            away = [b for b in network.staging._banks if b.weight.device.type == "cpu"]
+            assert len(away) == {0.0: 9, 0.3: traffic.chunks, 0.7: traffic.chunks}[share]
+            assert traffic.chunks == len(away)
+            assert traffic.nbytes == sum(b.weight.nbytes for b in away)
+            assert network.staging._slots is None
             image = network.final_layer(made, time, (8, 5))
             assert network.logits(made).device.type == "cuda"
         assert image.device.type == "cuda"
