@@ -26,6 +26,7 @@ from hywu_core.bases.hunyuan_image3.editing import Denoiser
 from hywu_core.bases.hunyuan_image3.passes import prefill
 from hywu_core.bases.hunyuan_image3.plan import (
     activation_bytes,
+    attention_operations,
     kv_bytes,
     layer_operations,
     vae_bytes,
@@ -123,8 +124,7 @@ class Run:
     def operations(self, tokens: int, seen: float) -> int:
         """Of both branches' products and attention scores; seen: keys of a token, on average."""
         config = self.config
-        scores = 4 * config.num_heads * config.head_dim * seen * config.num_layers
-        return int(2 * tokens * (layer_operations(config) + scores))
+        return int(2 * tokens * (layer_operations(config) + attention_operations(config, seen)))
 
     def weights(self) -> int:
         """Bytes of weights on the device, the memory of slots and decoding included."""

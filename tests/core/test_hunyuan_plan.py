@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from hunyuan_golden import BASE, GENERATOR, SYSTEM, generator, golden, pipeline, source
+from torch.utils.flop_counter import FlopCounterMode
 
+from bench import hunyuan_base
 from bench.measure import peak_memory
 from hywu_core import HYWUError, load_generator
 from hywu_core.bases.hunyuan_image3 import Pipeline, Request, open_folder
 from hywu_core.bases.hunyuan_image3.attention import KVCache, Rows, Segment
 from hywu_core.bases.hunyuan_image3.checkpoint import Folder, Head, stored_tensors
 from hywu_core.bases.hunyuan_image3.config import HunyuanConfig
+from hywu_core.bases.hunyuan_image3.editing import Denoiser
 from hywu_core.bases.hunyuan_image3.model import HunyuanImage3
 from hywu_core.bases.hunyuan_image3.plan import (
     activation_bytes,
+    attention_operations,
     card_of,
     generator_plan,
     plan,
+    step_operations,
     vae_bytes,
 )
 from hywu_core.bases.hunyuan_image3.quantize import quantize
@@ -52,14 +58,18 @@ def test_bytes_are_those_of_a_run(method, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("hidden", "width", "k", "batch", "rows", "dtype"),
+    ("hidden", "width", "k", "batch", "rows", "dtype", "full"),
     [
-        (64, 48, 2, 2, 257, torch.float32),
-        (64, 48, 2, 2, 257, torch.bfloat16),
-        (512, 384, 4, 2, 300, torch.bfloat16),
+        (64, 48, 2, 2, 257, torch.float32, True),
+        (64, 48, 2, 2, 257, torch.bfloat16, True),
+        (512, 384, 4, 2, 300, torch.bfloat16, True),
+        (64, 48, 2, 2, 257, torch.float32, False),
+        (64, 48, 2, 1, 1500, torch.float32, False),  # a mask of its own is most of it
+        (512, 384, 4, 2, 300, torch.bfloat16, False),
     ],
 )
-def test_activations_are_those_of_a_pass(hidden, width, k, batch, rows, dtype):
+def test_activations_are_those_of_a_pass(hidden, width, k, batch, rows, dtype, full):
+    """Of tokens that see all, and of text, which sees what came before it."""
     data = json.loads((BASE / "config.json").read_text("utf-8")) | {
         "hidden_size": hidden, "attention_head_dim": hidden // 4, "moe_intermediate_size": width,
         "moe_topk": k, "num_hidden_layers": 2, "num_shared_expert": 1, "vocab_size": 200,
@@ -67,7 +77,7 @@ def test_activations_are_those_of_a_pass(hidden, width, k, batch, rows, dtype):
     config = HunyuanConfig.from_json(data)
     model, cache = HunyuanImage3(config).to(dtype), KVCache(config, batch, rows)
     yx = torch.arange(rows)[:, None].expand(batch, rows, 2)
-    seen = [Rows((Segment(0, rows, True),))] * batch
+    seen = [Rows((Segment(0, rows, full),))] * batch
 
     def run():
         x = torch.zeros(batch, rows, hidden, dtype=dtype)
@@ -75,7 +85,50 @@ def test_activations_are_those_of_a_pass(hidden, width, k, batch, rows, dtype):
             return model.decode(x, yx, seen, cache)
 
     run()  # the keys and values are there
-    assert activation_bytes(config, batch * rows, dtype) == pytest.approx(peak_memory(run), rel=0.1)
+    planned = activation_bytes(config, batch * rows, dtype, 0 if full else rows)
+    assert planned == pytest.approx(peak_memory(run), rel=0.1)
+
+
+def counted(function) -> int:
+    """Operations of all products that torch runs, attention's and grouped ones among them."""
+
+    def grouped(x, weight, *_, **__):
+        return 2 * x[0] * x[1] * weight[-1]
+
+    def attention(q, k, v, *_, **__):
+        return 4 * math.prod(q) * k[2]
+
+    added = {
+        torch.ops.aten._grouped_mm: grouped,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
+    }
+    with FlopCounterMode(display=False, custom_mapping=added) as found:
+        function()
+    return found.get_total_flops()
+
+
+@pytest.mark.parametrize("hidden", [64, 512])
+@pytest.mark.parametrize("grid", [8, 24])
+def test_operations_are_those_of_a_step(hidden, grid):
+    """Of both branches, with attention's scores: up to half of a tiny step."""
+    config = replace(
+        hunyuan_base.config_of(2, tiny=True), hidden_size=hidden, head_dim=hidden // 4,
+        expert_widths=(hidden * 3 // 4,) * 2,
+    )  # fmt: skip
+    cpu, dtype = torch.device("cpu"), torch.float32
+    model = hunyuan_base.build(config, cpu, dtype, None, streamed=False).model
+    sizes = replace(hunyuan_base.Sizes.tiny(), grid=grid)
+    sequences = hunyuan_base.sequences(config, sizes)
+    shown = hunyuan_base.source(config, sizes, cpu, dtype)
+    latents, t = torch.randn(2, config.vae.latent_channels, grid, grid), torch.full((2,), 800.0)
+    image, tokens = grid**2 + 1, sequences[0].target.grid.stop
+    with Denoiser(model, sequences, [[shown], [shown]]) as denoiser:
+        denoiser(latents, t)  # the prefix is there
+        found = counted(lambda: denoiser(latents, t))
+    planned = step_operations(model, 2, image, tokens)
+    assert planned == pytest.approx(found, rel=0.02)
+    scores = 2 * image * attention_operations(config, tokens)
+    assert planned - scores < 0.98 * found, "scores are a part that shows"
 
 
 def test_decoding_an_image_takes_what_the_plan_says(monkeypatch):
@@ -134,8 +187,13 @@ def test_the_published_size():
     assert nf4.experts_bytes == banks * 34 // 64
     assert bf16.kv == 2 * 11_100 * 131_072
     assert bf16.lora == pytest.approx(1.446e9, rel=0.01)
-    # two branches of 4,097 tokens: 0.2 PFLOP in the layers' products
-    assert bf16.operations == pytest.approx(0.2e15, rel=0.05)
+    # two branches of 4,097 tokens: 0.2 PFLOP in the layers' products, a fourth of that in attention's scores
+    scores = 2 * 4097 * attention_operations(folder.config, 11_100)
+    assert bf16.operations - scores == pytest.approx(0.2e15, rel=0.05)
+    assert 0.18 < scores / bf16.operations < 0.22
+    # in float32 what isn't quantized takes twice as much
+    wide = plan(folder, None, None, 11_100, 4097, dtype=torch.float32)
+    assert (wide.experts_bytes, wide.kv) == (2 * bf16.experts_bytes, 2 * bf16.kv)
     offloaded = plan(folder, "nf4", 12_000_000_000, 11_100, 4097)
     assert offloaded.device_weights <= 12_000_000_000
     assert offloaded.host + offloaded.resident_layers * nf4.experts_bytes // 32 == nf4.experts_bytes

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 
 from .config import HunyuanConfig
 from .embed import rms_norm
@@ -143,16 +144,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: Sequence[Rows]) -> Tensor:
     for items, rows in _alike(plan):
         for start, stop, full in rows.segments:
             here = slice(start - rows.start, stop - rows.start)
-            mask = None if full else _causal(stop - start, stop, q.device)
+            mask = None if full else _causal(stop - start, stop, q)
             out[items, :, here] = F.scaled_dot_product_attention(
                 q[items, :, here], k[items, :, :stop], v[items, :, :stop], mask, enable_gqa=True
             )
     return out
 
 
-def _causal(rows: int, keys: int, device: torch.device) -> Tensor:
-    """The last `rows` of `keys` tokens, each seeing itself and what came before: bool."""
-    seen = torch.ones(rows, keys, dtype=torch.bool, device=device)
+def _causal(rows: int, keys: int, q: Tensor) -> Tensor:
+    """The last `rows` of `keys` tokens, each seeing itself and what came before.
+
+    On CUDA as torch's own kind of mask, with which flash attention holds neither it nor the scores; kernels that
+    take a mask of booleans there make all scores a tensor where heads share keys.
+    """
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        return causal_lower_right(rows, keys)
+    seen = torch.ones(rows, keys, dtype=torch.bool, device=q.device)
     return seen.tril_(keys - rows)
 
 

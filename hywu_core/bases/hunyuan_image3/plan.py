@@ -18,6 +18,7 @@ from .checkpoint import DTYPES, Folder, read_heads, stored_dtype, stored_tensors
 from .codecs import Method, Plain, codec_of
 from .config import HunyuanConfig, VAEConfig
 from .layers import EXPERT_ROWS
+from .model import HunyuanImage3
 from .pipeline import build, fixed_bytes
 from .placement import Matrix, place
 from .quantize import quantized_bytes
@@ -42,6 +43,7 @@ class RunPlan:
     weights: all, placed within the budget (device_weights).
     kv: keys and values of both branches.
     moved: copied to the device by a pass that reaches every expert.
+    operations: of a later step, attention's scores included (see `step_operations`).
     host: experts that rest off the device.
     dropped: other parts that are there only while they are used.
     activations: of the transformer's longest pass.
@@ -107,7 +109,7 @@ def plan(
     Raises HYWUError where the budget is too small, with the least that works.
     """
     config, parts = folder.config, build(folder)
-    dtype = stored_dtype(folder)
+    dtype = dtype or stored_dtype(folder)
     fixed, dense = fixed_bytes(parts, dtype, torch.float32), dense_parts(parts)
     sizes = dense_bytes(parts, dtype, torch.float32)
     layers, matrices = [], []
@@ -132,7 +134,8 @@ def plan(
     return RunPlan(
         method or _stored_as(folder), fixed + sum(layers), sum(layers), placed.total_bytes,
         branches * tokens * kv_bytes(config, dtype), off, moved, _lora_bytes(config, rank), len(placed.resident), len(layers),
-        branches * image_tokens * layer_operations(config), activation_bytes(config, longest, dtype),
+        step_operations(parts.model, branches, image_tokens, tokens),
+        activation_bytes(config, longest, dtype, max(tokens - image_tokens, 0)),
         vae_bytes(config.vae, image_tokens * config.factor**2, torch.float32),
         _disk(folder) if method is None else quantized_bytes(folder, method), generator,
         placed.dropped,
@@ -159,9 +162,12 @@ def kv_bytes(config: HunyuanConfig, dtype: torch.dtype) -> int:
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
 
 
-def activation_bytes(config: HunyuanConfig, rows: int, dtype: torch.dtype) -> int:
+def activation_bytes(config: HunyuanConfig, rows: int, dtype: torch.dtype, causal: int = 0) -> int:
     """The most that a pass over `rows` tokens of all branches holds beside weights, keys and values.
 
+    causal: tokens of a sequence at most that see only what came before them. Their mask is a tensor, as booleans
+        and as numbers, where the device isn't CUDA. The scores themselves are one nowhere: the kernels that
+        `attend` calls hold a tile of them.
     Tensors of this project's code; what a product or an attention kernel takes for itself isn't in it.
     """
     size, hidden, (qkv, heads) = dtype.itemsize, config.hidden_size, _widths(config)
@@ -177,7 +183,8 @@ def activation_bytes(config: HunyuanConfig, rows: int, dtype: torch.dtype) -> in
         routed = rows * (hidden * (1 + k) * size + 40 * k) + part
         dense = rows * (2 * hidden + 4 * width * shared) * size
         most = max(most, routed, dense)
-    return rows * held + max(rows * attention, most)
+    masks = causal * causal * (1 + size)
+    return rows * held + max(rows * attention + masks, most)
 
 
 def vae_bytes(config: VAEConfig, pixels: int, dtype: torch.dtype) -> int:
@@ -216,7 +223,29 @@ def _lora_bytes(config: Any, rank: int) -> int:
 
 
 def layer_operations(config: Any) -> int:
-    """Of one token's products with the layers' weights (attention's scores left out)."""
+    """Of one token's products with the layers' weights, routers included; its attention's scores are extra."""
     hidden, (qkv, heads) = config.hidden_size, _widths(config)
     each = zip(config.expert_widths, config.shared_experts, config.top_k, strict=True)
-    return sum(2 * hidden * (qkv + heads + 3 * width * (shared + k)) for width, shared, k in each)
+    return sum(
+        2 * hidden * (qkv + heads + 3 * width * (shared + k) + config.num_experts)
+        for width, shared, k in each
+    )
+
+
+def attention_operations(config: Any, keys: float) -> float:
+    """Of one token in all layers: its scores against so many keys, and the sum of their values."""
+    return 4 * config.num_heads * config.head_dim * keys * config.num_layers
+
+
+def step_operations(model: HunyuanImage3, branches: int, image_tokens: int, tokens: int) -> int:
+    """Of a later step: its tokens through the layers, each of which sees the whole sequence, and the image's heads.
+
+    model: on "meta" too.
+    branches: of guidance.
+    image_tokens: that the step computes, one of them the time's.
+    tokens: of the whole sequence.
+    """
+    each = layer_operations(model.config) + attention_operations(model.config, tokens)
+    heads = (model.patch_embed, model.final_layer)
+    convolved = sum(p.numel() for head in heads for p in head.parameters() if p.ndim == 4)
+    return int(branches * (image_tokens * each + (image_tokens - 1) * 2 * convolved))
