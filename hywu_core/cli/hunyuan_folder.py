@@ -48,11 +48,13 @@ def inspect(args: argparse.Namespace) -> int:
 
 def plan(args: argparse.Namespace) -> int:
     from ..bases.hunyuan_image3.checkpoint import open_folder
+    from ..bases.hunyuan_image3.chunks import bound_product_plans
     from ..bases.hunyuan_image3.plan import CARDS, METHODS, generator_plan
     from ..bases.hunyuan_image3.plan import plan as planned
 
     if args.card not in CARDS:
         raise HYWUError(f"--card {args.card}: known are {', '.join(CARDS)}.")
+    bound_product_plans()  # as the commands that it plans for
     folder = open_folder(args.folder)
     budget = None if args.budget is None else int(args.budget * 1e9)
     generator = 0

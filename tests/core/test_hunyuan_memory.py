@@ -117,3 +117,46 @@ def test_quantize_holds_a_tensor_at_a_time(middle, child):
     found = child("quantize")
     print({"files": folder.nbytes, "largest": largest, **found})
     assert found["peak"] < 8 * largest + SLACK < folder.nbytes / 3
+
+
+PLANS_CHILD = """
+    import json, os, sys
+    import torch
+    sys.path.insert(0, "tests/helpers")
+    from hywu_core.bases.hunyuan_image3.chunks import bound_product_plans, kept_plan_bytes
+    from hywu_core.grouped import grouped_linear
+    from resident import anonymous
+
+    torch.set_num_threads(1)
+    dtype, shapes = getattr(torch, sys.argv[1]), int(sys.argv[2])
+    if sys.argv[3] == "bounded":
+        bound_product_plans()
+    weight, x = torch.randn(1, 320, 256, dtype=dtype), torch.randn(shapes, 256, dtype=dtype)
+    with torch.no_grad():
+        grouped_linear(x[:8], weight, torch.tensor([8], dtype=torch.int32))
+        before = anonymous()
+        for rows in range(1, shapes):
+            grouped_linear(x[:rows], weight, torch.tensor([rows], dtype=torch.int32))
+    print(json.dumps({"held": anonymous() - before, "said": kept_plan_bytes(dtype)}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shapes", "how"),
+    [("float32", 400, "free"), ("bfloat16", 1100, "free"), ("bfloat16", 400, "bounded")],
+)
+def test_a_cpu_keeps_as_much_for_its_products_as_the_plan_says(dtype, shapes, how):
+    """In 16 bits a plan per number of rows, up to a bound; none in float32, which ComfyUI takes on CPUs."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(PLANS_CHILD), dtype, str(shapes), how],
+        capture_output=True, text=True, timeout=300, cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    slack = 6 << 20
+    assert found["held"] < found["said"] + slack
+    if how == "free" and dtype == "bfloat16":
+        # processors that oneDNN has no 16-bit products for keep nothing
+        assert found["held"] < slack or found["held"] > 0.8 * found["said"]
+    print(found)

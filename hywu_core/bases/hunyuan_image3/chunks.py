@@ -11,18 +11,31 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...grouped import grouped_linear
 
-#: Shapes of products that oneDNN, and torch above it, keep a plan and its memory for: 1024 each by default.
-_PLANS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16", "LRU_CACHE_CAPACITY": "16"}
+#: Where the environment says for how many shapes of products oneDNN, and torch above it, keep a plan.
+_PLANS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+#: How many by default, and with `bound_product_plans`.
+PLANS, FEW_PLANS = 1024, 16
+#: What a plan holds, mostly compiled code: measured with torch 2.11 (600 kB at any width).
+PLAN_BYTES = 620_000
 
 
 def bound_product_plans() -> None:
     """Let a CPU keep few plans of products, for this process; of no effect after its first product.
 
     Each number of rows is a shape, and experts get any number: at a middle size the plans held more than the
-    weights did. What the environment says already stays.
+    weights did. What the environment says already stays. For commands; a library and an extension of ComfyUI
+    don't say what the whole process keeps (see `kept_plan_bytes`).
     """
-    for name, count in _PLANS.items():
-        os.environ.setdefault(name, count)
+    for name in _PLANS:
+        os.environ.setdefault(name, str(FEW_PLANS))
+
+
+def kept_plan_bytes(dtype: torch.dtype) -> int:
+    """The most that products on a CPU keep for later ones of the same shape: in 16 bits; in float32 none do."""
+    if dtype.itemsize != 2:
+        return 0
+    said = (os.environ.get(name, "") for name in _PLANS)
+    return PLAN_BYTES * max(int(count) if count.isdigit() else PLANS for count in said)
 
 
 #: What `routed` gave for tensors that are still used: the banks of a layer are called with the same one.

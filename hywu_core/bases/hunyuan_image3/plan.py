@@ -15,6 +15,7 @@ from ...generator.checkpoints import open_checkpoint
 from ...generator.model import ParameterGenerator
 from ...generator.speed.memory import MemoryPlan
 from .checkpoint import DTYPES, Folder, read_heads, stored_dtype, stored_tensors
+from .chunks import kept_plan_bytes
 from .codecs import Method, Plain, codec_of
 from .config import HunyuanConfig, VAEConfig
 from .layers import EXPERT_ROWS
@@ -46,6 +47,7 @@ class RunPlan:
     operations: of a later step, attention's scores included (see `step_operations`).
     host: experts that rest off the device.
     dropped: other parts that are there only while they are used.
+    cpu_plans: kept by products where the device is a CPU, and not part of `device` (see `kept_plan_bytes`).
     activations: of the transformer's longest pass.
     vae: of decoding the image.
     disk: of the files.
@@ -68,6 +70,7 @@ class RunPlan:
     disk: int
     generator: int = 0
     dropped: int = 0
+    cpu_plans: int = 0
 
     @property
     def device(self) -> int:
@@ -83,12 +86,14 @@ class RunPlan:
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"device": self.device}
 
-    def line(self, card: str | None = None) -> str:
-        """What it says in a sentence, in gigabytes."""
+    def line(self, card: str | None = None, cpu: bool = False) -> str:
+        """What it says in a sentence, in gigabytes; cpu: whether that is the device."""
         said = {
             "weights": self.weights, "keys and values": self.kv, "activations": self.activations,
             "decoding the image": self.vae, "LoRA": self.lora,
         }  # fmt: skip
+        if cpu and self.cpu_plans:
+            said["plans of products at most"] = self.cpu_plans
         parts = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in said.items())
         pace = "" if card is None else f", {self.seconds(card):.2g} s a step ({card}, estimated)"
         return f"{self.experts}: {parts} GB; up to {self.experts_bytes / 1e9:.3g} GB copied by a pass{pace}"
@@ -138,7 +143,7 @@ def plan(
         activation_bytes(config, longest, dtype, max(tokens - image_tokens, 0)),
         vae_bytes(config.vae, image_tokens * config.factor**2, torch.float32),
         _disk(folder) if method is None else quantized_bytes(folder, method), generator,
-        placed.dropped,
+        placed.dropped, kept_plan_bytes(dtype),
     )  # fmt: skip
 
 

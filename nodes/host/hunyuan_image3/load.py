@@ -133,7 +133,8 @@ def planned(folder: Folder, dtype: torch.dtype | None) -> str:
     config, settings = folder.config, folder.settings
     image = (config.image_base_size // config.factor) ** 2 + 1
     tokens = min(EDIT_TOKENS, settings.max_length)
-    card = card_of(mm.get_torch_device_name(mm.get_torch_device()))
+    device = mm.get_torch_device()
+    card, cpu = card_of(mm.get_torch_device_name(device)), mm.is_device_cpu(device)
     methods = (None,) if folder.quantized else (None, *METHODS)
     plans = [plan(folder, m, None, tokens, min(image, tokens), dtype=dtype) for m in methods]
     memory = mm.get_total_memory(torch.device("cpu"))
@@ -148,7 +149,7 @@ def planned(folder: Folder, dtype: torch.dtype | None) -> str:
             f"{folder.path}: its weights take {plans[0].weights:,} bytes as {plans[0].experts} and this "
             f"machine has {memory:,} of memory; {way}."
         )
-    return "\n".join(each.line(card) for each in plans)
+    return "\n".join(each.line(card, cpu) for each in plans)
 
 
 def _dtype(precision: str) -> torch.dtype | None:
