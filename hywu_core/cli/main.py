@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     A command may document further exit codes and return them itself.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    _open_streams()
     for handle in (sys.stdout, sys.stderr):
         if isinstance(handle, io.TextIOWrapper):
             # names and answers may hold what a console's character set lacks
@@ -77,6 +78,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(args.command, lambda: int(module.run(parsed) or 0))
 
 
+def _open_streams() -> None:
+    """Where the process was started without (`>&-`, Windows' pythonw), what goes to one goes nowhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - to the end
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hywu",
@@ -97,9 +105,10 @@ def _run(name: str, command: Callable[[], int]) -> int:
         sys.stderr.write(f"hywu {name}: {error}\n")
         return 1
     except BrokenPipeError:  # `hywu … | head`: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_unwritten()
         return 1
     except OSError as error:
+        _drop_unwritten()
         text = f"{error.strerror or error}: {error.filename or ''}"
         sys.stderr.write(f"hywu {name}: {printable(text)}\n")
         return 1
@@ -111,6 +120,15 @@ def _run(name: str, command: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         sys.stderr.write(f"hywu {name}: interrupted\n")
         return 130
+
+
+def _drop_unwritten() -> None:
+    """Where standard output takes nothing any more, Python would complain again at its end."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager

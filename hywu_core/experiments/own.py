@@ -28,19 +28,12 @@ from ..evaluation.results import read_manifest
 from ..evaluation.scores import MethodScores
 from ..evaluation.statistics import Estimate, bootstrap_mean
 from ..evaluation.tables import Table, comparison_table
-from ..files import (
-    atomic_path,
-    check_fields,
-    read_json,
-    read_json_lines,
-    read_tensors,
-    slug,
-    write_json,
-)
+from ..files import atomic_path, check_fields, read_json, read_json_lines, slug, write_json
 from ..fingerprint import of_files
 from ..images import write_image
 from .conflict.evaluate import EvaluationSet, evaluation_set
 from .conflict.experiment import edits_path
+from .conflict.kept import read_edits
 from .conflict.plan import ConflictPlan
 from .images import photographs
 from .tasks import VERSION
@@ -185,7 +178,7 @@ class KeptEdits:
     def __init__(self, experiment: Path, runs: Mapping[str, str], out: Path) -> None:
         self.runs, self.out = dict(runs), out
         files = {(r, p): edits_path(experiment, r, p) for r in runs.values() for p in PHRASINGS}
-        self.kept = {key: read_tensors(file)[0]["edits"] for key, file in files.items()}
+        self.kept = {key: read_edits(file) for key, file in files.items()}
         self.digest = of_files(files.values(), 16)
 
     @staticmethod
@@ -196,11 +189,18 @@ class KeptEdits:
     @cached_property
     def rows(self) -> dict[tuple[str, str], tuple[str, int]]:
         """(key, instruction) of an item -> its phrasing, and where its edit stands."""
-        return {
-            (row["key"], row["instruction"]): (phrasing, number)
-            for phrasing in PHRASINGS
-            for number, (_, row) in enumerate(read_json_lines(_items_file(self.out, phrasing)))
-        }
+        found = {}
+        for phrasing in PHRASINGS:
+            rows = read_json_lines(_items_file(self.out, phrasing))
+            for (run, kept), edits in self.kept.items():
+                if kept == phrasing and len(edits) != len(rows):
+                    raise HYWUError(
+                        f"{self.out}: there are {len(rows)} items and {run} has {len(edits)} edits of its "
+                        f"{phrasing} phrasings; measure it anew with `hywu conflict`."
+                    )
+            for number, (_, row) in enumerate(rows):
+                found[row["key"], row["instruction"]] = phrasing, number
+        return found
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "conflict", "runs": self.runs, "edits": self.digest}

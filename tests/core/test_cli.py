@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -401,3 +402,24 @@ def test_numbers_that_are_none(value, capsys):
     ):
         with pytest.raises(HYWUError, match="finite number"):
             make()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="shells of POSIX systems close streams")
+@pytest.mark.parametrize(
+    ("stream", "code"),
+    [(">&-", 0), ("2>&-", 0), (">&- 2>&-", 0), ("> /dev/full", 1), (">/dev/full 2>&1", 1)],
+)
+def test_streams_that_are_closed_or_full_end_in_a_code_not_in_a_traceback(
+    tmp_path, lora, stream, code
+):
+    if "full" in stream and not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    command = f"{shlex.quote(sys.executable)} -m hywu_core.cli inspect {shlex.quote(str(lora))}"
+    log = tmp_path / "log"
+    more = "" if "2>" in stream else f" 2> {shlex.quote(str(log))}"
+    found = subprocess.run(["sh", "-c", f"{command} {stream}{more}"], cwd=ROOT, timeout=120)
+    assert found.returncode == code
+    said = log.read_text() if log.exists() else ""
+    assert "Traceback" not in said
+    assert "Exception ignored" not in said
+    assert len(said.splitlines()) == (1 if "full" in stream and log.exists() else 0)

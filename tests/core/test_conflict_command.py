@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from tiny_editor import random_editor
 
 from hywu_core.bases.bundled.checkpoint import save_editor
@@ -393,6 +394,64 @@ def test_figures_without_their_fields_are_named(hywu, tmp_path, capsys):
     (mine / "plan.json").write_text(json.dumps(stored))
     assert hywu(whole, "--only", "none", "--beside", "x", str(mine)) == 1
     assert "in crops" in capsys.readouterr().err
+
+
+def _rows(change):
+    def write(path):
+        rows = read(path)
+        change(rows)
+        path.write_text(json.dumps(rows))
+
+    return write
+
+
+RESULTS, GRADIENTS, DEGREES = "results/shared_r2.seen.json", "results/gradients.json", "degrees/base.json"  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "said"),
+    [
+        (RESULTS, _rows(lambda rows: rows.pop()), "has 1 of the 6 items not and 0 that are none"),
+        (RESULTS, _rows(lambda rows: rows.append(rows[0])), "has 0 of the 6 items not and 1"),
+        (RESULTS, _rows(lambda rows: rows[2].update(image="moon")), "1 of the 6 items not and 1"),
+        (RESULTS, _rows(lambda rows: rows[2].pop("psnr")), "row 3: lacks 'psnr'"),
+        (RESULTS, _rows(lambda rows: rows[0].update(psnr="30")), "row 1: 'psnr' is a text"),
+        (RESULTS, _rows(lambda rows: rows[0].update(ssim=True)), "row 1: 'ssim' is true or false"),
+        (RESULTS, _rows(lambda rows: rows.insert(1, None)), "row 2: is no object"),
+        (RESULTS, _rows(list.clear), "is empty"),
+        (GRADIENTS, _rows(dict.clear), "not the cosines between the gradients of blur, deblur"),
+        (GRADIENTS, _rows(lambda found: found["cosines"].pop()), "not the cosines"),
+        (GRADIENTS, _rows(lambda found: found["cosines"][0].append(1)), "not the cosines"),
+        (GRADIENTS, _rows(lambda found: found["cosines"][0].__setitem__(1, None)), "not the cosines"),
+        (GRADIENTS, _rows(lambda found: found["tasks"].reverse()), "not the cosines"),
+        (DEGREES, _rows(lambda found: found.pop("tasks")), "lacks 'tasks'"),
+        (DEGREES, _rows(lambda found: found.update(flat={})), "'flat' is an object"),
+        (DEGREES, _rows(lambda found: found["short"][0].pop("gain")), "'short', row 1: lacks 'gain'"),
+        (DEGREES, _rows(lambda found: found["short"][0].update(case="x")), "'short' has the case 'x'"),
+        (DEGREES, _rows(lambda found: found["unknown"][0].update(psnr=[])), "'psnr' is a list"),
+        ("edits/hywu_r2.safetensors", lambda path: save_file({}, path), "holds no edits"),
+        (
+            "edits/hywu_r2.safetensors",
+            lambda path: save_file({"edits": torch.zeros(2, 3, 32, 32, dtype=torch.uint8)}, path),
+            "holds 2 edits of 6 items",
+        ),
+        ("edits/hywu_r2.safetensors", lambda path: path.write_bytes(b"x" * 40), "not a whole"),
+        ("runs/shared_r2/log.csv", lambda path: path.write_text("step,loss"), "has no rows or is"),
+        ("runs/shared_r2/log.csv", lambda path: path.unlink(), "has no rows or is gone"),
+    ],
+)  # fmt: skip
+def test_what_was_measured_is_read_whole_or_named(hywu, done, tmp_path, capsys, file, damage, said):
+    out = tmp_path / "experiment"
+    shutil.copytree(done, out)
+    (out / "report.md").unlink()
+    damage(out / file)
+    capsys.readouterr()
+    assert hywu(out, "--report") == 1
+    error = capsys.readouterr().err.strip()
+    assert "\n" not in error
+    assert str(out / file) in error
+    assert said in error
+    assert not (out / "report.md").exists()
 
 
 def test_the_last_step_judges_the_edits_that_were_measured(done, capsys):

@@ -84,7 +84,10 @@ def test_a_trial_that_lacks_its_loss_is_made_again(make, monkeypatch, tmp_path):
     make().learning_rate(SHARED)
     (kept,) = (tmp_path / "tuning").glob("*.json")
     whole = json.loads(kept.read_text())
-    for damaged in ({}, {**whole, "loss": None}, {**whole, "loss": "low"}):
+    for damaged in (
+        {},
+        *({**whole, "loss": loss} for loss in (None, "low", True, math.nan, 10**400)),
+    ):
         kept.write_text(json.dumps(damaged))
         make().learning_rate(SHARED)
         assert json.loads(kept.read_text())["loss"] == pytest.approx(whole["loss"])

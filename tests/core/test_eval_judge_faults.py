@@ -187,6 +187,42 @@ def test_an_answer_that_was_cut_off_is_a_failure(tmp_path, stub, text):
     assert run(tmp_path, judge_at(server.url), 12).answered == 12
 
 
+@pytest.mark.parametrize(
+    ("choice", "raised", "said"),
+    [
+        ({"finish_reason": "error"}, Failure, "broke off"),
+        ({"finish_reason": "insufficient_system_resource"}, Failure, "broke off"),
+        ({"finish_reason": "abort"}, Failure, "broke off"),
+        (
+            {"finish_reason": "stop", "error": {"code": 502, "message": "Upstream is gone"}},
+            Failure,
+            "broke off.*Upstream is gone",
+        ),
+        ({"finish_reason": "MAX_TOKENS"}, Failure, "cut off at 512"),
+        ({"finish_reason": {"type": "length", "length": 512}}, Failure, "cut off at 512"),
+        ({"finish_reason": "model_length"}, Failure, "cut off at 512"),
+        ({"finish_reason": "SAFETY"}, Refusal, "safety"),
+        ({"finish_reason": "refusal"}, Refusal, "refusal"),
+    ],
+)
+def test_a_whole_answer_that_the_server_did_not_end_well_is_none(
+    tmp_path, stub, choice, raised, said
+):
+    """What can be read as scores, but isn't all that the model would have said."""
+    answer = completion(GOOD)
+    answer["choices"][0] |= choice
+    server = stub(lambda prompt, n: (200, {}, json.dumps(answer).encode()))
+    with pytest.raises(raised, match=said):
+        judge_at(server.url).score(request_for(tmp_path))
+
+
+@pytest.mark.parametrize("reason", ["stop", "eos_token", "end_turn", None, ["stop"], 7])
+def test_other_reasons_end_an_answer_well(tmp_path, stub, reason):
+    body = json.dumps(completion(GOOD, finish_reason=reason)).encode()
+    server = stub(lambda prompt, n: (200, {}, body))
+    assert judge_at(server.url).score(request_for(tmp_path)).text == GOOD
+
+
 def test_an_empty_answer_is_a_failure(tmp_path, stub):
     server = stub(lambda prompt, n: (200, {}, json.dumps(completion("")).encode()))
     with pytest.raises(Failure, match="empty answer"):

@@ -40,8 +40,24 @@ LONGEST_WAIT = 120.0
 #: Bytes of an answer that are read: one that is longer is none.
 LONGEST_ANSWER = 1 << 24
 
-#: Why an answer ended, in the words of several servers, where the limit of its length ended it.
-CUT_OFF = frozenset({"length", "max_tokens", "MAX_TOKENS"})
+#: Why an answer ended, in the words of several servers, where the limit of its length ended it,
+CUT_OFF = frozenset({"length", "max_tokens", "model_length", "max_output_tokens"})
+#: where the server broke off,
+BROKEN_OFF = frozenset(
+    {
+        "error",
+        "abort",
+        "aborted",
+        "cancelled",
+        "timeout",
+        "insufficient_system_resource",
+        "incomplete",
+    }
+)
+#: and where it declined.
+DECLINED = frozenset(
+    {"content_filter", "safety", "refusal", "recitation", "prohibited_content", "blocklist"}
+)
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -260,8 +276,17 @@ class OpenAIJudge:
         if isinstance(text, list):  # some servers answer in parts
             text = "".join(str(p.get("text") or "") for p in text if isinstance(p, dict))
         reason = choice.get("finish_reason")
-        if refusal or reason == "content_filter":
+        if isinstance(reason, dict):  # {"type": "length", "length": 512}
+            reason = reason.get("type")
+        reason = str(reason).lower()
+        if refusal or reason in DECLINED:
             raise Refusal(self._hidden(str(refusal or reason))[:300])
+        if reason in BROKEN_OFF or choice.get("error"):
+            told = fault_of(choice, 200)
+            said = told.sentence if told else ""
+            raise Failure(
+                self._hidden(f"the server broke off (finish_reason {reason}) {said}").strip()[:400]
+            )
         if reason in CUT_OFF:
             raise Failure(
                 f"the answer was cut off at {self.max_tokens} tokens (finish_reason {reason}); raise "

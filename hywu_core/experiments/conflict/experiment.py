@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...devices import chosen_device
 from ...errors import HYWUError
-from ...files import as_json, read_header, read_json, read_tensors, save_tensors
+from ...files import as_json, read_header, save_tensors
 from ...training.base import BaseModel
 from ...training.trainer import Trainer
 from . import degrees
@@ -29,6 +29,7 @@ from .evaluate import (
     shuffled,
     unadapted,
 )
+from .kept import read_degrees, read_edits, read_rows
 from .plan import ConflictPlan, Run
 from .runs import VALIDATION, Runs, read_plan, write_json
 
@@ -152,14 +153,13 @@ class Experiment:
         """Name -> rows of seen and held-out phrasings, of everything that has been evaluated."""
         found: dict[str, list[dict[str, Any]]] = {}
         for path in sorted((self.runs.folder / "results").glob("*.*.json")):
-            rows = read_json(path, list, "remove it to measure anew", finite=False)
-            found.setdefault(path.name.split(".")[0], []).extend(rows)
+            found.setdefault(path.name.split(".")[0], []).extend(read_rows(path, self.data))
         return found
 
     def degrees(self) -> dict[str, dict[str, Any]]:
         """Name -> what was measured at fixed degrees, in the order of the plan's runs."""
         found = {
-            path.stem: read_json(path, dict, "remove it to measure anew", finite=False)
+            path.stem: read_degrees(path)
             for path in sorted((self.runs.folder / "degrees").glob("*.json"))
         }
         order = [*(run.name for run in self.plan.runs), "hywu_task_mean", "base"]
@@ -175,7 +175,7 @@ class Experiment:
         path = edits_path(self.runs.folder, name)
         if not path.exists():
             return None
-        return read_tensors(path)[0]["edits"].to(torch.float32) / 255
+        return read_edits(path, len(self.data)).to(torch.float32) / 255
 
 
 def edits_path(folder: Path, name: str, phrasing: str = "seen") -> Path:

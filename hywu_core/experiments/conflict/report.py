@@ -12,7 +12,6 @@ import torch
 from ...charts import draw_cosines, draw_edits, draw_learning, draw_ranks
 from ...errors import HYWUError
 from ...files import atomic_path, read_json
-from ...training.logs import read_log
 from ...training.strategies import count_parameters
 from ..images import photographs
 from ..tasks import CONFLICT
@@ -20,6 +19,7 @@ from . import degrees
 from .analysis import Summary, learning_curves
 from .evaluate import EvaluationSet
 from .experiment import Experiment
+from .kept import read_gradients, read_training
 from .page import COLUMNS, render
 from .plan import ConflictPlan
 from .runs import read_plan, write_json
@@ -39,7 +39,7 @@ def write_report(experiment: Experiment, folder: Path) -> Path:
     summary = Summary(results, plan, opposites)
     names = [name for name in photographs() if name in experiment.data.image]
     photos = Summary(results, plan, opposites, names)
-    gradients = read_json(folder / "results" / "gradients.json", dict, finite=False)
+    gradients = read_gradients(folder / "results" / "gradients.json", plan.tasks)
     figures = {
         "plan": plan.to_json(),
         "trained": _trained(experiment, folder),
@@ -136,7 +136,7 @@ def _trained(experiment: Experiment, folder: Path) -> dict[str, dict[str, Any]]:
     for run in plan.runs:
         if run.name in missing:
             continue
-        rows = read_log(folder / "runs" / run.name / "log.csv")
+        rows = read_training(folder / "runs" / run.name / "log.csv")
         # runs of a kind and rank train as many, whatever their task and seed
         kind = (run.strategy, run.rank)
         if kind not in counts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
@@ -109,9 +110,10 @@ class Runs:
         wanted = {"plan": _trained_by(self.plan, run), "lr": rate, "steps": self.plan.tune_steps}
         if path.exists():
             found = files.read_json(path, dict, "remove it to try the rate anew", finite=False)
-            known = isinstance(found.get("loss"), (int, float))
+            loss = found.get("loss")  # infinite where the rate diverged
+            known = isinstance(loss, float) and not math.isnan(loss)
             if known and {key: found.get(key) for key in wanted} == wanted:
-                return float(found["loss"])
+                return loss
         trainer = self._trainer(run, rate, self.plan.tune_steps, path.with_suffix(""))
         try:
             trainer.run()
