@@ -29,6 +29,11 @@ DENSEST = 9000
 
 #: What a gray PNG of few bits says is transparent counts in those bits; the pixels come in 8.
 _GRAY_STEPS = {"1": 255, "L;1": 255, "L;2": 85, "L;4": 17}
+#: Formats that Pillow hands to another program, which a file of any name would start: PostScript may run for
+#: ever in Ghostscript, and do more.
+FOREIGN = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
+#: TIFF's tags: how many bits a sample has, whether 0 is white, whether samples are signed.
+BITS, WHITE_IS_ZERO, SAMPLES = 258, 262, 339
 #: Of files that are images.
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -41,7 +46,7 @@ def load_image(file: str | Path | BinaryIO) -> Image.Image:
     try:
         if isinstance(file, (str, Path)) and not Path(file).is_file():
             raise FileNotFoundError("there is no such file")
-        with Image.open(file) as opened:
+        with _open(file) as opened:
             return _rgb(opened)
     except MemoryError:
         raise
@@ -69,7 +74,7 @@ def image_size(path: str | Path) -> tuple[int, int]:
 def image_format(file: str | Path | BinaryIO) -> str | None:
     """Pillow's name of the format that a file claims to have; None where it claims none."""
     try:
-        with Image.open(file) as opened:
+        with _open(file) as opened:
             return opened.format
     except OSError:
         return None
@@ -121,6 +126,11 @@ def encode_image(image: Image.Image, kind: str = "PNG", quality: int = 95) -> by
     return buffer.getvalue()
 
 
+def _open(file: str | Path | BinaryIO) -> Image.Image:
+    Image.init()
+    return Image.open(file, formats=[name for name in Image.ID if name not in FOREIGN])
+
+
 def _name(file: str | Path | BinaryIO) -> str:
     return str(file) if isinstance(file, (str, Path)) else getattr(file, "name", "the image")
 
@@ -128,11 +138,14 @@ def _name(file: str | Path | BinaryIO) -> str:
 def _rgb(opened: Image.Image) -> Image.Image:
     """8-bit RGB of an opened file."""
     _check_size(opened)
+    _check_samples(opened)
     packed = str(opened.tile[0][3]) if opened.tile else ""
     image = ImageOps.exif_transpose(opened)
     alpha = _alpha_of_colour(image, packed)
+    if image.mode == "La":  # gray times alpha
+        image = image.convert("LA")
     if image.mode == "F" or image.mode.startswith("I"):
-        image = Image.fromarray(_gray(image, opened.format == "PNG"))
+        image = Image.fromarray(_gray(image, opened))
     elif image.mode == "LAB":
         image = _from_lab(image)
     elif "transparency" in image.info and alpha is None:
@@ -180,20 +193,38 @@ def _alpha_of_colour(image: Image.Image, packed: str) -> np.ndarray | None:
     return np.where(same.all(axis=2) if same.ndim == 3 else same, 0, 255).astype(np.uint8)
 
 
-def _gray(image: Image.Image, png: bool) -> np.ndarray:
-    """uint8 ``[H, W]`` of one channel of 16- or 32-bit integers or of floating point."""
-    values = np.asarray(image)
+def _check_samples(opened: Image.Image) -> None:
+    """Raises HYWUError on signed samples of a TIFF, whose white Pillow doesn't say."""
+    tags = getattr(opened, "tag_v2", {})
+    bits = max(_numbers(tags.get(BITS, 1)), default=1)
+    if bits < 32 and 2 in _numbers(tags.get(SAMPLES, 1)):
+        raise HYWUError(
+            f"its {bits}-bit values are signed, and nothing says which is white; save it unsigned."
+        )
+
+
+def _numbers(value: object) -> tuple[object, ...]:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+def _gray(image: Image.Image, opened: Image.Image) -> np.ndarray:
+    """uint8 ``[H, W]`` of one channel of 12- to 32-bit integers or of floating point."""
+    values, tags = np.asarray(image), getattr(opened, "tag_v2", {})
+    # Pillow turns it over for samples of 8 bits and less alone
+    turned = 255 if tags.get(WHITE_IS_ZERO) == 0 else 0
     if values.dtype.kind == "f":
         # not "within": a NaN is no number that is too large
         if not (values.min() >= 0 and values.max() <= 1):
             raise HYWUError(_range(values, "floating-point", "0 to 1"))
-        return np.rint(values * 255).astype(np.uint8)
+        return np.rint(values * 255).astype(np.uint8) ^ np.uint8(turned)
     low, high = int(values.min()), int(values.max())
     # older Pillow gives the 16 bits of a PNG as 32-bit integers
-    whole = values.dtype.itemsize == 2 or png
+    whole = values.dtype.itemsize == 2 or opened.format == "PNG"
     if low < 0 or high > 65535 or (not whole and 0 < high < 256):
         raise HYWUError(_range(values, "32-bit", "0 to 65535, with some above 255,"))
-    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    # and 12 bits as numbers up to 4095
+    step = 16.0625 if _numbers(tags.get(BITS)) == (12,) else 257
+    return np.rint(values / step).astype(np.uint8) ^ np.uint8(turned)
 
 
 def _range(values: np.ndarray, kind: str, read: str) -> str:

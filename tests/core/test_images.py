@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import zlib
 
@@ -14,6 +15,7 @@ from PIL import Image, ImageCms
 from hywu_core import HYWUError
 from hywu_core.images import (
     encode_image,
+    image_format,
     image_size,
     load_image,
     read_image,
@@ -64,14 +66,29 @@ def lab() -> Image.Image:
     )
 
 
-def big_endian(values: np.ndarray) -> bytes:
-    """A gray TIFF of 16 bits, most significant byte first."""
-    data = values.astype(">u2").tobytes()
-    tags = [(256, 32), (257, 24), (258, 16), (259, 1), (262, 1), (273, 8), (277, 1), (278, 24)]
-    tags += [(279, len(data))]
-    entries = b"".join(struct.pack(">HHII", tag, 4, 1, value) for tag, value in tags)
-    head = struct.pack(">2sHI", b"MM", 42, 8 + len(data))
-    return head + data + struct.pack(">H", len(tags)) + entries + bytes(4)
+def tiff(
+    data: bytes, bits: int, order: str = "<", white: int = 1, samples: int = 1, **more: int
+) -> bytes:
+    """A TIFF of 32 x 24 written by hand: as Pillow doesn't write them.
+
+    white: 0 where 0 is white.
+    samples: 1 unsigned, 2 signed, 3 floating point.
+    more: alpha: what the second sample of a pixel is.
+    """
+    many = 1 + len(more)
+    tags = [(256, 32), (257, 24), (259, 1), (262, white), (273, 8), (277, many), (278, 24)]
+    tags += [(279, len(data)), (339, samples)] + [(338, kind) for kind in more.values()]
+    listed = [(tag, 4, 1, struct.pack(f"{order}I", value)) for tag, value in tags]
+    listed.append((258, 3, many, struct.pack(f"{order}2H", bits, bits if more else 0)))
+    entries = b"".join(struct.pack(f"{order}HHI", *row[:3]) + row[3] for row in sorted(listed))
+    head = struct.pack(f"{order}2sHI", b"MM" if order == ">" else b"II", 42, 8 + len(data))
+    return head + data + struct.pack(f"{order}H", len(listed)) + entries + bytes(4)
+
+
+def twelve_bits(values: np.ndarray) -> bytes:
+    """Two samples of 12 bits in three bytes."""
+    one, two = (values.astype(int).ravel()[i::2] for i in (0, 1))
+    return np.stack([one >> 4, (one & 15) << 4 | two >> 8, two & 255], -1).astype("u1").tobytes()
 
 
 def exif(orientation: int) -> Image.Exif:
@@ -89,7 +106,28 @@ SHOWN_TWO = np.where(TWO_BITS[..., None] == 1, 255, np.repeat(TWO_BITS[..., None
 FILES = {
     "gray of 16 bits": (saved(Image.fromarray(WIDE), "PNG"), SHOWN_GRAY, 0),
     "gray TIFF of 16 bits": (saved(Image.fromarray(WIDE), "TIFF"), SHOWN_GRAY, 0),
-    "gray TIFF of 16 bits, big-endian": (big_endian(WIDE), SHOWN_GRAY, 0),
+    "gray TIFF of 16 bits, big-endian": (
+        tiff(WIDE.astype(">u2").tobytes(), 16, ">"),
+        SHOWN_GRAY,
+        0,
+    ),
+    "gray TIFF of 16 bits, 0 is white": (
+        tiff(WIDE.astype("<u2").tobytes(), 16, white=0),
+        255 - SHOWN_GRAY,
+        0,
+    ),
+    "gray TIFF of 8 bits, 0 is white": (tiff(GRAY.tobytes(), 8, white=0), 255 - SHOWN_GRAY, 0),
+    "floats, 0 is white": (
+        tiff((GRAY / 255).astype(">f4").tobytes(), 32, ">", white=0, samples=3),
+        255 - SHOWN_GRAY,
+        0,
+    ),
+    "gray TIFF of 12 bits": (tiff(twelve_bits(GRAY * (4095 / 255)), 12), SHOWN_GRAY, 0),
+    "gray times alpha": (
+        tiff(np.dstack([GRAY // 2, np.full_like(GRAY, 128)]).tobytes(), 8, alpha=1),
+        SHOWN_GRAY // 2 + 127,
+        2,
+    ),
     "32-bit integers": (saved(Image.fromarray(WIDE.astype(np.int32)), "TIFF"), SHOWN_GRAY, 0),
     "floats": (saved(Image.fromarray((GRAY / 255).astype(np.float32)), "TIFF"), SHOWN_GRAY, 0),
     "rgb of 16 bits": (png(RGB.astype(np.uint16) * 257, 16, 2), RGB, 0),
@@ -233,3 +271,24 @@ def test_more_pixels_than_the_bytes_can_hold(tmp_path, kind):
         load_image(path)
     Image.new("L", (9000, 9000)).save(path, "PNG")
     assert load_image(path).size == (9000, 9000)
+
+
+@pytest.mark.parametrize(("bits", "dtype"), [(8, "i1"), (16, "<i2"), (16, ">i2")])
+def test_signed_values_are_an_error(bits, dtype):
+    order = ">" if ">" in dtype else "<"
+    with pytest.raises(HYWUError, match=f"its {bits}-bit values are signed"):
+        load_image(io.BytesIO(tiff((GRAY // 2).astype(dtype).tobytes(), bits, order, samples=2)))
+
+
+def test_a_file_never_starts_another_program(tmp_path, monkeypatch):
+    """PostScript under an image's name: Pillow would have Ghostscript run it, for ever if it likes."""
+    for name in ("gs", "gswin64c"):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho > {tmp_path}/started\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    file = tmp_path / "loop.png"
+    file.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n{} loop\n")
+    with pytest.raises(HYWUError, match=r"loop\.png: can't be read as an image"):
+        load_image(file)
+    assert not (tmp_path / "started").exists()
+    assert image_format(file) is None
