@@ -52,17 +52,21 @@ def _prepared(
 
 
 def estimate(
-    size: Size, name: str, dtype: torch.dtype = torch.bfloat16, off: Sequence[str] = ()
+    size: Size,
+    name: str,
+    dtype: torch.dtype = torch.bfloat16,
+    off: Sequence[str] = (),
+    on: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The figures of one size and variant: a call after the first, whose tables and prefix are kept.
 
-    off: parts of the fast path to switch off, fields of `Switches`.
+    off, on: parts of the fast path to switch off, or on where they are off: fields of `Switches`.
     """
     ledger = Ledger()
     with pretended_cuda(ledger):
         config = size.config()
         generator = make(config, "cuda", dtype)
-        generator.switches = generator.switches.without(*off)
+        generator.switches = generator.switches.without(*off).also(*on)
         condition = condition_of(size, config, dtype)
         run = _prepared(name, generator, condition)
         run()
@@ -103,6 +107,7 @@ def main() -> None:
         "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME"
     )
     parser.add_argument("--off", nargs="+", default=[], metavar="PART", help="of the fast path")
+    parser.add_argument("--on", nargs="+", default=[], metavar="PART", help="of those that are off")
     parser.add_argument("--tflops", type=float, default=750, help="bf16; default: %(default)s")
     parser.add_argument("--fp8-tflops", type=float, default=1300, help="default: %(default)s")
     parser.add_argument("--copy-gbs", type=float, default=2800, help="default: %(default)s")
@@ -115,7 +120,7 @@ def main() -> None:
         for name in args.variants:
             if name == "offloaded" and size_name != "official":
                 continue
-            one = figures[name] = estimate(size, name, off=args.off)
+            one = figures[name] = estimate(size, name, off=args.off, on=args.on)
             products, rest = one["seconds_at_rates"] = seconds(one, rates)
             over = one["peak_over_weights_bytes"]
             rows.append(

@@ -44,6 +44,7 @@ CHUNKS = ((11_032, False), (16_548, False), (8_448, True), (16_896, True), (25_3
 #: Seconds of work before anything counts.
 SETTLE_S = 4.0
 
+#: "everything" is all parts that are on by themselves.
 PLAIN, AGAIN, KEPT = "everything", "everything again", "prefix kept"
 
 
@@ -52,29 +53,32 @@ class Setting:
     """A way to run the generator; what it keeps is its own, so that settings may take turns."""
 
     off: tuple[str, ...] = ()
+    on: tuple[str, ...] = ()
     chunk_rows: int | None = None
     keeps: bool = False
     prefixes: Kept = dataclasses.field(default_factory=lambda: Kept(only_last=True))
 
     def apply(self, generator: ParameterGenerator, itemsize: int) -> None:
         rows, width = self.chunk_rows, generator.config.d_model
-        generator.switches = Switches().without(*self.off)
+        generator.switches = Switches().without(*self.off).also(*self.on)
         generator.chunk_bytes = None if rows is None else rows * 4 * width * itemsize
         generator.prefix_cache_bytes = None if self.keeps else 0
         generator.prefixes = self.prefixes
 
 
 def settings(parts: Sequence[str], chunks: bool) -> Iterator[tuple[str, Setting]]:
-    """Every setting by its name; ``keep_prefix`` is tried by keeping it."""
+    """Every setting by its name; ``keep_prefix`` and what is off by itself are tried by doing it."""
     yield PLAIN, Setting()
     for part in parts:
         if part == "keep_prefix":
             yield KEPT, Setting(keeps=True)
-        else:
+        elif getattr(Switches(), part):
             yield f"without {part}", Setting((part,))
+        else:
+            yield f"with {part}", Setting(on=(part,))
     for rows, waves in CHUNKS if chunks else ():
         name = f"chunks of {rows} rows" + ("" if waves else ", even")
-        yield name, Setting(() if waves else ("waves",), rows)
+        yield name, Setting(() if waves else ("waves",), chunk_rows=rows)
     yield AGAIN, Setting()
 
 
@@ -121,11 +125,11 @@ def measure(
     return summary(rounds) | failed
 
 
-def summary(rounds: Sequence[dict[str, float]]) -> dict[str, Any]:
-    """Figures of each setting from the seconds of every round; see `measure`."""
+def summary(rounds: Sequence[dict[str, float]], plain: str = PLAIN) -> dict[str, Any]:
+    """Figures of each setting from the seconds of every round; see `measure`. Ratios are to `plain`."""
     found = {}
     for name in rounds[0]:
-        ratios = [each[name] / each[PLAIN] for each in rounds]
+        ratios = [each[name] / each[plain] for each in rounds]
         quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
         found[name] = {
             "median_s": statistics.median(each[name] for each in rounds),

@@ -4,8 +4,8 @@
     python -m bench.one --errors eager ours fp8 --json FILE      each variant against float64, reduced
 
 bench/cuda.py and bench/first_contact.py call it in a process of its own for each measurement. --reference
-is where `eager` leaves a sample of its result and the others find it; --off names parts of the fast path
-(the fields of `Switches`) to switch off; --blocks shortens the generator,
+is where `eager` leaves a sample of its result and the others find it; --off and --on name parts of the fast
+path (the fields of `Switches`) to switch off, or on where they are off; --blocks shortens the generator,
 --chunk-rows sets the rows of a chunk.
 """
 
@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hywu_core import ParameterGenerator
+from hywu_core.generator.speed.passes import Switches
 
 from .device import held_bytes, peak_bytes, profile, timed, use
 from .measure import write_json
@@ -77,7 +78,7 @@ def measure(
     dtype: torch.dtype,
     seconds: float,
     sample: Path | None = None,
-    off: Sequence[str] = (),
+    switches: Switches | None = None,
     chunk_rows: int | None = None,
     show: Callable[[dict[str, Any]], None] = lambda figures: None,
 ) -> dict[str, Any]:
@@ -85,7 +86,7 @@ def measure(
 
     seconds: no call is begun after so many.
     sample: file with a sample of eager's result, which eager writes.
-    off, chunk_rows: see the module.
+    switches, chunk_rows: the generator's own where None; see the module.
     show: is called with the figures as far as they have come.
     """
     config = size.config()
@@ -96,7 +97,7 @@ def measure(
     before = held_bytes(device)
     try:
         generator = make(config, str(device), dtype)
-        generator.switches = generator.switches.without(*off)
+        generator.switches = switches or generator.switches
         if chunk_rows is not None:
             generator.chunk_bytes = chunk_rows * 4 * config.d_model * dtype.itemsize
         with variant(name, generator, condition) as run:
@@ -187,6 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tiny", action="store_true", help="shrunk to almost nothing")
     parser.add_argument("--blocks", type=int, help="so many blocks instead of all")
     parser.add_argument("--off", nargs="+", default=[], metavar="PART")
+    parser.add_argument("--on", nargs="+", default=[], metavar="PART")
     parser.add_argument("--chunk-rows", type=int)
     parser.add_argument("--reference", type=Path, help="a sample of eager's result")
     parser.add_argument("--json", type=Path, required=True)
@@ -198,7 +200,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     figures = measure(
         chosen(args.size, args.tiny, args.blocks), args.variant, device, dtype, args.seconds,
-        args.reference, args.off, args.chunk_rows, lambda found: write_json(args.json, found),
+        args.reference, Switches().without(*args.off).also(*args.on), args.chunk_rows,
+        lambda found: write_json(args.json, found),
     )  # fmt: skip
     write_json(args.json, figures)
 

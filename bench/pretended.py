@@ -149,20 +149,16 @@ class _Kernels:
         lambda layers, head_dim: layers <= 32 and head_dim in (16, 32, 64, 128)
     )
 
-    def rms_norm(
-        self, x: Tensor, weight: Tensor, eps: float, bias: Tensor | None, pending: Tensor | None
-    ) -> Tensor:
-        self._check(weight, bias, pending)
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, **options: Any) -> Tensor:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        self._ledger.launch("rms_norm", [x, out], 0 if bias is None else x.nbytes)
+        self._norm(x, weight, [out], **options)
         return out
 
     def rms_norm_quantized(
-        self, x: Tensor, weight: Tensor, eps: float, bias: Tensor | None, pending: Tensor | None
+        self, x: Tensor, weight: Tensor, eps: float, **options: Any
     ) -> tuple[Tensor, Tensor]:
-        self._check(weight, bias, pending)
         out = self._rows(x.numel() // x.shape[-1], x.shape[-1], x.device)
-        self._ledger.launch("rms_norm", [x, *out], 0 if bias is None else x.nbytes)
+        self._norm(x, weight, list(out), **options)
         return out
 
     def rotate_(self, x: Tensor, first: Tensor, second: Tensor, wide: bool) -> Tensor:
@@ -204,9 +200,19 @@ class _Kernels:
         work = 4 * qkv.numel() // 3 * qkv.shape[1]
         self._ledger.flops[_short(qkv.dtype)] += work
 
-    def _check(self, weight: Tensor, bias: Tensor | None, pending: Tensor | None) -> None:
+    def _norm(
+        self, x: Tensor, weight: Tensor, out: list[Tensor], bias: Tensor | None,
+        pending: Tensor | None, added: Tensor | None, several: bool,
+    ) -> None:  # fmt: skip
         assert bias is None or bias.device == weight.device
         assert pending is None or (pending.dtype, pending.device) == (torch.float32, weight.device)
+        touched = [x, *out]
+        if added is not None:
+            assert added.is_contiguous()
+            assert (added.numel(), added.dtype) == (x.numel(), x.dtype)
+            touched.append(added)
+        writes = bias is not None or added is not None
+        self._ledger.launch("rms_norm", touched, x.numel() * x.element_size() if writes else 0)
 
 
 class _Stream:

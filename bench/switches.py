@@ -4,11 +4,11 @@
     python -m bench.switches --device cpu --tiny --json FILE       for the tests
 
 First, within three minutes: the official size at two blocks, in bf16 and in fp8, each a process of its own in
-which all settings take turns (bench/interleaved.py): everything on, each part of `Switches` off, other chunk
-sizes. Then, as far as there is time: the parts that cost more than they gain off, at all blocks; three kernels
-under Nsight Compute where it is installed and may count; blocks offloaded. The JSON is written anew after
-each. A part is switched off only where the whole is faster without it by more than two measurements of the
-same differ.
+which all settings take turns (bench/interleaved.py): everything on, each part of `Switches` off, or on where it
+is off until measured, other chunk sizes. Then, as far as there is time: the verdicts followed, at all blocks;
+three kernels under Nsight Compute where it is installed and may count; blocks offloaded. The JSON is written
+anew after each. A part is switched, off or on, only where the whole is faster for it by more than two
+measurements of the same differ.
 """
 
 from __future__ import annotations
@@ -132,7 +132,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def verdicts(settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """``[{part, variant, times, keep}]``: how much slower the whole is without a part.
+    """``[{part, variant, times, keep, on}]``: how much slower the whole is without a part that is on, or with
+    one that is off (see `bench.interleaved.settings`), and whether to keep it as it is.
 
     settings: ``{"VARIANT: SETTING": figures}`` of bench/interleaved.py.
     The prefix is told at all blocks, of which it is as much as it is of two.
@@ -146,22 +147,29 @@ def verdicts(settings: dict[str, Any]) -> list[dict[str, Any]]:
         if name == KEPT:
             share = (1 - found["times"]) * BLOCKS / OFFICIAL_BLOCKS
             part, times = "keep_prefix", 1 / (1 - share)
-        elif name.startswith("without "):
-            part, times = name.removeprefix("without "), found["times"]
+        elif name.startswith(("without ", "with ")):
+            part, times = name.partition(" ")[2], found["times"]
         else:
             continue
         # what costs less than the noise is kept: the reference says that it gains
         noise = max(abs(again["times"] - 1), again["spread"])
         keep = times + noise >= 1
-        made.append({"part": part, "variant": variant, "times": times, "keep": keep})
+        on = not name.startswith("with ")
+        made.append({"part": part, "variant": variant, "times": times, "keep": keep, "on": on})
     return made
 
 
 def _whole(course: Course, args: argparse.Namespace) -> None:
     """The best setting at all blocks, kernels under Nsight Compute, offloaded blocks."""
-    worse = [v["part"] for v in course.figures["verdicts"] if not v["keep"]]
-    for variant in args.variants if worse else ():
-        course.measure(f"{variant}: the best, all blocks", variant, "--off", *worse, longest=90)
+    changed = [v for v in course.figures["verdicts"] if not v["keep"]]
+    for variant in args.variants:
+        own = [v for v in changed if v["variant"] == variant]
+        asked: list[str] = []
+        for option, on in (("--off", True), ("--on", False)):
+            names = [v["part"] for v in own if v["on"] == on]
+            asked += [option, *names] if names else []
+        if own:
+            course.measure(f"{variant}: the best, all blocks", variant, *asked, longest=90)
     for kernel in KERNELS:
         if course.left() > 40:
             course.put(f"Nsight Compute: {kernel}", inspected(kernel, args, course.left()))
@@ -204,11 +212,17 @@ def counted(text: str) -> dict[str, str]:
 
 def show(figures: dict[str, Any]) -> None:
     rows = [
-        (v["variant"], v["part"], f"{v['times']:.3f}x", "keep" if v["keep"] else "switch off")
+        (v["variant"], v["part"], "on" if v["on"] else "off", f"{v['times']:.3f}x", verdict(v))
         for v in figures.get("verdicts", [])
     ]
     say()
-    table(rows, ("variant", "part", "the whole without it", "verdict"))
+    table(rows, ("variant", "part", "is", "the whole with it switched", "verdict"))
+
+
+def verdict(found: dict[str, Any]) -> str:
+    """What to do with a part: leave it as it is, or the other way round."""
+    state, other = ("on", "off") if found["on"] else ("off", "on")
+    return f"leave {state}" if found["keep"] else f"switch {other}"
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -17,6 +17,8 @@ from typing import Any
 
 from hywu_core.cli.console import say
 
+from .switches import verdict
+
 DOCS = Path(__file__).parent.parent / "docs" / "speed.md"
 
 Tables = dict[str, str]
@@ -65,9 +67,9 @@ def first_contact(figures: dict[str, Any]) -> Tables:
 
 
 def switches(figures: dict[str, Any]) -> Tables:
-    """How much slower the whole is without each part."""
+    """How much slower the whole is with each part switched the other way."""
     rows = [
-        (v["part"], v["variant"], f"{v['times']:.3f}×", "keep" if v["keep"] else "off")
+        (v["part"], v["variant"], "on" if v["on"] else "off", f"{v['times']:.3f}×", verdict(v))
         for v in figures["verdicts"]
     ]
     settings = [
@@ -75,7 +77,7 @@ def switches(figures: dict[str, Any]) -> Tables:
         for name, found in figures["settings"].items()
         if "median_s" in found
     ]
-    parts = markdown(("part", "variant", "time without it", "verdict"), rows)
+    parts = markdown(("part", "variant", "is", "time with it switched", "verdict"), rows)
     return {"switches": f"{parts}\n\n{markdown(('setting', 'time'), settings)}"}
 
 

@@ -41,8 +41,8 @@ def conv_delta(x: Tensor, a: Tensor, b: Tensor, s: float, index: Tensor | None =
 
 
 def add_linear_(output: Tensor, x: Tensor, a: Tensor, b: Tensor, s: float) -> Tensor:
-    """``output += s·B(A x)`` in place, in two products: output ``[n, ..., out]`` dense, a and b as in
-    `linear_delta` without an index. Returns output.
+    """``output += s·B(A x)`` in place, in two products: output ``[n, ..., out]`` dense but for the last
+    dimension, which may be a part of a wider one; a and b as in `linear_delta` without an index. Returns output.
     """
     if a.shape[0] == 1:
         low = F.linear(x, a[0]).view(-1, a.shape[1])
@@ -154,9 +154,13 @@ class PartAdapter(LinearAdapter):
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
         x = args[0] if args else kwargs["input"]
+        rows = slice(None) if self.place.half is None else self.place.rows(output.shape[-1])
+        if _takes_more(output, x, self._pair):
+            # two launches for each expert that has rows, of which a model may have thousands
+            add_linear_(output[..., rows], x, *self.pair_for(x), self.s)
+            return output
         delta = linear_delta(x, *self.pair_for(x), self.s, self.index_for(x)).to(output.dtype)
         if self.place.half is not None:
-            rows = self.place.rows(output.shape[-1])
             delta = F.pad(delta, (rows.start, output.shape[-1] - rows.stop))
         return output + delta
 

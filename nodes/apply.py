@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from . import ui
 from .host import application, hooks
+from .host.scope import Scope, module_patterns
 from .ui import CATEGORY, SCOPE
 
 MODES = ["auto", "merge", "unmerged"]
@@ -65,7 +66,7 @@ class HYWUApplyLoRA:
     def apply(
         self, model, lora, strength, mode, apply_to_negative=True, scope=None, skip_missing=False
     ):
-        scope = replace(scope or application.Scope(), negative=apply_to_negative)
+        scope = replace(scope or Scope(), negative=apply_to_negative)
         patched, report, warnings = application.apply(
             model, lora, strength, mode, scope, skip_missing
         )
@@ -109,10 +110,10 @@ class HYWULoRAScope:
 
     @classmethod
     def VALIDATE_INPUTS(cls, module_strengths=None):
-        return ui.checked(lambda: application.module_patterns(module_strengths or ""))
+        return ui.checked(lambda: module_patterns(module_strengths or ""))
 
     def make(self, start_percent, end_percent, module_strengths):
-        return (application.Scope(True, start_percent, end_percent, module_strengths),)
+        return (Scope(True, start_percent, end_percent, module_strengths),)
 
 
 class HYWULoRAHook:

@@ -2,13 +2,15 @@
 
 A sublayer takes a *view* of the hidden states, and in inference adds its result to that view in
 place, chunk by chunk: every sublayer mixes along one axis only, so chunks along the others never
-see each other's results. Under autograd the same code runs unchunked and out of place.
+see each other's results. Under autograd the same code runs unchunked and out of place. Sublayers that
+mix nothing across layers may also take turns on each chunk (the switch ``fp8_loop``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -102,6 +104,25 @@ class FeedForward(nn.Module):
         self.fc2 = operations.Linear(4 * dim, dim)
 
 
+@dataclass(frozen=True)
+class Sublayer:
+    """``x + linear(branch(norm(x)), *out)`` of one stack's hidden states ``[B, M, L, d]``, chunks along M.
+
+    first: the product that the norm goes into.
+    branch: takes the norm as a function (so that its result lives no longer than it must), the chunk and the
+        chunk's start.
+    most: indices of M that a chunk may hold at most, where not only memory says.
+    any_rows: positions don't see each other either: a chunk may be cut anywhere.
+    """
+
+    norm: RMSNorm
+    first: Product
+    branch: Callable[[Callable[[], Any], Tensor, int], Any]
+    out: Product
+    most: int | None = None
+    any_rows: bool = False
+
+
 class Block(nn.Module):
     """Attention across layers, attention within a layer, attention to the condition, feed-forward."""
 
@@ -126,88 +147,80 @@ class Block(nn.Module):
         skip_prefix: the attentions that do not see the condition were done already.
         """
         hidden = list(hidden)  # a recomputed block must find its list as it was
+        left = [(self._cross, self.self_attn_cross.W_q), (self._mlp, self.feed_forward.fc1)]
         if not skip_prefix:
-            hidden = self.prefix(hidden, context)
-        hidden = self.cross(hidden, context)
-        return self.mlp(hidden, context)
+            hidden = self.across(hidden, context)
+            left = [(self._within, self.self_attn_hw.W_qkv), *left]
+        # what is left mixes nothing across layers
+        if context.passes.takes_turns([layer for _, layer in left], hidden):
+            return _take_turns(hidden, [make(hidden, context) for make, _ in left], context)
+        for make, _ in left:
+            hidden = _whole(hidden, make, context)
+        return hidden
 
     def prefix(self, hidden: list[Tensor], context: Context) -> list[Tensor]:
         """The two sublayers that do not see the condition."""
-        return self.within(self.across(hidden, context), context)
+        return _whole(self.across(hidden, context), self._within, context)
 
     def across(self, hidden: list[Tensor], context: Context) -> list[Tensor]:
         """Attention across layers: sequences of N, one per position, so it is looked at transposed."""
-        products = _resolved(self.self_attn_n, hidden[0])
-        for i, tables in enumerate(context.tables):
-            turned = hidden[i].transpose(1, 2)
-            turned = self._self_attention(turned, self.norm1, products, tables.layers, context)
-            hidden[i] = turned.transpose(1, 2)
-        context.passes.settle(products["W_o"][1])
-        return hidden
+        turned = [states.transpose(1, 2) for states in hidden]
+        turned = _whole(turned, self._across, context)
+        return [states.transpose(1, 2) for states in turned]
 
-    def within(self, hidden: list[Tensor], context: Context) -> list[Tensor]:
+    def _across(self, turned: list[Tensor], context: Context) -> list[Sublayer]:
+        axes = [tables.layers for tables in context.tables]
+        return self._self_attention(self.self_attn_n, self.norm1, turned, axes, context)
+
+    def _within(self, hidden: list[Tensor], context: Context) -> list[Sublayer]:
         """Attention within a layer: sequences of S, one per layer."""
-        products = _resolved(self.self_attn_hw, hidden[0])
-        for i, tables in enumerate(context.tables):
-            hidden[i] = self._self_attention(
-                hidden[i], self.norm2, products, tables.within, context
-            )
-        context.passes.settle(products["W_o"][1])
-        return hidden
+        axes = [tables.within for tables in context.tables]
+        return self._self_attention(self.self_attn_hw, self.norm2, hidden, axes, context)
 
     def _self_attention(
-        self, x: Tensor, norm: RMSNorm, products: dict[str, Product], axes: Axes, context: Context
-    ) -> Tensor:
-        """Attention along dimension 2 of ``x [B, M, L, d]``; chunks along dimension 1."""
-        batch, _, length, _ = x.shape
+        self, layers: SelfAttention, norm: RMSNorm, hidden: list[Tensor], axes: list[Axes],
+        context: Context,
+    ) -> list[Sublayer]:  # fmt: skip
+        """Attention along dimension 2 of each stack's ``[B, M, L, d]``."""
+        products = _resolved(layers, hidden[0])
         out = products["W_o"]
 
-        def attend(normed: Callable[[], Any], view: Tensor, start: int) -> Any:
+        def attend(normed: Callable[[], Any], view: Tensor, start: int, own: Axes) -> Any:
             qkv = linear(normed(), *products["W_qkv"])
-            qkv = qkv.view(-1, length, qkv.shape[-1])
-            return context.passes.self_attention(qkv, axes, self.heads, out[0]).view(view.shape)
+            qkv = qkv.view(-1, view.shape[2], qkv.shape[-1])
+            return context.passes.self_attention(qkv, own, self.heads, out[0]).view(view.shape)
 
-        most = passes.MOST_SEQUENCES // batch
-        return _residual(
-            x, norm, products["W_qkv"], attend, out, batch * length, context, most
-        )  # fmt: skip
+        most = passes.MOST_SEQUENCES // hidden[0].shape[0]
+        return [
+            Sublayer(norm, products["W_qkv"], partial(attend, own=own), out, most) for own in axes
+        ]
 
-    def cross(self, hidden: list[Tensor], context: Context) -> list[Tensor]:
+    def _cross(self, hidden: list[Tensor], context: Context) -> list[Sublayer]:
         """Attention of every position to the condition."""
         products = _resolved(self.self_attn_cross, hidden[0])
         kv = linear(context.condition, *products["W_kv"])
         kv = kv.unflatten(-1, (2, self.heads, self.head_dim))
-        for i, states in enumerate(hidden):
-            batch, _, length, _ = states.shape
+        value, made = kv[:, :, 1], []
+
+        def attend(
+            normed: Callable[[], Any], view: Tensor, start: int, key: Tensor, own: StackTables
+        ) -> Tensor:
+            q = linear(normed(), *products["W_q"])
+            items, count, positions, _ = view.shape
+            q = q.reshape(-1, positions, self.heads, self.head_dim)
+            q = context.passes.rotate(q, own.query(start, count, items))
+            q = q.view(items, -1, self.heads, self.head_dim)
+            return context.passes.attention(q, key, value, context.mask).view(view.shape)
+
+        for own, axes in zip(context.tables, context.keys, strict=True):
             key = kv[:, :, 0]
             if context.in_place and len(hidden) > 1:
                 key = key.clone()  # kv is the keys' source for every stack
-            key = context.passes.rotate(key, context.keys[i])
-            value, own = kv[:, :, 1], context.tables[i]
+            branch = partial(attend, key=context.passes.rotate(key, axes), own=own)
+            made.append(Sublayer(self.norm3, products["W_q"], branch, products["W_o"]))
+        return made
 
-            def attend(
-                normed: Callable[[], Any], view: Tensor, start: int, key=key, value=value, own=own
-            ) -> Tensor:
-                q = linear(normed(), *products["W_q"])
-                items, count, positions, _ = view.shape
-                q = q.reshape(-1, positions, self.heads, self.head_dim)
-                q = context.passes.rotate(q, own.query(start, count, items))
-                q = q.view(items, -1, self.heads, self.head_dim)
-                return context.passes.attention(q, key, value, context.mask).view(view.shape)
-
-            hidden[i] = _residual(
-                states,
-                self.norm3,
-                products["W_q"],
-                attend,
-                products["W_o"],
-                batch * length,
-                context,
-            )
-        context.passes.settle(products["W_o"][1])
-        return hidden
-
-    def mlp(self, hidden: list[Tensor], context: Context) -> list[Tensor]:
+    def _mlp(self, hidden: list[Tensor], context: Context) -> list[Sublayer]:
         """The feed-forward, over chunks of rows."""
         products = _resolved(self.feed_forward, hidden[0])
         out = products["fc2"]
@@ -215,12 +228,8 @@ class Block(nn.Module):
         def activated(normed: Callable[[], Any], view: Tensor, start: int) -> Any:
             return context.passes.silu(linear(normed(), *products["fc1"]), out[0])
 
-        for i, states in enumerate(hidden):
-            rows = states.view(1, -1, 1, states.shape[-1]) if context.in_place else states
-            rows = _residual(rows, self.norm4, products["fc1"], activated, out, 1, context)
-            hidden[i] = rows.view(states.shape)
-        context.passes.settle(out[1])
-        return hidden
+        made = Sublayer(self.norm4, products["fc1"], activated, out, any_rows=True)
+        return [made] * len(hidden)
 
 
 class Transformer(nn.Module):
@@ -249,31 +258,65 @@ class Transformer(nn.Module):
         return self.hw_pos[stack].weight, self.layer_pos[stack].weight
 
 
-def _residual(
-    x: Tensor,
-    norm: RMSNorm,
-    first: Product,
-    branch: Callable[[Callable[[], Any], Tensor, int], Any],
-    out: Product,
-    rows_each: int,
-    context: Context,
-    most: int | None = None,
-) -> Tensor:
-    """``x + linear(branch(norm(x)))`` over ``x [B, M, L, d]``, in chunks along M when in place.
+#: Makes a sublayer for each stack's hidden states.
+Make = Callable[[list[Tensor], Context], list[Sublayer]]
 
-    first: the product that the norm goes into.
-    branch: takes the norm as a function (so that its result lives no longer than it must), the chunk and the
-        chunk's start.
-    rows_each: rows of d values that one index of M holds.
-    most: indices of M that a chunk may hold at most, where not only memory says.
-    """
+
+def _whole(hidden: list[Tensor], make: Make, context: Context) -> list[Tensor]:
+    """One sublayer over all hidden states; its weights are held no longer than that."""
+    made = make(hidden, context)
+    for i, sublayer in enumerate(made):
+        hidden[i] = _residual(hidden[i], sublayer, context)
+    context.passes.settle(made[0].out[1])
+    return hidden
+
+
+def _residual(x: Tensor, sublayer: Sublayer, context: Context) -> Tensor:
+    """A sublayer over ``x [B, M, L, d]``, in chunks along M when in place."""
+    norm, branch, out = sublayer.norm, sublayer.branch, sublayer.out
     if not context.in_place:
         return x + linear(branch(lambda: norm(x), x, 0), *out)
-    for at in context.passes.chunks(x.shape[1], rows_each, most):
-        view = x[:, at]
+    rows = x.view(1, -1, 1, x.shape[-1]) if sublayer.any_rows else x
+    for at in context.passes.chunks(rows.shape[1], rows.shape[0] * rows.shape[2], sublayer.most):
+        view = rows[:, at]
         hidden = branch(
-            lambda view=view: context.passes.norm(norm, view, out, first[0]), view, at.start
+            lambda view=view: context.passes.norm(norm, view, out, sublayer.first[0]),
+            view,
+            at.start,
         )
         context.passes.accumulate(view, hidden, out)
         del hidden  # else it lives on while the next chunk's is made
     return x
+
+
+def _take_turns(
+    hidden: list[Tensor], sublayers: Sequence[list[Sublayer]], context: Context
+) -> list[Tensor]:
+    """Sublayers that mix nothing across layers, one after another on each chunk of whole layers.
+
+    Between two of them the product is added, normed and quantized in one pass.
+    """
+    run = context.passes
+    waiting = []  # what is pending before each sublayer
+    for made in sublayers:
+        waiting.append(run.pending)
+        run.settle(made[0].out[1])
+    after = run.pending
+    for i, x in enumerate(hidden):
+        own = [made[i] for made in sublayers]
+        most = min(sublayer.most or x.shape[1] for sublayer in own)
+        for at in run.chunks(x.shape[1], x.shape[0] * x.shape[2], most):
+            view, first = x[:, at], own[0]
+            run.resume(waiting[0])
+            normed = [run.norm(first.norm, view, first.out, first.first[0])]
+            for k, sublayer in enumerate(own):
+                added = run.product(sublayer.branch(normed.pop, view, at.start), sublayer.out)
+                if k + 1 == len(own):
+                    view.add_(added)
+                else:
+                    following = own[k + 1]
+                    run.resume(waiting[k + 1])
+                    normed.append(run.add_norm(following.norm, view, added, following.first[0]))
+                del added  # else it lives on in the next sublayer
+    run.resume(after)
+    return hidden

@@ -44,13 +44,14 @@ ORIGINS = (("encoder", "type"), ("editor", "editor"))
 def activation_bytes(config: GeneratorConfig, batch: int, tokens: int, itemsize: int) -> int:
     """The most that a generation holds beside the weights on ComfyUI's device, an upper bound.
 
-    The engine's own bound, the kept prefix, and a sublayer's weights, which are cast where ComfyUI left
-    them in host memory: those of the feed-forward are the largest, ``2 · 4d · d``.
+    The engine's own bound, the kept prefix, and two sublayers' weights, which are copied where ComfyUI left
+    them in host memory (two of 8 bits, and one of them cast, are no more): those of the feed-forward are the
+    largest, ``2 · 4d · d``.
     """
     chunk = default_chunk_bytes(mm.get_torch_device())
     sizes = Sizes(config, 0, 0, itemsize, batch, tokens, chunk, PREFIX_CACHE_BYTES)
     prefix = sizes.hidden_bytes if sizes.hidden_bytes <= PREFIX_CACHE_BYTES else 0
-    return sizes.working_bytes(chunk) + prefix + 8 * config.d_model**2 * itemsize
+    return sizes.working_bytes(chunk) + prefix + 16 * config.d_model**2 * itemsize
 
 
 class HostGenerator:
@@ -155,7 +156,8 @@ class HostGenerator:
             bar.update_absolute(done, total)
             mm.throw_exception_if_processing_interrupted()
 
-        return graphs.generate(network, condition, on_block)
+        with operations.copied_ahead(network):
+            return graphs.generate(network, condition, on_block)
 
 
 def _forget_graphs(network: nn.Module, *_: Any) -> None:

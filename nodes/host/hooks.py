@@ -8,8 +8,9 @@ import comfy.hooks
 
 from ...hywu_core.errors import HYWUError
 from ...hywu_core.lora import GeneratedLoRA
-from .application import check_strength, match
+from .application import match
 from .experts import expert_paths
+from .scope import check_strength
 from .stock_lora import stock_lora
 
 

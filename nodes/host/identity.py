@@ -8,7 +8,8 @@ import torch
 from comfy.weight_adapter.base import WeightAdapterBase
 
 from ...hywu_core.fingerprint import of_module, of_values
-from .application import ROOT, Unmerged
+from .application import ROOT
+from .unmerged import Unmerged
 
 
 def base_fingerprint(model: Any) -> str:

@@ -1,7 +1,8 @@
 """A generated LoRA in host memory with a copy on the device, which ComfyUI's memory manager keeps or evicts.
 
-The host's tensors are page-locked where there is CUDA, so that copies neither wait nor block; an eviction
-copies nothing back. Applied unmerged, a LoRA is an additional model of the MODEL: ComfyUI loads both
+The host's tensors of a generated LoRA are page-locked where there is CUDA, so that copies neither wait nor
+block; those of a LoRA that was read from a file pass through two page-locked pieces. An eviction copies
+nothing back. Applied unmerged, a LoRA is an additional model of the MODEL: ComfyUI loads both
 before it samples, and leaves both where they are as long as there is room.
 """
 
@@ -16,6 +17,7 @@ import comfy.model_patcher
 import torch
 from torch import Tensor, nn
 
+from ...hywu_core.generator.speed.staging import staged
 from ...hywu_core.lora import GeneratedLoRA
 
 #: Bytes that stay free on the device when a copy is kept that nobody uses yet.
@@ -86,7 +88,7 @@ class HeldLoRA(nn.Module):
             self._place(self._host)
         elif device != self.buffer_0.device:
             ready = self.ready and self.ready[0].device == device
-            values = self.ready if ready else [v.to(device, non_blocking=True) for v in self._host]
+            values = self.ready if ready else staged(self._host, device)
             self._place(values)
         return self
 

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from bench.sizes import make
-from hywu_core import Condition, GeneratorConfig, LoRALayout
+from hywu_core import Condition, GeneratorConfig, LoRALayout, ParameterGenerator
 from hywu_core.generator.rope import Axes, axis_table, rotate
 from hywu_core.generator.speed import kernels, passes
 from hywu_core.generator.speed.fp8 import Fp8Weight, quantize_rows, to_fp8
-from hywu_core.generator.speed.passes import Switches
+from hywu_core.generator.speed.passes import FusedPasses, Switches
 from hywu_core.layout import Module, Stack
 
 #: relative to the values; the interpreter and torch round once each
@@ -47,10 +47,52 @@ def rms_norm(dtype: torch.dtype) -> None:
                 assert quantized.abs().amax(1).allclose(torch.tensor(448.0))
             assert torch.equal(view, before)
         whole, view = states.clone(), states[:, 1:]
-        out = kernels.rms_norm(view, weight, 1e-6, bias)
+        out = kernels.rms_norm(view, weight, 1e-6, bias=bias)
         close(out, normed(whole[:, 1:], weight, None), dtype)
         close(view, whole[:, 1:] + bias, dtype)
         assert torch.equal(states[:, 0], whole[:, 0])
+
+
+def rms_norm_of_several(dtype: torch.dtype) -> None:
+    """A program that takes several rows, with all that a norm can do besides: bit for bit as one by one."""
+    for count, dim in ((1, 48), (2, 64)):  # 2 * 1 * 5 rows aren't a multiple of four, 2 * 2 * 5 are
+        states = torch.randn(2, count, 5, dim).to(dtype)
+        weight, bias = torch.randn(dim).to(dtype), torch.randn(dim).to(dtype)
+        for more in ({}, {"bias": bias}, {"pending": torch.randn(dim)}):
+            one, four = states.clone(), states.clone()
+            with mock.patch.object(kernels, "MANY", 1):
+                out = kernels.rms_norm(four.transpose(1, 2), weight, 1e-6, several=True, **more)
+            assert torch.equal(out, kernels.rms_norm(one.transpose(1, 2), weight, 1e-6, **more))
+            assert torch.equal(four, one)
+        with mock.patch.object(kernels, "MANY", 1):
+            eight = kernels.rms_norm_quantized(states, weight, 1e-6, torch.float32, several=True)
+        expected = kernels.rms_norm_quantized(states, weight, 1e-6, torch.float32)
+        assert all(torch.equal(a, b) for a, b in zip(eight, expected, strict=True))
+
+
+def rms_norm_after_adding(dtype: torch.dtype) -> None:
+    """A product added to the hidden states and their norm in one pass, against torch doing both."""
+    states = torch.randn(2, 3, 5, 48).to(dtype)
+    weight, pending = torch.randn(48).to(dtype), torch.randn(48)
+    for name, several in (("rms_norm", False), ("rms_norm_quantized", False), ("rms_norm", True)):
+        for waiting in (None, pending):
+            whole, chunk = states.clone(), states[:, 1:].clone()
+            added = torch.randn(2 * 2 * 5, 48).to(dtype)
+            chunk += added.view(chunk.shape)
+            more = {"pending": waiting, "added": added, "several": several}
+            if name == "rms_norm_quantized":
+                values, scales = kernels.rms_norm_quantized(
+                    whole[:, 1:], weight, 1e-6, torch.float32, **more
+                )
+                out = (values * scales).view(chunk.shape)
+            else:
+                with mock.patch.object(kernels, "MANY", 1):
+                    out = kernels.rms_norm(whole[:, 1:], weight, 1e-6, **more)
+            # what torch's addition in place leaves (the interpreter cuts bfloat16 off), and nothing beside
+            close(whole[:, 1:], chunk, dtype)
+            assert dtype == torch.bfloat16 or torch.equal(whole[:, 1:], chunk)
+            assert torch.equal(whole[:, 0], states[:, 0])
+            close(out, normed(whole[:, 1:], weight, waiting), dtype)
 
 
 def normed(x: torch.Tensor, weight: torch.Tensor, pending: torch.Tensor | None) -> torch.Tensor:
@@ -121,6 +163,8 @@ def rows(dtype: torch.dtype) -> None:
 
 #: Parts of the fast path that floating-point weights take.
 PARTS = ("across", "wide_rope", "pending_bias", "strided_accumulate", "waves")
+#: ... and those that are off until a device has measured them.
+MORE = ("norm_rows",)
 
 
 def config() -> GeneratorConfig:
@@ -162,6 +206,7 @@ def generator(dtype: torch.dtype) -> None:
     settings = [(everything, None), (everything, 2000), (everything.without(*PARTS), 2000)]
     if dtype == torch.float32:
         settings += [(everything.without(part), 2000) for part in PARTS]
+        settings += [(everything.also(part), 2000) for part in MORE]
     for switches, chunk_bytes in settings:
         fast.switches, fast.chunk_bytes = switches, chunk_bytes
         for _ in range(2 if switches == everything else 1):  # the prefix is made, and kept
@@ -177,7 +222,7 @@ class Rounding:
         if name == "quantize_rows":
             return lambda x, silu=False: self._rounded(function(x, torch.float32, silu))
         if name.endswith("_quantized"):
-            return lambda *args: self._rounded(function(*args, dtype=torch.float32))
+            return lambda *args, **more: self._rounded(function(*args, dtype=torch.float32, **more))
         return function
 
     def _rounded(self, made: tuple[torch.Tensor, torch.Tensor]) -> tuple:
@@ -199,12 +244,45 @@ def fp8(dtype: torch.dtype) -> None:
             fast.switches = switches
             error = off(fast.generate_grids(condition), expected)
             assert 0.8 * own < error < 1.2 * own, (switches, error, own)
+        taking_turns(fast, condition)
+
+
+def taking_turns(fast: ParameterGenerator, condition: Condition) -> None:
+    """One loop over chunks of whole layers against sublayer after sublayer: the same bits."""
+    layers = []
+    own = FusedPasses.add_norm
+
+    def counted(self, norm, states, added, to):
+        layers.append(states.shape[1])
+        return own(self, norm, states, added, to)
+
+    grids = fast.config.grids
+    positions = max(grid.num_tokens for grid in grids) * fast.config.rows_per_token
+    one_layer = 2 * positions * 4 * 32 * 4  # of both items
+    fast.switches = Switches()
+    expected = fast.generate_grids(condition)
+    for more, chunk_bytes, cut in (
+        (("fp8_loop",), None, {1, 2}),
+        (("fp8_loop", "norm_rows"), one_layer, {1}),
+        (("fp8_loop",), one_layer - 1, set()),  # a chunk has no room for a layer
+    ):
+        fast.switches, fast.chunk_bytes = Switches().also(*more), chunk_bytes
+        layers.clear()
+        with (
+            mock.patch.object(FusedPasses, "add_norm", counted),
+            mock.patch.object(kernels, "MANY", 1),
+        ):
+            made = fast.generate_grids(condition)
+        assert set(layers) == cut
+        assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))
 
 
 def main() -> None:
     torch.manual_seed(0)
     for name, check in (
         ("rms_norm", rms_norm),
+        ("several", rms_norm_of_several),
+        ("adding", rms_norm_after_adding),
         ("rotate", rotate_),
         ("across", across),
         ("quantize_rows", rows),

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from bench import (
     clocks,
+    copies,
     decisions,
     first_contact,
     interleaved,
@@ -192,19 +193,22 @@ def test_nothing_is_decided_from_nothing():
 def test_switches_are_tried_one_by_one(tmp_path, capsys):
     path = tmp_path / "switches.json"
     arguments = ["--device", "cpu", "--tiny", "--variants", "ours", "--json", str(path)]
-    switches.run(switches.parse([*arguments, "--parts", "across"]))
+    switches.run(switches.parse([*arguments, "--parts", "across", "norm_rows"]))
     figures = json.loads(path.read_text())
     settings = figures["settings"]
     assert list(settings) == [
-        "ours: everything", "ours: without across", "ours: everything again",
+        "ours: everything", "ours: without across", "ours: with norm_rows", "ours: everything again",
     ]  # fmt: skip
     assert all(found["median_s"] > 0 for found in settings.values())
-    assert [v["part"] for v in figures["verdicts"]] == ["across"]
-    assert "the whole without it" in capsys.readouterr().out
+    assert [(v["part"], v["on"]) for v in figures["verdicts"]] == [
+        ("across", True), ("norm_rows", False),
+    ]  # fmt: skip
+    assert "the whole with it switched" in capsys.readouterr().out
 
 
-def test_a_part_that_costs_more_than_the_noise_is_switched_off():
+def test_a_part_is_switched_where_that_gains_more_than_the_noise():
     times = {"everything": 1, "everything again": 1.002, "without waves": 0.98}
+    times |= {"with norm_rows": 0.99, "with fp8_loop": 0.997}
     times |= {"without across": 0.997, "without wide_rope": 1.03, "prefix kept": 0.76}
     spread = {"everything again": 0.004}
     settings = {
@@ -213,7 +217,12 @@ def test_a_part_that_costs_more_than_the_noise_is_switched_off():
     } | {"fp8": {"failed": "no"}}
     found = {v["part"]: v for v in switches.verdicts(settings)}
     keeps = {part: v["keep"] for part, v in found.items()}
-    assert keeps == {"waves": False, "across": True, "wide_rope": True, "keep_prefix": True}
+    assert keeps == {
+        "waves": False, "norm_rows": False, "fp8_loop": True,
+        "across": True, "wide_rope": True, "keep_prefix": True,
+    }  # fmt: skip
+    told = {part: switches.verdict(found[part]) for part in ("waves", "norm_rows", "fp8_loop")}
+    assert told == {"waves": "switch off", "norm_rows": "switch on", "fp8_loop": "leave off"}
     # a quarter of two blocks is a fiftieth of 24
     assert found["keep_prefix"]["times"] == pytest.approx(1 / (1 - 0.24 * 2 / 24))
 
@@ -264,6 +273,16 @@ def test_every_part_of_the_fast_path_is_tried():
         Switches().without("wide")
 
 
+def test_copies_of_a_host_run_on_a_cpu(tmp_path, capsys):
+    path = tmp_path / "copies.json"
+    copies.run(copies.parse(["--device", "cpu", "--tiny", "--json", str(path)]))
+    figures = json.loads(path.read_text())
+    assert all(gbs > 0 for gbs in figures["uploads"].values())
+    assert figures["offloaded"]["equal"]
+    assert figures["offloaded"]["ahead"]["rounds"] >= 3
+    assert "the same bits: yes" in capsys.readouterr().out
+
+
 def test_counts_are_read_from_what_nsight_compute_prints():
     text = """
     Section: Command line profiler metrics
@@ -282,7 +301,10 @@ def test_the_documents_tables_come_from_the_figures(tmp_path):
     device = figures_of_a_device()
     device["environment"] = {"name": "H100", "torch": "2.11.0", "triton": "3.6.0"}
     device["decisions"] = decisions.decisions(device)
-    parts = [{"part": "across", "variant": "ours", "times": 1.04, "keep": True}]
+    parts = [
+        {"part": "across", "variant": "ours", "times": 1.04, "keep": True, "on": True},
+        {"part": "fp8_loop", "variant": "fp8", "times": 0.98, "keep": False, "on": False},
+    ]
     settings = {"ours: everything": {"median_s": 0.6}, "broken": {"failed": "no"}}
     files = {
         "first.json": device,
@@ -300,7 +322,8 @@ def test_the_documents_tables_come_from_the_figures(tmp_path):
     assert "old" not in text
     assert text.endswith("the end\n")
     assert "| official/ours | 5000 ms | 1.34× | 95 % | 3.7 | 2.0e-02 |" in text
-    assert "| across | ours | 1.040× | keep |" in text
+    assert "| across | ours | on | 1.040× | leave on |" in text
+    assert "| fp8_loop | fp8 | off | 0.980× | switch on |" in text
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(SystemExit, match="no figures that a table is made of"):
         tables.main([str(tmp_path / "other.json"), "--docs", str(document)])

@@ -55,6 +55,17 @@ def test_each_part_of_the_fast_path_saves_what_it_claims(variant, parts):
         assert without["flops"] == whole["flops"], part
 
 
+def test_one_loop_in_fp8_reads_less_and_holds_no_more():
+    size = few_blocks("official")
+    apart, looped = (estimate.estimate(size, "fp8", on=on) for on in ((), ["fp8_loop"]))
+    # a product and a norm of two sublayers of a whole block read the hidden states once, not twice; in the
+    # first block, whose prefix is kept, of one
+    saved = apart["other_bytes"] - looped["other_bytes"]
+    assert saved == pytest.approx(3 * 176_512 * 4096 * 2, rel=0.01)
+    assert looped["flops"] == apart["flops"]
+    assert looped["peak_over_weights_bytes"] <= 1.02 * apart["peak_over_weights_bytes"] < 4e9
+
+
 def test_the_large_prefix_is_kept_where_memory_is_free():
     size = few_blocks("official")
     kept, made = (estimate.estimate(size, "ours", off=off) for off in ((), ["keep_prefix"]))

@@ -230,6 +230,35 @@ def test_without_cuda_the_generator_is_called_as_it_is():
     assert seen == [(1, 2), (2, 2)]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("masked", [False, True])
+def test_sublayers_that_take_turns_on_chunks_compute_the_same(monkeypatch, masked):
+    """The order of the loop, in plain torch; test_speed_kernels.py has it with the kernels, in fp8."""
+    generator = make(small(num_blocks=3))
+    for name, parameter in generator.named_parameters():  # biases are zero at first
+        if name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.3)
+    parts = random_condition(small(), 9, CPU, torch.float32).parts
+    parts = {name: torch.cat([tokens, -tokens]) for name, tokens in parts.items()}
+    mask = torch.ones(parts["b"].shape[:2], dtype=torch.bool)
+    mask[0, 1:] = False
+    condition = Condition(parts, {"b": mask} if masked else {})
+    expected = generator.generate_grids(condition)
+    added = []
+    own = passes.Passes.add_norm
+    monkeypatch.setattr(passes.Passes, "takes_turns", lambda *arguments: True)
+    monkeypatch.setattr(
+        passes.Passes, "add_norm", lambda *args: (added.append(args[2].shape[1]), own(*args))[1]
+    )
+    for chunk_bytes, cut in ((None, {2, 3}), (1, {1})):
+        generator.chunk_bytes = chunk_bytes
+        generator.forget()
+        added.clear()
+        made = generator.generate_grids(condition)
+        torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-5)
+        assert set(added) == cut
+
+
 def test_attention_takes_no_more_sequences_than_a_grid_has(monkeypatch):
     generator = make(small())
     condition = random_condition(small(), 9, CPU, torch.float32)

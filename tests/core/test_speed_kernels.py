@@ -25,10 +25,15 @@ def test_kernels_compute_what_torch_computes():
     )
     assert done.returncode == 0, done.stderr[-3000:]
     checked = done.stdout.split()
-    assert checked == ["rms_norm", "rotate", "across", "quantize_rows", "generator", "fp8"]
+    names = "rms_norm several adding rotate across quantize_rows generator fp8"
+    assert checked == names.split()
 
 
-NORM = {"HAS_BIAS": False, "HAS_PENDING": False, "QUANTIZE": False, "LIMIT": 448.0, "BLOCK": 4096}
+NORM = {
+    "HAS_BIAS": False, "HAS_PENDING": False, "HAS_ADDED": False, "QUANTIZE": False, "LIMIT": 448.0,
+    "ROWS": 1, "BLOCK": 4096,
+}  # fmt: skip
+WAITING = {**NORM, "HAS_PENDING": True}
 ACROSS = {"N": 32, "NB": 32, "PAIRS": 64}
 ROWS = {"LIMIT": 448.0, "SILU": False}
 
@@ -36,8 +41,12 @@ ROWS = {"LIMIT": 448.0, "SILU": False}
 #: small ones; Triton builds a 1 in, too.
 KERNELS = [
     ("_rms_norm", {**NORM, "HAS_BIAS": True}, 8),
-    ("_rms_norm", {**NORM, "HAS_PENDING": True}, 8),
-    ("_rms_norm", {**NORM, "HAS_PENDING": True, "QUANTIZE": True}, 8),
+    ("_rms_norm", WAITING, 8),
+    ("_rms_norm", {**WAITING, "QUANTIZE": True}, 8),
+    ("_rms_norm", {**WAITING, "QUANTIZE": True, "HAS_ADDED": True}, 8),
+    ("_rms_norm", {**WAITING, "ROWS": 4}, 8),
+    ("_rms_norm", {**NORM, "HAS_BIAS": True, "ROWS": 4}, 8),
+    ("_rms_norm", {**WAITING, "QUANTIZE": True, "HAS_ADDED": True, "ROWS": 4}, 8),
     ("_rms_norm", {**NORM, "BLOCK": 64, "size2": 1}, 1),
     ("_rotate", {"HEADS": 16, "PAIRS": 64}, 4),
     ("_rotate", {"HEADS": 8, "PAIRS": 16, "size1": 1}, 4),
@@ -52,7 +61,7 @@ KERNELS = [
 
 #: What a signature says of the arguments' types; the rest are numbers.
 POINTERS = {
-    **dict.fromkeys(("x", "weight", "bias", "qkv", "between"), "*bf16"),
+    **dict.fromkeys(("x", "weight", "bias", "added", "qkv", "between"), "*bf16"),
     **dict.fromkeys(("first", "second", "scales", "pending"), "*fp32"),
     **dict.fromkeys(("eps", "scale"), "fp32"),
 }

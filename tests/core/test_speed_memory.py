@@ -6,8 +6,10 @@ import threading
 
 import pytest
 import torch
+from torch import nn
 
 from bench.measure import peak_memory
+from bench.pretended import CUDA, Ledger, pretended_cuda
 from bench.sizes import make, official_config
 from hywu_core import (
     Condition,
@@ -18,6 +20,7 @@ from hywu_core import (
     load_generator,
 )
 from hywu_core.generator.checkpoints import save_generator
+from hywu_core.generator.speed import ahead, staging
 from hywu_core.generator.speed.memory import CHUNK_BYTES, SLOTS, Sizes, plan_memory
 from hywu_core.generator.speed.offload import blocks_per_buffer
 from hywu_core.layout import Module, Stack
@@ -203,6 +206,103 @@ def test_a_checkpoint_loads_within_a_budget(tmp_path):
         assert same(grids(loaded, condition()), expected)
         again = save_generator(loaded, tmp_path / f"{resident}.safetensors")
         assert same(grids(load_generator(again), condition()), expected)
+
+
+class Written:
+    """A stream or event that writes down what it is told, in order."""
+
+    log: list[tuple[str, str]] = []
+    names: dict[int, str] = {}
+
+    def __init__(self, *_):
+        Written.names.setdefault(id(self), "side")
+
+    def record(self, stream):
+        self.log.append((f"{self.names[id(stream)]} sets", self))
+
+    def wait_event(self, event):
+        self.log.append((f"{self.names[id(self)]} waits", event))
+
+
+def test_copies_of_a_host_wait_for_what_they_overwrite_and_for_nothing_else(monkeypatch):
+    """On a device that isn't there: sublayer g + 1 is copied while g computes, once g - 1 is done."""
+    now = Written()
+    Written.log, Written.names = [], {id(now): "compute"}
+    with pretended_cuda(Ledger(host_copies=False)):
+        layers = [[nn.Linear(16, 16) for _ in range(count)] for count in (2, 3, 1, 2)]
+        monkeypatch.setattr(torch.cuda, "Stream", Written)
+        monkeypatch.setattr(torch.cuda, "Event", Written)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: now)
+        held = ahead.Ahead(layers)
+        for group in layers:
+            for layer in group:
+                found = held.values(layer, CUDA)
+                assert found["weight"].device == CUDA
+                assert found["weight"].shape == layer.weight.shape
+            Written.log.append(("computes", layers.index(group)))
+        held.close()
+    order = [what for what, _ in Written.log]
+    # both slots' memory, then the first copy, then what is ahead of each
+    assert order == [
+        "compute sets", "compute sets",
+        "side waits", "side sets", "compute waits", "side waits", "side sets", "computes",
+        "compute sets", "compute waits", "side waits", "side sets", "computes",
+        "compute sets", "compute waits", "side waits", "side sets", "computes",
+        "compute sets", "compute waits", "computes",
+    ]  # fmt: skip
+    events = {what: [event for said, event in Written.log if said == what] for what in set(order)}
+    assert events["compute waits"] == events["side sets"]
+    # a copy waits for the slot that it overwrites, which the sublayer before the one that computes had
+    assert events["side waits"] == events["compute sets"][:4]
+    one, other = events["compute sets"][:2]
+    assert events["side waits"] == [one, other, one, other]
+
+
+# -- pageable memory -------------------------------------------------------------------------------
+
+
+class Late(torch.Tensor):
+    """A tensor whose copies happen only when an event after them is waited for, as on a device."""
+
+    waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def copy_(self, source, non_blocking=False):
+        Late.waiting.append((self.as_subclass(torch.Tensor), source))
+        return self
+
+
+class LateEvent:
+    last: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def record(self, stream):
+        self.last = Late.waiting[-1:]
+
+    def synchronize(self):
+        while any(copy is self.last[0] for copy in Late.waiting if self.last):
+            goal, source = Late.waiting.pop(0)
+            goal.copy_(source)
+
+
+def test_pageable_tensors_go_through_two_pieces_in_turn(monkeypatch):
+    """Of many sizes, some larger than both pieces; none is filled anew before it was read."""
+    monkeypatch.setattr(torch.cuda, "Event", LateEvent)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    sizes = [(3,), (40, 5), (1,), (0,), (7, 2), (16,)]
+    values = [torch.randn(size) for size in sizes] + [torch.randn(6, 4).half().t()]
+    copies = [torch.zeros(v.shape, dtype=v.dtype).as_subclass(Late) for v in values]
+    pieces = [staging._Piece(torch.zeros(100, dtype=torch.uint8)) for _ in range(2)]
+    staging._through(values, copies, pieces)
+    for piece in pieces:
+        piece.sent(torch.device("cpu"))
+        piece.reuse()
+    for value, copy in zip(values, copies, strict=True):
+        assert torch.equal(copy.as_subclass(torch.Tensor), value)
+
+
+def test_without_cuda_nothing_is_staged(monkeypatch):
+    monkeypatch.setattr(staging, "_page_locked", lambda size: 1 / 0)
+    (copy,) = staging.staged([torch.ones(3)], torch.device("meta"))
+    assert copy.device.type == "meta"
 
 
 def test_offloading_is_for_inference():

@@ -8,6 +8,8 @@ real devices. Triton launches on the current device, torch on the tensor's: henc
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -32,71 +34,98 @@ __all__ = [
 ]
 
 
+#: Rows that one program of a norm takes where it takes several, and from how many rows on: below there would
+#: be too few programs for all multiprocessors.
+SEVERAL, MANY = 4, 8192
+
+
 # -- RMS norm --------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _rms_norm(
-    x, weight, bias, pending, out, scales, size1, size2, stride0, stride1, stride2, dim, eps,
-    HAS_BIAS: tl.constexpr, HAS_PENDING: tl.constexpr, QUANTIZE: tl.constexpr,
-    LIMIT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+def _row_start(row, size1, size2, stride0, stride1, stride2):
+    """Where a row of ``[B, size1, size2, d]`` begins."""
     i2 = row % size2
     i1 = (row // size2) % size1
     i0 = row // (size2 * size1)
-    x += i0 * stride0 + i1 * stride1 + i2 * stride2
+    return i0 * stride0 + i1 * stride1 + i2 * stride2
+
+
+@triton.jit
+def _rms_norm(
+    x, weight, bias, pending, added, out, scales, rows, size1, size2, stride0, stride1, stride2,
+    dim, eps,
+    HAS_BIAS: tl.constexpr, HAS_PENDING: tl.constexpr, HAS_ADDED: tl.constexpr,
+    QUANTIZE: tl.constexpr, LIMIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # ROWS rows, one after another: what all of them need is loaded once, and the next row while one is
+    # summed up; values stay in their own dtype until they are used, which takes half the registers
+    row = tl.program_id(0).to(tl.int64) * ROWS
+    last = tl.minimum(row + ROWS, rows)
     at = tl.arange(0, BLOCK)
     inside = at < dim
-    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    factor = tl.load(weight + at, mask=inside, other=0.0)
     if HAS_PENDING:
-        value += tl.load(pending + at, mask=inside, other=0.0)
-    scale = 1.0 / tl.sqrt(tl.sum(value * value, axis=0) / dim + eps)
-    factor = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
-    normed = value * scale * factor
-    if QUANTIZE:
-        # what a product in x's dtype would have been given
-        normed = normed.to(x.dtype.element_ty).to(tl.float32)
-        step = tl.maximum(tl.max(tl.abs(normed), axis=0), 1e-12) / LIMIT
-        tl.store(scales + row, step)
-        normed = tl.minimum(tl.maximum(normed * (1.0 / step), -LIMIT), LIMIT)
-    tl.store(out + row * dim + at, normed.to(out.dtype.element_ty), mask=inside)
-    if HAS_BIAS:
-        added = value + tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(x + at, added.to(x.dtype.element_ty), mask=inside)
+        waiting = tl.load(pending + at, mask=inside, other=0.0)
+    place = x + _row_start(row, size1, size2, stride0, stride1, stride2)
+    loaded = tl.load(place + at, mask=inside, other=0.0)
+    if HAS_ADDED:
+        more = tl.load(added + row * dim + at, mask=inside, other=0.0)
+    while row < last:
+        here, value = place, loaded.to(tl.float32)
+        if HAS_ADDED:
+            # as torch adds in place: rounded before it is normed
+            value = (value + more.to(tl.float32)).to(x.dtype.element_ty).to(tl.float32)
+            tl.store(here + at, value.to(x.dtype.element_ty), mask=inside)
+        if ROWS > 1:
+            following = inside & (row + 1 < last)
+            place = x + _row_start(row + 1, size1, size2, stride0, stride1, stride2)
+            loaded = tl.load(place + at, mask=following, other=0.0)
+            if HAS_ADDED:
+                more = tl.load(added + (row + 1) * dim + at, mask=following, other=0.0)
+        if HAS_PENDING:
+            value += waiting
+        scale = 1.0 / tl.sqrt(tl.sum(value * value, axis=0) / dim + eps)
+        normed = value * scale * factor.to(tl.float32)
+        if QUANTIZE:
+            # what a product in x's dtype would have been given
+            normed = normed.to(x.dtype.element_ty).to(tl.float32)
+            step = tl.maximum(tl.max(tl.abs(normed), axis=0), 1e-12) / LIMIT
+            tl.store(scales + row, step)
+            normed = tl.minimum(tl.maximum(normed * (1.0 / step), -LIMIT), LIMIT)
+        tl.store(out + row * dim + at, normed.to(out.dtype.element_ty), mask=inside)
+        if HAS_BIAS:
+            moved = value + tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)
+            tl.store(here + at, moved.to(x.dtype.element_ty), mask=inside)
+        row += 1
 
 
-def rms_norm(
-    x: Tensor,
-    weight: Tensor,
-    eps: float,
-    bias: Tensor | None = None,
-    pending: Tensor | None = None,
-) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, **options: Any) -> Tensor:
     """RMS norm of ``x [B, M, L, d]`` (last dimension dense), a new contiguous tensor.
 
-    bias ``[d]``: is added to x itself in the same pass: the residual sublayer's output bias, so that
-    its matrix product only has to add to the hidden states. pending ``[d]`` float32: is added to x
-    before the norm and not written: biases of sublayers that are over. Computed in float32.
+    options: of the residual sublayers around it, each None where there is none:
+        bias ``[d]`` is added to x itself in the same pass: the output bias of the sublayer that begins, so
+        that its matrix product only has to add to the hidden states.
+        added ``[R, d]`` in x's dtype is added to x itself before the norm: the product of the sublayer that
+        ended.
+        pending ``[d]`` float32 is added to x before the norm and not written: biases of sublayers that are
+        over.
+        several: a program takes `SEVERAL` rows, where there are many.
+    Computed in float32.
     """
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _launch_norm(x, weight, eps, out, None, bias, pending)
+    _launch_norm(x, weight, eps, out, None, **options)
     return out
 
 
 def rms_norm_quantized(
-    x: Tensor,
-    weight: Tensor,
-    eps: float,
-    bias: Tensor | None = None,
-    pending: Tensor | None = None,
-    dtype: torch.dtype = torch.float8_e4m3fn,
+    x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype = torch.float8_e4m3fn, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """`rms_norm`, its rows quantized as `quantize_rows` does: ``[R, d]`` and scales ``[R, 1]``."""
     dim = x.shape[-1]
     out = torch.empty(x.numel() // dim, dim, dtype=dtype, device=x.device)
     scales = torch.empty(out.shape[0], 1, dtype=torch.float32, device=x.device)
-    _launch_norm(x, weight, eps, out, scales, bias, pending)
+    _launch_norm(x, weight, eps, out, scales, **options)
     return out, scales
 
 
@@ -106,19 +135,22 @@ def _launch_norm(
     eps: float,
     out: Tensor,
     scales: Tensor | None,
-    bias: Tensor | None,
-    pending: Tensor | None,
+    bias: Tensor | None = None,
+    pending: Tensor | None = None,
+    added: Tensor | None = None,
+    several: bool = False,
 ) -> None:
     dim = x.shape[-1]
-    block = triton.next_power_of_2(dim)
+    rows, block = out.numel() // dim, triton.next_power_of_2(dim)
+    each = SEVERAL if several and rows >= MANY else 1
     with torch.cuda.device_of(x):
-        _rms_norm[(out.numel() // dim,)](
+        _rms_norm[(triton.cdiv(rows, each),)](
             x, weight, weight if bias is None else bias, weight if pending is None else pending,
-            out, out if scales is None else scales, x.shape[1], x.shape[2],
-            x.stride(0), x.stride(1), x.stride(2), dim, eps,
+            out if added is None else added, out, out if scales is None else scales,
+            rows, x.shape[1], x.shape[2], x.stride(0), x.stride(1), x.stride(2), dim, eps,
             HAS_BIAS=bias is not None, HAS_PENDING=pending is not None,
-            QUANTIZE=scales is not None, LIMIT=E4M3_MAX, BLOCK=block,
-            num_warps=min(16, max(1, block // 512)),
+            HAS_ADDED=added is not None, QUANTIZE=scales is not None, LIMIT=E4M3_MAX, ROWS=each,
+            BLOCK=block, num_warps=min(16, max(1, block // 512)),
         )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...errors import HYWUError, get_logger
 from ..rope import Axes, rotate, rotate_
-from .fp8 import Fp8Weight, Quantized, has_e4m3
+from .fp8 import Fp8Linear, Fp8Weight, Quantized, has_e4m3
 from .memory import MemoryPlan, default_chunk_bytes
 
 if TYPE_CHECKING:
@@ -58,6 +58,10 @@ class Switches:
     waves: chunks fill whole waves of tiles.
     keep_prefix: the constant prefix is kept where memory is free.
     fp8_norm, fp8_silu, fp8_across: norms, SiLU and the attention across layers write 8 bits themselves.
+    fp8_loop: in 8 bits, the sublayers after the attention across layers take turns on each chunk of whole
+        layers, so that adding a product and the next norm are one pass.
+    norm_rows: a norm's program takes several rows, the next one loaded while one is summed up.
+    The last two are off until a device has measured them.
     """
 
     attention_by_shape: bool = True
@@ -70,14 +74,23 @@ class Switches:
     fp8_norm: bool = True
     fp8_silu: bool = True
     fp8_across: bool = True
+    fp8_loop: bool = False
+    norm_rows: bool = False
 
     def without(self, *names: str) -> Switches:
         """The same with some parts off. Raises HYWUError on a name that isn't one."""
+        return self._set(names, False)
+
+    def also(self, *names: str) -> Switches:
+        """The same with some parts on. Raises HYWUError on a name that isn't one."""
+        return self._set(names, True)
+
+    def _set(self, names: Sequence[str], on: bool) -> Switches:
         known = [field.name for field in dataclasses.fields(self)]
         for name in names:
             if name not in known:
                 raise HYWUError(f"'{name}' is no part of the fast path; there are {known}.")
-        return dataclasses.replace(self, **dict.fromkeys(names, False))
+        return dataclasses.replace(self, **dict.fromkeys(names, on))
 
 
 def linear(x: Any, weight: Any, bias: Tensor | None) -> Tensor:
@@ -181,6 +194,21 @@ class Passes:
         else:
             states.add_(linear(x, weight, bias))
 
+    def takes_turns(self, first: Iterable[nn.Module], hidden: list[Tensor]) -> bool:
+        """Whether sublayers take turns on each chunk of whole layers of ``hidden [B, N, S, d]``.
+
+        first: the layer that each one's norm goes into.
+        """
+        return False
+
+    def product(self, x: Any, out: Product) -> Tensor:
+        """What `accumulate` adds, for `add_norm`."""
+        return linear(x, *out)
+
+    def add_norm(self, norm: nn.Module, states: Tensor, added: Tensor, to: Any) -> Any:
+        """Add a product to a chunk of the hidden states, in place; returns their `norm`."""
+        return self.norm(norm, states.add_(added), to=to)
+
     def settle(self, bias: Tensor | None) -> None:
         """A sublayer with this output bias is over, for all hidden states."""
 
@@ -214,10 +242,18 @@ class FusedPasses(Passes):
         weight, bias = out
         if self.switches.pending_bias or not self._accumulates(x, weight):
             bias = None
-        arguments = (x, norm.weight, EPS, bias, self._pending)
+        return self._normed(norm, x, to, bias=bias)
+
+    def _normed(
+        self, norm: nn.Module, x: Tensor, to: Any, bias: Tensor | None = None,
+        added: Tensor | None = None,
+    ) -> Any:  # fmt: skip
+        options = {"bias": bias, "pending": self._pending, "added": added}
+        options["several"] = self.switches.norm_rows
         if self.switches.fp8_norm and _quantizes(to, x):
-            return Quantized(*self._kernels.rms_norm_quantized(*arguments), x.shape, x.dtype)
-        return self._kernels.rms_norm(*arguments)
+            made = self._kernels.rms_norm_quantized(x, norm.weight, EPS, **options)
+            return Quantized(*made, x.shape, x.dtype)
+        return self._kernels.rms_norm(x, norm.weight, EPS, **options)
 
     def rotate(self, x: Tensor, axes: Axes) -> Tensor:
         return self._kernels.rotate_(x, axes.first, axes.second, self.switches.wide_rope)
@@ -258,6 +294,22 @@ class FusedPasses(Passes):
         """Whether the product adds to the hidden states itself."""
         lies = states.is_contiguous() or self.switches.strided_accumulate
         return isinstance(weight, Tensor) and lies
+
+    def takes_turns(self, first: Iterable[nn.Module], hidden: list[Tensor]) -> bool:
+        if not self.switches.fp8_loop:
+            return False
+        x = hidden[0]
+        fits = all(s.shape[0] * s.shape[2] <= self.chunk_rows for s in hidden)
+        return fits and all(
+            isinstance(layer, Fp8Linear) and _quantizes(layer.resolve(x)[0], x) for layer in first
+        )
+
+    def product(self, x: Any, out: Product) -> Tensor:
+        weight, bias = out
+        return linear(x, weight, None if self.switches.pending_bias else bias)
+
+    def add_norm(self, norm: nn.Module, states: Tensor, added: Tensor, to: Any) -> Any:
+        return self._normed(norm, states, to, added=added)
 
     def settle(self, bias: Tensor | None) -> None:
         if self.switches.pending_bias and bias is not None:

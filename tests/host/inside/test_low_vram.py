@@ -18,9 +18,10 @@ from hywu_nodes.hywu_core.errors import HYWUError
 from hywu_nodes.hywu_core.generator.checkpoints import load_generator, save_generator
 from hywu_nodes.hywu_core.generator.config import GeneratorConfig
 from hywu_nodes.hywu_core.generator.model import ParameterGenerator
+from hywu_nodes.hywu_core.generator.speed import ahead
 from hywu_nodes.hywu_core.generator.speed.fp8 import quantize_rows
 from hywu_nodes.hywu_core.layout import LoRALayout, Module, Stack
-from hywu_nodes.nodes.host import generators, paths
+from hywu_nodes.nodes.host import generators, operations, paths
 from hywu_nodes.nodes.host.cache import CACHE
 from utils.extra_config import load_extra_path_config
 
@@ -180,6 +181,32 @@ def test_rounded_weights_are_cast_back_exactly(checkpoint, generate):
         assert torch.equal(generate(rounded), expected)
     stored = rounded.patcher.model.model.blocks[2].feed_forward.fc1.weight
     assert stored.dtype == torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "fp8-weights"])
+def test_offloaded_weights_are_copied_one_sublayer_ahead(
+    checkpoint, generate, monkeypatch, precision
+):
+    """Every layer counts as offloaded, and its copy as one on a device: the same LoRA, bit for bit."""
+    made = generators.load(checkpoint.name, precision)
+    expected = generate(made)
+    monkeypatch.setattr(operations.Linear, "_ready", lambda layer, like: False)
+    monkeypatch.setattr(operations, "copies_ahead", lambda layer, like: True)
+    monkeypatch.setattr(ahead, "_is_missing", lambda value, device: True)
+    fetched, fetch = [], ahead._Slot.fetch
+
+    def counted(slot, group, layers, side):
+        fetched.append(group)
+        return fetch(slot, group, layers, side)
+
+    monkeypatch.setattr(ahead._Slot, "fetch", counted)
+    layers = [m for m in made.patcher.model.modules() if isinstance(m, operations.Linear)]
+    for _ in range(2):
+        fetched.clear()
+        assert torch.equal(generate(made), expected)
+        # the prefix is kept from before: neither attention of the first block's that it holds is copied
+        assert fetched == list(range(2, 4 * 6))
+    assert all(layer.ahead is None for layer in layers)
 
 
 def test_the_memory_manager_is_told_what_a_generation_needs(made, generate, monkeypatch):
