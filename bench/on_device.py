@@ -5,10 +5,10 @@
     python -m bench.on_device --device cpu --tiny --json FILE --out FOLDER     for the tests
 
 First the bundled editor's pretraining and a generator's training are tried for some steps at each batch
-size, each a process of its own, through the same commands as anywhere; then the pretraining goes on at the
-batch size with the most crops per second until the time is over, and its weights go to --out in half
-precision, in files of at most 16 MiB, with the figures beside them. Its states stay in --runs, so that a
-later call goes on. The images are the packages' that `hywu train` uses; where these aren't, --images names
+size, each a process of its own, through the same commands as anywhere; then each goes on at the batch size with
+the most crops per second, for an equal share of the time that is left, and its weights go to --out in half
+precision, in files of at most 16 MiB, with the figures beside them. The generator is trained on the editor that
+is shipped. States stay in --runs, so that a later call goes on. The images are the packages' that `hywu train` uses; where these aren't, --images names
 one file with all of them, which --pack writes on a machine that has them.
 """
 
@@ -37,6 +37,9 @@ from .measure import checked, course_options, write_json
 
 #: Most bytes of one file of results.
 LARGEST_FILE = 16 << 20
+
+#: What each training writes its weights to.
+WEIGHTS = {"pretrain": "editor.safetensors", "train": "weights.safetensors"}
 
 #: Steps of a trial, of which the second half is timed.
 TRIAL_STEPS = 60
@@ -87,10 +90,13 @@ def trial(
     return found
 
 
-def exported(file: Path, folder: Path, largest: int = LARGEST_FILE) -> list[str]:
+def exported(
+    file: Path, folder: Path, largest: int = LARGEST_FILE, stem: str | None = None
+) -> list[str]:
     """A safetensors file's tensors in float16, in files of at most `largest` bytes; their names.
 
     A tensor larger than that is a file of its own. The header's entries go to the first.
+    stem: begins the names instead of the file's own.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, Tensor]] = [{}]
@@ -107,7 +113,7 @@ def exported(file: Path, folder: Path, largest: int = LARGEST_FILE) -> list[str]
             room -= value.nbytes
     names = []
     for i, shard in enumerate(shards):
-        name = f"{file.stem}-{i + 1:05}-of-{len(shards):05}.safetensors"
+        name = f"{stem or file.stem}-{i + 1:05}-of-{len(shards):05}.safetensors"
         save_file(shard, str(folder / name), metadata if i == 0 else None)
         names.append(name)
     return names
@@ -154,30 +160,35 @@ def _told(found: dict[str, Any]) -> str:
 
 
 def _long(args: argparse.Namespace, figures: dict[str, Any], end: float) -> None:
-    """The pretraining at the best batch size until the time is over, and its weights."""
+    """Each training at its best batch size for its share of the time, and its weights."""
+    figures["long"] = {}
+    for i, name in enumerate(args.trainings):
+        share = (end - time.perf_counter()) / (len(args.trainings) - i)
+        figures["long"][name] = _longest(name, args, figures["trainings"], share)
+        write_json(args.json, figures)
+
+
+def _longest(
+    name: str, args: argparse.Namespace, trials: dict[str, Any], seconds: float
+) -> dict[str, Any]:
+    """As many steps of a training as so many seconds have, by its trials."""
     rates = {
         f["batch_size"]: f["steps_per_s"] * f["batch_size"]
-        for name, f in figures["trainings"].items()
-        if name.startswith("pretrain") and "steps_per_s" in f
+        for key, f in trials.items()
+        if key.startswith(name) and "steps_per_s" in f
     }
     if not rates:
-        figures["long"] = {"skipped": "no trial of the pretraining gave a rate"}
-        return
+        return {"skipped": "no trial gave a rate"}
     batch_size = max(rates, key=lambda size: rates[size])
-    left = end - time.perf_counter() - (5 if args.tiny else 45)  # to start, save and export
-    steps = max(2, int(left * rates[batch_size] / batch_size))
-    steps = 4 if args.tiny else steps
-    runs = args.runs or args.out / "runs"
-    found = trained(command("pretrain", runs, steps, batch_size, args.device), max(10.0, left + 30))
-    files = sorted(runs.rglob("editor.safetensors"), key=lambda file: file.stat().st_mtime)
-    figures["long"] = {
-        "batch_size": batch_size,
-        "steps": steps,
-        "crops": steps * batch_size,
-        **found,
-    }
+    left = seconds - (5 if args.tiny else 45)  # to start, save and export
+    steps = 4 if args.tiny else max(2, int(left * rates[batch_size] / batch_size))
+    runs = (args.runs or args.out / "runs") / name
+    found = trained(command(name, runs, steps, batch_size, args.device), max(60.0, left + 30))
+    files = sorted(runs.rglob(WEIGHTS[name]), key=lambda file: file.stat().st_mtime)
+    figures = {"batch_size": batch_size, "steps": steps, "crops": steps * batch_size, **found}
     if files:
-        figures["long"]["files"] = exported(files[-1], args.out)
+        figures["files"] = exported(files[-1], args.out, stem=name)
+    return figures
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

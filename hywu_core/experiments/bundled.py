@@ -16,6 +16,7 @@ import torch
 
 from ..bases.bundled.checkpoint import bundled, load_editor
 from ..bases.bundled.training import AT_START, ONE_IMAGE, EditorBase
+from ..devices import chosen_device
 from ..errors import HYWUError
 from ..files import folder_lock
 from ..generator.config import GeneratorConfig
@@ -129,6 +130,8 @@ class Training:
         self.header = state_header(state) if state.exists() else {}
         error = _error(request, self.header)
         self.base = EditorBase(editor, error=error, at_start=_at_start(self.header))
+        if request.device:  # conditions are looked at before the first step
+            self.base.module.to(chosen_device(request.device))
         self.data = _data(request, ConflictPlan.crop_size, say)
         if self.header:
             begun = dict(USUAL) | dict(self.header.get("identity", {}))
@@ -233,7 +236,7 @@ def _data(request: Request, size: int, say: Callable[[str], None]) -> _Data:
 def _built_in(request: Request, size: int):
     tasks = [request.task] if request.task else list(request.tasks or CONFLICT)
     texts = {name: list(get_task(name).seen) for name in tasks}
-    pool = ImagePool(split_files("train"))
+    pool = ImagePool(split_files("train")).on(request.device)
     batches = TaskBatches(pool, tasks, request.batch_size, size, request.seed)
     return (
         batches,

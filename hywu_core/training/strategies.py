@@ -23,7 +23,7 @@ from ..generator.model import ParameterGenerator
 from ..injection import inject
 from ..layout import LoRALayout
 from ..lora import GeneratedLoRA
-from .base import BaseModel, Batch, BatchSource
+from .base import BaseModel, Batch, BatchSource, device_of
 
 #: Batches over which the conditions' means and deviations are taken.
 STATISTICS = 4
@@ -101,7 +101,8 @@ class HyperNetwork:
 
     def standardize_on(self, batches: BatchSource, first: int) -> None:
         """`standardize` by the conditions of `STATISTICS` batches of a source, from step `first` on."""
-        examples = [batches(first + i) for i in range(STATISTICS)]
+        device = device_of(self.base.module)
+        examples = [batches(first + i).to(device) for i in range(STATISTICS)]
         self.standardize([self.base.encode(*batch.asked) for batch in examples])
 
     def generate(self, condition: Condition) -> GeneratedLoRA:

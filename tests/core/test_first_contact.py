@@ -361,15 +361,17 @@ def test_training_on_a_device_tries_and_then_trains(tmp_path, capsys):
     pytest.importorskip("skimage", reason="the photographs come with scikit-image")
     path, out = tmp_path / "training.json", tmp_path / "out"
     arguments = ["--device", "cpu", "--tiny", "--json", str(path), "--out", str(out)]
-    arguments += ["--batch-sizes", "2", "--trainings", "pretrain"]
+    arguments += ["--batch-sizes", "8"]
     on_device.run(on_device.parse(arguments))
     figures = json.loads(path.read_text())
-    trial, long = figures["trainings"]["pretrain, 2"], figures["long"]
-    assert "failed" not in trial, trial
-    assert trial["steps"] == 4
-    assert trial["steps_per_s"] > 0
-    assert "failed" not in long, long
-    assert all((out / name).stat().st_size <= 17 << 20 for name in long["files"])
+    for name in ("pretrain", "train"):
+        trial, long = figures["trainings"][f"{name}, 8"], figures["long"][name]
+        assert "failed" not in trial, trial
+        assert trial["steps"] == 4
+        assert trial["steps_per_s"] > 0
+        assert not {"failed", "ended"} & long.keys(), long
+        assert long["files"]
+        assert all((out / file).stat().st_size <= 17 << 20 for file in long["files"])
     capsys.readouterr()
 
 

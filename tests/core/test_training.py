@@ -288,6 +288,17 @@ def test_standardized_conditions_are_folded_into_the_checkpoint(tmp_path):
         torch.testing.assert_close(exported[key].B, expected[key].B, atol=2e-2, rtol=2e-2)
 
 
+def test_conditions_are_looked_at_where_the_base_is():
+    """Batches come from the CPU, or from where crops are made; the base may be on a device by then."""
+    base, seen = toy.ToyBase(), []
+    strategy = toy.make_strategy(base, "hywu")
+    base.module = torch.nn.Linear(2, 2, device="meta")
+    base.encode = lambda source, *more: seen.append(source.device.type)
+    strategy.standardize = lambda conditions: seen.append(len(conditions))
+    strategy.standardize_on(toy.batches, 5)
+    assert seen == ["meta"] * 4 + [4]
+
+
 def test_a_loss_below_zero_is_plotted_too(tmp_path):
     rows = [{"step": step, "loss": -0.1 - 0.01 * step} for step in range(1, 40)]
     plot_loss(rows, tmp_path / "loss.png")
