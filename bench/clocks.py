@@ -8,7 +8,12 @@ import statistics
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+
+from hywu_core.cli.console import say
+
+from .measure import write_json
 
 #: What nvidia-smi is asked; a reason for lower clocks is a bit of the last one.
 QUERY = "timestamp,clocks.sm,clocks.mem,power.draw,temperature.gpu,clocks_event_reasons.active"
@@ -39,6 +44,19 @@ def logged(into: dict[str, Any]) -> Iterator[None]:
             watch.wait()
             file.seek(0)
             into["clocks"] = summary(file.read())
+
+
+@contextlib.contextmanager
+def course(path: Path, figures: dict[str, Any]) -> Iterator[None]:
+    """The block of a course: the device is watched, Ctrl-C ends it, and at its end `figures` are written."""
+    watched: dict[str, Any] = {}
+    with logged(watched):
+        try:
+            yield
+        except KeyboardInterrupt:
+            say("Stopped; what was measured is kept.")
+    figures |= watched
+    write_json(path, figures)
 
 
 def driver() -> str | None:

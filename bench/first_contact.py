@@ -175,14 +175,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     course = Course(args.json, args.seconds)
     options = ["--device", args.device, *(["--tiny"] if args.tiny else [])]
     course.figures["environment"] = environment(device)
-    watched: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder, clocks.logged(watched):
-        try:
-            for step in _steps(course, args, device, options, Path(folder)):
-                step()
-        except KeyboardInterrupt:
-            say("Stopped; what was measured is kept.")
-    course.figures |= watched
+    with tempfile.TemporaryDirectory() as folder, clocks.course(args.json, course.figures):
+        for step in _steps(course, args, device, options, Path(folder)):
+            step()
     course.figures["decisions"] = decisions(course.figures)
     write_json(args.json, course.figures)
     show(course.figures)

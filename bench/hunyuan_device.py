@@ -34,7 +34,7 @@ from . import clocks, isolated
 from .device import use
 from .first_contact import Course, environment
 from .hunyuan_one import LAYERS, NAMES
-from .measure import checked, course_options, write_json
+from .measure import checked, course_options
 
 SECONDS = 228.0
 #: Longest time of a measurement's process.
@@ -61,25 +61,20 @@ def shares(found: dict[str, Any], rates: dict[str, Any]) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """All variants; returns what is written to the JSON."""
-    course, watched = Course(args.json, args.seconds), {}
+    course = Course(args.json, args.seconds)
     course.figures["environment"] = environment(use(args.device))
     options = ["--device", args.device, "--layers", str(args.layers)]
     options += ["--tiny"] if args.tiny else []
-    with tempfile.TemporaryDirectory() as folder, clocks.logged(watched):
+    with tempfile.TemporaryDirectory() as folder, clocks.course(args.json, course.figures):
         options += ["--reference", str(Path(folder) / "prediction.safetensors")]
-        try:
-            for name in args.only or NAMES:
-                if course.left() < 12:
-                    course.put(f"base/{name}", {"skipped": f"{course.left():.0f} s were left"})
-                    continue
-                longest = min(LONGEST_S, course.left())
-                found = isolated.call("hunyuan_one", ["--variant", name, *options], longest)
-                shares(found, course.figures["measured"].get("base/rates", {}))
-                course.put(f"base/{name}", found)
-        except KeyboardInterrupt:
-            say("Stopped; what was measured is kept.")
-    course.figures |= watched
-    write_json(args.json, course.figures)
+        for name in args.only or NAMES:
+            if course.left() < 12:
+                course.put(f"base/{name}", {"skipped": f"{course.left():.0f} s were left"})
+                continue
+            longest = min(LONGEST_S, course.left())
+            found = isolated.call("hunyuan_one", ["--variant", name, *options], longest)
+            shares(found, course.figures["measured"].get("base/rates", {}))
+            course.put(f"base/{name}", found)
     show(course.figures)
     return course.figures
 

@@ -126,24 +126,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         os.environ[PACKED] = str(args.images.absolute())
     steps = 4 if args.tiny else TRIAL_STEPS
     figures: dict[str, Any] = {"device": args.device, "trainings": {}}
-    watched: dict[str, Any] = {}
-    with clocks.logged(watched):
-        try:
-            for name in args.trainings:
-                for batch_size in args.batch_sizes:
-                    left = end - time.perf_counter()
-                    if left < (1 if args.tiny else 40):
-                        break
-                    found = trial(name, batch_size, args.device, steps, min(90.0, left))
-                    figures["trainings"][f"{name}, {batch_size}"] = found
-                    write_json(args.json, figures)
-                    say(f"{name}, batch of {batch_size}: {_told(found)}")
-            if not args.only_trials:
-                _long(args, figures, end)
-        except KeyboardInterrupt:
-            say("Stopped; what was measured is kept.")
-    figures |= watched
-    write_json(args.json, figures)
+    with clocks.course(args.json, figures):
+        for name in args.trainings:
+            for batch_size in args.batch_sizes:
+                left = end - time.perf_counter()
+                if left < (1 if args.tiny else 40):
+                    break
+                found = trial(name, batch_size, args.device, steps, min(90.0, left))
+                figures["trainings"][f"{name}, {batch_size}"] = found
+                write_json(args.json, figures)
+                say(f"{name}, batch of {batch_size}: {_told(found)}")
+        if not args.only_trials:
+            _long(args, figures, end)
     rows = [
         (name, f"{f['steps_per_s']:.3g}", f"{f['steps_per_s'] * f['batch_size']:.4g}")
         for name, f in figures["trainings"].items()

@@ -115,18 +115,12 @@ def _told(found: dict[str, Any]) -> str:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """All settings; returns what is written to the JSON."""
     course = Course(args)
-    watched: dict[str, Any] = {}
-    with clocks.logged(watched):
-        try:
-            for variant in args.variants:
-                course.interleaved(variant)
-            course.figures["verdicts"] = verdicts(course.figures["settings"])
-            if not args.parts:
-                _whole(course, args)
-        except KeyboardInterrupt:
-            say("Stopped; what was measured is kept.")
-    course.figures |= watched
-    write_json(args.json, course.figures)
+    with clocks.course(args.json, course.figures):
+        for variant in args.variants:
+            course.interleaved(variant)
+        course.figures["verdicts"] = verdicts(course.figures["settings"])
+        if not args.parts:
+            _whole(course, args)
     show(course.figures)
     return course.figures
 
