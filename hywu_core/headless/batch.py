@@ -22,8 +22,9 @@ from ..files import append_line, atomic_path, check_fields, folder_lock, read_js
 from ..images import SUFFIXES
 from .client import Client, ServerError, outputs
 from .graph import Graph, locate
-from .pool import Finished, Pool, Work
+from .pool import Pool
 from .saving import safe_name
+from .work import Finished, Work
 
 #: Prompts that a run which was killed may have left unfinished, at most.
 IN_FLIGHT = 64

@@ -11,15 +11,12 @@ import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 from ..errors import HYWUError, get_logger
-from .address import Address
 from .client import Client, new_id
 from .follow import Follower
-from .graph import Graph
 from .trouble import (
     Busy,
     Cleared,
@@ -31,79 +28,18 @@ from .trouble import (
     ServerGone,
     TimedOut,
 )
+from .work import FIRST_PAUSE, Finished, Run, Server, Work
 
 log = get_logger(__name__)
 
-#: Seconds before a server in trouble is tried again: at first, and at most.
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
+#: Seconds before a server in trouble is tried again, at most.
+LONGEST_PAUSE = 60.0
 #: Prompts that a server which took none may refuse before it gets no more, where others take them.
 REFUSALS = 3
 #: Times that a server may go away under the same running prompt, which may well be why.
 DEATHS = 3
 #: Seconds between two looks of a server that has nothing to do at what others have.
 LOOK = 0.5
-
-
-@dataclass(eq=False)
-class Work:
-    """A prompt for any server.
-
-    graph: in API format, this prompt's own.
-    image: (node, input) that loads an uploaded image.
-    read: gives that image as (bytes, suffix).
-    collect: takes what is wanted of the history record, before the server is given more.
-    begun: called with (server's address, prompt's id, upload's name) before anything of it is there.
-    found: what `begun` was told by a process that ended since; it is followed where it still is.
-    """
-
-    graph: Graph
-    image: tuple[str, str]
-    read: Callable[[], tuple[bytes, str]]
-    collect: Callable[[Client, dict[str, Any]], Awaitable[Any]]
-    begun: Callable[[str, str, str], None] = lambda *_: None
-    found: tuple[str, str, str] | None = None
-    tries: int = 0
-    deaths: int = 0
-    #: Servers that refused it; that failed at it.
-    refused: set[str] = field(default_factory=set)
-    avoid: set[str] = field(default_factory=set)
-
-
-@dataclass
-class Finished:
-    """Where a prompt ran, the seconds from upload to collected, and what `collect` gave."""
-
-    server: str
-    prompt: str
-    seconds: float
-    result: Any
-
-
-class _Run:
-    """A work on a server."""
-
-    def __init__(self, work: Work) -> None:
-        self.work, self.upload = work, ""
-        self.follower: Follower | None = None
-        self.queued = self.stolen = self.contested = False
-
-    @property
-    def waits(self) -> bool:
-        """Whether another server may have it."""
-        return self.queued and not (self.follower.began or self.stolen or self.contested)
-
-
-class _Server:
-    """One server as the pool sees it. lost: ids of prompts that it had when it went away."""
-
-    def __init__(self, address: str, options: dict[str, Any]) -> None:
-        self.url, self.client = Address(address).url, lambda: Client(address, **options)
-        self.up, self.unfit, self.pause = asyncio.Event(), False, FIRST_PAUSE
-        self.up.set()
-        self.accepted = self.refusals = self.done = 0
-        self.runs: list[_Run] = []
-        self.lost: list[str] = []
-        self.trouble: ServerError | None = None
 
 
 class Pool:
@@ -124,7 +60,7 @@ class Pool:
     ) -> None:  # fmt: skip
         self.ahead, self.timeout, self.give_up, self.tries = ahead, timeout, give_up, tries
         options = {"token": token, "patience": patience}
-        self._servers = [_Server(address, options) for address in servers]
+        self._servers = [Server(address, options) for address in servers]
         self.urls = [server.url for server in self._servers]
         if not servers or len(set(self.urls)) < len(servers):
             raise HYWUError("--server: name at least one server, and each once.")
@@ -200,10 +136,10 @@ class Pool:
         else:
             future.set_result(end)
 
-    def _fit(self) -> list[_Server]:
+    def _fit(self) -> list[Server]:
         return [server for server in self._servers if not server.unfit]
 
-    def _take(self, server: _Server) -> Work | None:
+    def _take(self, server: Server) -> Work | None:
         """The next work for a server: what it has already, else what no other must have."""
         up = {s.url for s in self._fit() if s.up.is_set()}
         for work in sorted(self._waiting, key=lambda w: not (w.found and w.found[0] == server.url)):
@@ -221,7 +157,7 @@ class Pool:
             return work
         return None
 
-    async def _next(self, server: _Server) -> Work:
+    async def _next(self, server: Server) -> Work:
         while True:
             await server.up.wait()
             if self._closed:
@@ -233,7 +169,7 @@ class Pool:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._news.wait(), LOOK)
 
-    async def _steal(self, thief: _Server) -> Work | None:
+    async def _steal(self, thief: Server) -> Work | None:
         """What waits behind another prompt on the server with most, where the thief has nothing at all."""
         for victim in sorted(self._fit(), key=lambda s: -len(s.runs)):
             if thief.runs or victim is thief or not victim.up.is_set():
@@ -243,7 +179,7 @@ class Pool:
                     return await self._withdraw(victim, run)
         return None
 
-    async def _withdraw(self, victim: _Server, run: _Run) -> Work | None:
+    async def _withdraw(self, victim: Server, run: Run) -> Work | None:
         run.contested = True
         try:
             async with victim.client() as client:
@@ -257,11 +193,11 @@ class Pool:
 
     # -- one server --------------------------------------------------------------------------------
 
-    async def _serve(self, server: _Server) -> None:
+    async def _serve(self, server: Server) -> None:
         """One slot of a server: a work after the other."""
         async with server.client() as client:
             while True:
-                run = _Run(await self._next(server))
+                run = Run(await self._next(server))
                 server.runs.append(run)
                 try:
                     await self._attempt(client, server, run)
@@ -278,7 +214,7 @@ class Pool:
                         self._releases.append(asyncio.create_task(emptied))
                     self._news.set()
 
-    async def _attempt(self, client: Client, server: _Server, run: _Run) -> None:
+    async def _attempt(self, client: Client, server: Server, run: Run) -> None:
         """Run a work to its end here, or back to the others."""
         work, started = run.work, time.monotonic()
         try:
@@ -311,7 +247,7 @@ class Pool:
             seconds = time.monotonic() - started
             self._settle(work, Finished(server.url, run.follower.prompt, seconds, result))
 
-    async def _prompt(self, client: Client, server: _Server, run: _Run) -> dict[str, Any]:
+    async def _prompt(self, client: Client, server: Server, run: Run) -> dict[str, Any]:
         """Upload, queue, follow; or follow what is there already."""
         work, graph, found = run.work, None, run.work.found
         work.found = None
@@ -346,14 +282,14 @@ class Pool:
         else:
             self._put(work)
 
-    def _lost(self, server: _Server, run: _Run, error: ServerError) -> None:
+    def _lost(self, server: Server, run: Run, error: ServerError) -> None:
         """The work goes to the others; not for ever, where a server went away whenever it ran."""
         if (run.queued and run.follower.began) or isinstance(error, Removed):
             run.work.deaths += 1
             run.work.avoid.add(server.url)
         self._again(run.work, error, run.work.deaths >= DEATHS)
 
-    def _refused(self, server: _Server, work: Work, error: Refused) -> None:
+    def _refused(self, server: Server, work: Work, error: Refused) -> None:
         work.refused.add(server.url)
         server.refusals += 1
         others = any(s.accepted for s in self._servers if s is not server)
@@ -362,7 +298,7 @@ class Pool:
             log.warning("%s gets no more, it refuses what others take: %s", server.url, error)
         self._again(work, error, {s.url for s in self._fit()} <= work.refused)
 
-    def _rest(self, server: _Server, error: ServerError) -> None:
+    def _rest(self, server: Server, error: ServerError) -> None:
         """Leave a server alone for a while; trouble before it takes a prompt makes the next pause longer."""
         server.trouble = error
         if server.up.is_set():
@@ -370,7 +306,7 @@ class Pool:
             self._tasks.append(asyncio.create_task(self._revive(server)))
             log.warning("%s rests: %s", server.url, error)
 
-    async def _revive(self, server: _Server) -> None:
+    async def _revive(self, server: Server) -> None:
         async with server.client() as client:
             while not (server.up.is_set() or self._closed):
                 await asyncio.sleep(server.pause)

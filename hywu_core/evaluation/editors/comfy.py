@@ -17,7 +17,8 @@ from PIL import Image
 from ... import fingerprint
 from ...headless.client import Client, ServerError, outputs
 from ...headless.graph import find_node, locate, read_graph
-from ...headless.pool import Pool, Work
+from ...headless.pool import Pool
+from ...headless.work import Work
 from ...images import encode_image, load_image, write_image
 from ..items import Item
 from ..options import Kind, Option

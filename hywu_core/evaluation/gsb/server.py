@@ -46,6 +46,9 @@ HEADERS = {
 }
 
 
+Handler = Callable[[Any], Awaitable[Any]]
+
+
 class Refused(Exception):
     """A request that is answered with a status and one sentence."""
 
@@ -56,87 +59,102 @@ class Refused(Exception):
 
 def routes(
     find: Callable[[str], Store | None], prefix: str, hosts: frozenset[str] | None
-) -> list[tuple[str, str, Callable[[Any], Awaitable[Any]]]]:
+) -> list[tuple[str, str, Handler]]:
     """(method, path, handler) rows to add to an aiohttp router.
 
-    find gives the open store of a session's name, or None; hosts are the host names a request may
-    be addressed to (None: any, for servers that do their own check).
+    find: gives the open store of a session's name, or None.
+    prefix: of all paths.
+    hosts: the host names a request may be addressed to; None: any, for servers that do their own check.
     """
-    web = need("aiohttp.web", "to serve the voting page", "aiohttp")
-    payload = need("aiohttp", "to serve the voting page")
+    page, base = _Page(find), prefix + "/s/{session}"
+    rows = [
+        ("GET", prefix + "/", page.static),
+        ("GET", prefix + "/{file}", page.static),
+        ("GET", base + "/image/{image}", page.image),
+        ("POST", base + "/state", page.state),
+        ("POST", base + "/vote", page.vote),
+        ("POST", base + "/undo", page.undo),
+    ]
+    return [(method, path, page.guarded(handler, hosts)) for method, path, handler in rows]
 
-    def reply(data: Mapping[str, Any], status: int = 200) -> Any:
-        return web.json_response(data, status=status, headers=HEADERS)
 
-    def guarded(handler: Callable[[Any], Awaitable[Any]]) -> Callable[[Any], Awaitable[Any]]:
+class _Page:
+    """The handlers of a voting page; find: see `routes`."""
+
+    def __init__(self, find: Callable[[str], Store | None]) -> None:
+        self.find = find
+        self.web = need("aiohttp.web", "to serve the voting page", "aiohttp")
+        self.broke_off = need("aiohttp", "to serve the voting page").ClientPayloadError
+
+    def reply(self, data: Mapping[str, Any], status: int = 200) -> Any:
+        return self.web.json_response(data, status=status, headers=HEADERS)
+
+    def guarded(self, handler: Handler, hosts: frozenset[str] | None) -> Handler:
+        """The handler with the address checked before it, and a status and a sentence for what it raises."""
+
         async def answer(request: Any) -> Any:
             try:
                 _check_address(request, hosts)
                 return await handler(request)
-            except Refused as error:
-                return reply({"error": str(error)}, error.status)
-            except Conflict as error:
-                return reply({"error": str(error)}, 409)
-            except NotKept as error:
-                log.warning("%s", error)
-                said = "This was not kept: the server's disk is full or can't be written; its log says more."
-                return reply({"error": said}, 507)
-            except HYWUError as error:
-                return reply({"error": str(error)}, 400)
-            except (web.HTTPException, asyncio.CancelledError):
+            except (self.web.HTTPException, asyncio.CancelledError):
                 raise
-            except (ConnectionError, payload.ClientPayloadError):
-                log.debug("A client hung up in the middle of %s", request.path)
-                return reply({"error": "The request broke off."}, 400)
-            except Exception:
-                log.exception("The voting page failed on %s", request.path)
-                return reply({"error": "The server failed; its log says why."}, 500)
+            except Exception as error:
+                status, said = self._said(error, request.path)
+                return self.reply({"error": said}, status)
 
         return answer
 
-    async def static(request: Any) -> Any:
+    def _said(self, error: Exception, path: str) -> tuple[int, str]:
+        if isinstance(error, Refused):
+            return error.status, str(error)
+        if isinstance(error, Conflict):
+            return 409, str(error)
+        if isinstance(error, NotKept):
+            log.warning("%s", error)
+            return (
+                507,
+                "This was not kept: the server's disk is full or can't be written; its log says more.",
+            )
+        if isinstance(error, HYWUError):
+            return 400, str(error)
+        if isinstance(error, (ConnectionError, self.broke_off)):
+            log.debug("A client hung up in the middle of %s", path)
+            return 400, "The request broke off."
+        log.error("The voting page failed on %s", path, exc_info=error)
+        return 500, "The server failed; its log says why."
+
+    async def static(self, request: Any) -> Any:
         found = STATIC.get(request.match_info.get("file", ""))
         if found is None:
             raise Refused(404, "There is no such page.")
-        return web.Response(
-            body=(PAGE / found[0]).read_bytes(),
-            content_type=found[1],
-            charset="utf-8",
-            headers=HEADERS,
-        )
+        name, kind = found
+        body = (PAGE / name).read_bytes()
+        return self.web.Response(body=body, content_type=kind, charset="utf-8", headers=HEADERS)
 
-    async def image(request: Any) -> Any:
-        path = _store(request, find).image(request.match_info["image"])
+    async def image(self, request: Any) -> Any:
+        path = _store(request, self.find).image(request.match_info["image"])
         if path is None or not path.is_file():
             raise Refused(404, "This session lists no such image.")
         body = await asyncio.to_thread(path.read_bytes)
-        return web.Response(body=body, content_type="image/png", headers=HEADERS)
+        return self.web.Response(body=body, content_type="image/png", headers=HEADERS)
 
-    async def state(request: Any) -> Any:
-        store, body = _store(request, find), await _body(request)
-        return reply(await asyncio.to_thread(session.state, store, body["voter"]))
+    async def state(self, request: Any) -> Any:
+        store, body = _store(request, self.find), await _body(request)
+        return await self._state(store, body["voter"])
 
-    async def vote(request: Any) -> Any:
-        store, body = _store(request, find), await _body(request, "pair", "choice")
+    async def vote(self, request: Any) -> Any:
+        store, body = _store(request, self.find), await _body(request, "pair", "choice")
         voter = body["voter"]
         await asyncio.to_thread(session.vote, store, voter, body["pair"], body["choice"])
-        return reply(await asyncio.to_thread(session.state, store, voter))
+        return await self._state(store, voter)
 
-    async def undo(request: Any) -> Any:
-        store, body = _store(request, find), await _body(request, "pair")
+    async def undo(self, request: Any) -> Any:
+        store, body = _store(request, self.find), await _body(request, "pair")
         await asyncio.to_thread(store.undo, body["voter"], body["pair"])
-        return reply(await asyncio.to_thread(session.state, store, body["voter"]))
+        return await self._state(store, body["voter"])
 
-    base = prefix + "/s/{session}"
-    rows = [
-        ("GET", prefix + "/", static),
-        ("GET", prefix + "/{file}", static),
-        ("GET", base + "/image/{image}", image),
-        ("POST", base + "/state", state),
-        ("POST", base + "/vote", vote),
-        ("POST", base + "/undo", undo),
-    ]
-    return [(method, path, guarded(handler)) for method, path, handler in rows]
+    async def _state(self, store: Store, voter: str) -> Any:
+        return self.reply(await asyncio.to_thread(session.state, store, voter))
 
 
 def _check_address(request: Any, hosts: frozenset[str] | None) -> None:
