@@ -63,8 +63,13 @@ def make_accelerator(device: str | None, precision: str) -> Any:
         torch.cuda.set_device(chosen)
     # a second trainer in one process may have another precision or device, which the shared state forbids
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=count == 1)
+    # Else gradients change places in their buffers after the first step of a process, and from three processes on
+    # a sum's order is of its place: a run that goes on would not be the uninterrupted one to the bit
+    parallel = accelerate.DistributedDataParallelKwargs(find_unused_parameters=True)
     with _sharding_is_ours():
-        made = accelerate.Accelerator(mixed_precision=precision, cpu=chosen.type == "cpu")
+        made = accelerate.Accelerator(
+            mixed_precision=precision, cpu=chosen.type == "cpu", kwargs_handlers=[parallel]
+        )
     if made.num_processes != count:
         raise HYWUError(
             f"training: {count} processes were started and {made.num_processes} found each other; they would "

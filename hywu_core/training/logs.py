@@ -8,7 +8,7 @@ import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,9 +17,17 @@ from .. import fingerprint
 from ..charts import draw_loss
 from ..errors import HYWUError, get_logger, need, one_line
 from ..files import append_line, atomic_path
+from .schedule import lr_at
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from .trainer import Trainer
 
 logger = get_logger(__name__)
 
+#: Steps between looks at the loss where looking means waiting for a device.
+READ_EVERY = 10
 FIELDS = ("step", "loss", "lr", "grad_norm", "seconds")
 
 
@@ -77,6 +85,45 @@ class Log:
             self._run.finish()
         if self._board is not None:
             self._board.close()
+
+
+class Progress:
+    """Losses on their way to the log and the bar; on a CUDA device they are read only now and then."""
+
+    def __init__(self, trainer: Trainer, log: Log | None, bar: tqdm) -> None:
+        self.trainer, self.log, self.bar = trainer, log, bar
+        watched = trainer.on_step is not None or trainer.device.type == "cpu"
+        self.every = 1 if watched else READ_EVERY
+        self.waiting: list[tuple[int, float, Tensor]] = []
+        self.smooth: float | None = None
+        self.last = float("nan")
+
+    def add(self, losses: Tensor) -> float:
+        """Take in a step's (loss, gradient norm); the last loss that was read."""
+        self.waiting.append((self.trainer.step, self.trainer.seconds, losses))
+        if len(self.waiting) >= self.every:
+            self.read()
+        return self.last
+
+    def read(self) -> None:
+        """Log what has come in. Raises HYWUError at the first loss or norm that isn't finite."""
+        if not self.waiting:
+            return
+        values = torch.stack([losses for _, _, losses in self.waiting]).tolist()
+        for (step, seconds, _), (loss, norm) in zip(self.waiting, values, strict=True):
+            if not torch.isfinite(torch.tensor([loss, norm])).all():
+                raise HYWUError(
+                    f"{self.trainer.folder}: the loss is {loss} (gradient norm {norm}) at step {step - 1}; "
+                    "train again with a lower learning rate."
+                )
+            self.smooth = loss if self.smooth is None else self.smooth + 0.05 * (loss - self.smooth)
+            if self.log is not None:
+                row = {"step": step, "loss": loss, "lr": lr_at(self.trainer.config, step - 1)}
+                self.log.add({**row, "grad_norm": norm, "seconds": round(seconds, 3)})
+        self.last = values[-1][0]
+        self.bar.update(len(self.waiting))
+        self.bar.set_postfix(loss=f"{self.smooth:.5f}", refresh=False)
+        self.waiting.clear()
 
 
 def read_log(path: Path, fields: Sequence[str] = FIELDS) -> list[dict[str, float]]:

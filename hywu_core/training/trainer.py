@@ -21,7 +21,7 @@ from ..errors import HYWUError, get_logger
 from .base import BaseModel, Batch, BatchSource, Draws, frozen_digest
 from .devices import make_accelerator, steady_attention
 from .graphs import RecordedStep, suits
-from .logs import Log, plot_loss, save_grid
+from .logs import Log, Progress, plot_loss, save_grid
 from .muon import Muon, adamw
 from .schedule import Average, TrainConfig, lr_at, refuse_differences
 from .sharding import Shards, averaged, gathered_strategy, sharding_asked, whole
@@ -33,8 +33,6 @@ from .validation import Validation
 logger = get_logger(__name__)
 
 STATE = "state.safetensors"
-#: Steps between looks at the loss where looking means waiting for a device.
-READ_EVERY = 10
 
 
 class Objective(nn.Module):
@@ -45,6 +43,8 @@ class Objective(nn.Module):
         self.trained = strategy.trained
         # out of reach of nn.Module: the base is neither trained nor synchronized nor saved
         self._hidden = (base, strategy)
+        # torch's data parallelism, which looks for unused parameters (see `devices`), warns where it finds none
+        self.unused = nn.Parameter(torch.zeros(()))
 
     def forward(self, batch: Batch, draws: Draws) -> Tensor:
         """Mean loss of the batch's items."""
@@ -177,7 +177,7 @@ class Trainer:
             disable=not self._main,
             mininterval=1.0,
         )
-        progress = _Progress(self, log, bar)
+        progress = Progress(self, log, bar)
         with contextlib.closing(bar):
             while self.step < stop and not self._over:
                 started = time.perf_counter()
@@ -362,45 +362,6 @@ class Trainer:
             )
         with self.average.swapped():
             return self.strategy.export(path, about)
-
-
-class _Progress:
-    """Losses on their way to the log and the bar; on a CUDA device they are read only now and then."""
-
-    def __init__(self, trainer: Trainer, log: Log | None, bar: tqdm) -> None:
-        self.trainer, self.log, self.bar = trainer, log, bar
-        watched = trainer.on_step is not None or trainer.device.type == "cpu"
-        self.every = 1 if watched else READ_EVERY
-        self.waiting: list[tuple[int, float, Tensor]] = []
-        self.smooth: float | None = None
-        self.last = float("nan")
-
-    def add(self, losses: Tensor) -> float:
-        """Take in a step's (loss, gradient norm); the last loss that was read."""
-        self.waiting.append((self.trainer.step, self.trainer.seconds, losses))
-        if len(self.waiting) >= self.every:
-            self.read()
-        return self.last
-
-    def read(self) -> None:
-        """Log what has come in. Raises HYWUError at the first loss or norm that isn't finite."""
-        if not self.waiting:
-            return
-        values = torch.stack([losses for _, _, losses in self.waiting]).tolist()
-        for (step, seconds, _), (loss, norm) in zip(self.waiting, values, strict=True):
-            if not torch.isfinite(torch.tensor([loss, norm])).all():
-                raise HYWUError(
-                    f"{self.trainer.folder}: the loss is {loss} (gradient norm {norm}) at step {step - 1}; "
-                    "train again with a lower learning rate."
-                )
-            self.smooth = loss if self.smooth is None else self.smooth + 0.05 * (loss - self.smooth)
-            if self.log is not None:
-                row = {"step": step, "loss": loss, "lr": lr_at(self.trainer.config, step - 1)}
-                self.log.add({**row, "grad_norm": norm, "seconds": round(seconds, 3)})
-        self.last = values[-1][0]
-        self.bar.update(len(self.waiting))
-        self.bar.set_postfix(loss=f"{self.smooth:.5f}", refresh=False)
-        self.waiting.clear()
 
 
 def _mix(seed: int, step: int) -> int:

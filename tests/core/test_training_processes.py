@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,10 +22,12 @@ from hywu_core.files import read_header, read_tensors
 from hywu_core.training import devices
 from hywu_core.training.logs import read_log
 from hywu_core.training.schedule import OPTIMIZERS
+from hywu_core.training.trainer import STATE, Trainer
 
 ROOT = Path(__file__).parents[2]
 TOY = ROOT / "tests" / "helpers" / "toy_base.py"
 FORMER = Path(__file__).with_name("former_runs")
+Tensors = dict[str, torch.Tensor]
 
 
 def launch(launcher: list[str], *command: str, **more: str) -> subprocess.CompletedProcess[str]:
@@ -44,77 +48,129 @@ def torchrun(count: int, *command: str, **more: str) -> subprocess.CompletedProc
     return launch(launcher, *command, **more)
 
 
-def parameters(folder: Path) -> dict[str, torch.Tensor]:
-    tensors = read_tensors(folder / "state.safetensors")[0]
+def parameters(folder: Path) -> Tensors:
+    tensors = read_tensors(folder / STATE)[0]
     return {key: value for key, value in tensors.items() if key.startswith("parameters.")}
 
 
 COMBINATIONS = [f"{name}-{o}" for o in OPTIMIZERS for name in ("hywu", "shared", "sft")]
+GONE_ON = ("hywu-adamw", "shared-muon")
+TO_THE_BIT = ("hywu-muon", "sft-adamw")
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory) -> Path:
-    """Every strategy with both optimizers, trained by two processes for 6 of 8 steps."""
-    folder = tmp_path_factory.mktemp("two")
-    done = torchrun(2, str(TOY), str(folder), "8", "6", *COMBINATIONS)
+def trainer_of(folder: Path) -> Trainer:
+    """One process's, in a folder named after its combination."""
+    name, optimizer = folder.name.split("-")
+    return toy.make_trainer(folder, name, optimizer=optimizer)
+
+
+def trained(count: int, folder: Path, until: int, *combinations: str) -> Path:
+    """The folder after `count` processes have trained there, to step `until` of 8."""
+    done = torchrun(count, str(TOY), str(folder), "8", str(until), *combinations)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
 
-@pytest.mark.parametrize("combination", COMBINATIONS)
-def test_two_processes_equal_one(two, tmp_path, combination):
-    name, optimizer = combination.split("-")
-    trainer = toy.make_trainer(tmp_path, name, optimizer=optimizer)
-    start = {f"parameters.{n}": p.detach().clone() for n, p in trainer.parameters.items()}
-    trainer.run(until=6)
-    states = tmp_path / "state.safetensors", two / combination / "state.safetensors"
-    assert [read_header(state)["processes"] for state in states] == [1, 2]
-    one, both = parameters(tmp_path), parameters(two / combination)
+def beside(one: Path, other: Path, start: Tensors) -> float:
+    """The distance of two runs' weights, of the way that the first's have gone.
+
+    Sums in another order, which Muon's orthogonalized steps (in bfloat16 where the CPU has it) enlarge.
+    """
+    mine, others = parameters(one), parameters(other)
     moved, apart = (
-        sum(float((one[key] - other[key]).square().sum()) for key in one) ** 0.5
-        for other in (start, both)
+        sum(float((mine[key] - there[key]).square().sum()) for key in mine) ** 0.5
+        for there in (start, others)
     )
-    # sums in another order, which Muon's orthogonalized steps (in bfloat16 where the CPU has it) enlarge
-    assert apart < (1e-3 if optimizer == "adamw" else 0.1) * moved
-    logs = [read_log(folder / "log.csv") for folder in (tmp_path, two / combination)]
+    return apart / moved
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory) -> Callable[[int], Path]:
+    """A number of processes -> the folder of their runs.
+
+    In `COMBINATION` each strategy with each optimizer, for 6 of 8 steps; in `gone_on` two runs of 2 processes,
+    ended by this number; in `straight` two whole runs.
+    """
+    made: dict[int, Path] = {}
+
+    def folder(count: int) -> Path:
+        if count in made:
+            return made[count]
+        made[count] = tmp_path_factory.mktemp(f"processes{count}")
+        more = [f"straight/{name}:8" for name in TO_THE_BIT] if count == 4 else []
+        if count > 2:
+            for name in GONE_ON:
+                shutil.copytree(folder(2) / name, made[count] / "gone_on" / name)
+            more += [f"gone_on/{name}:8" for name in GONE_ON]
+        return trained(count, made[count], 6, *COMBINATIONS, *more)
+
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory) -> Callable[[str], tuple[Path, Tensors]]:
+    """A combination -> its folder after 6 of 8 steps by this process, and the weights it began with."""
+    folder = tmp_path_factory.mktemp("one")
+
+    @functools.cache
+    def made(combination: str) -> tuple[Path, Tensors]:
+        trainer = trainer_of(folder / combination)
+        start = {f"parameters.{n}": p.detach().clone() for n, p in trainer.parameters.items()}
+        trainer.run(until=6)
+        return folder / combination, start
+
+    return made
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+@pytest.mark.parametrize("combination", COMBINATIONS)
+def test_several_processes_equal_one(several, one, combination, count):
+    """Batches have 8 examples: of three processes one takes 2, the others 3."""
+    alone, start = one(combination)
+    together = several(count) / combination
+    headers = [read_header(folder / STATE) for folder in (alone, together)]
+    assert [header["processes"] for header in headers] == [1, count]
+    assert beside(alone, together, start) < (1e-3 if combination.endswith("adamw") else 0.1)
+    logs = [read_log(folder / "log.csv") for folder in (alone, together)]
     # one log, written once, of the whole batch's loss
     assert [[row["step"] for row in log] for log in logs] == [list(range(1, 7))] * 2
     assert [row["loss"] for row in logs[1]] == pytest.approx([r["loss"] for r in logs[0]], rel=2e-3)
 
 
-def test_a_run_of_two_processes_goes_on_with_one(two, tmp_path):
-    shutil.copytree(two / "hywu-adamw", tmp_path / "both")
+def test_a_run_of_two_processes_goes_on_with_one(several, tmp_path):
+    shutil.copytree(several(2) / "hywu-adamw", tmp_path / "both")
     assert toy.make_trainer(tmp_path / "both").run()
     toy.make_trainer(tmp_path / "one").run()
     one, both = parameters(tmp_path / "one"), parameters(tmp_path / "both")
     assert max(float((one[key] - both[key]).abs().max()) for key in one) < 1e-3
 
 
-def test_a_run_of_two_processes_goes_on_with_three_whose_shares_differ(two, tmp_path):
-    """Batches of 8 examples: 2, 3 and 3."""
-    for combination in ("hywu-adamw", "shared-muon"):
-        shutil.copytree(two / combination, tmp_path / combination)
-    done = torchrun(3, str(TOY), str(tmp_path), "8", "8", "hywu-adamw", "shared-muon")
-    assert done.returncode == 0, done.stderr[-3000:]
-    for combination in ("hywu-adamw", "shared-muon"):
-        name, optimizer = combination.split("-")
-        state = tmp_path / combination / "state.safetensors"
-        assert (read_header(state)["processes"], read_header(state)["step"]) == (3, 8)
-        shutil.copytree(two / combination, tmp_path / "one" / combination)
-        toy.make_trainer(tmp_path / "one" / combination, name, optimizer=optimizer).run()
-        before = parameters(two / combination)
-        one, three = parameters(tmp_path / "one" / combination), parameters(tmp_path / combination)
-        moved, apart = (
-            sum(float((one[key] - other[key]).square().sum()) for key in one) ** 0.5
-            for other in (before, three)
-        )
-        assert apart < (1e-2 if optimizer == "adamw" else 0.1) * moved
-        logs = [
-            read_log(folder / combination / "log.csv") for folder in (tmp_path / "one", tmp_path)
-        ]
-        assert [row["loss"] for row in logs[1]] == pytest.approx(
-            [row["loss"] for row in logs[0]], rel=1e-4
-        )
+@pytest.mark.parametrize("count", [3, 4])
+@pytest.mark.parametrize("combination", GONE_ON)
+def test_a_run_of_two_processes_goes_on_with_more(several, tmp_path, combination, count):
+    more = several(count) / "gone_on" / combination
+    header = read_header(more / STATE)
+    assert (header["processes"], header["step"]) == (count, 8)
+    alone = tmp_path / combination
+    shutil.copytree(several(2) / combination, alone)
+    trainer_of(alone).run()
+    start = parameters(several(2) / combination)
+    assert beside(alone, more, start) < (1e-2 if combination.endswith("adamw") else 0.1)
+    logs = [read_log(folder / "log.csv") for folder in (alone, more)]
+    assert [r["loss"] for r in logs[1]] == pytest.approx([r["loss"] for r in logs[0]], rel=1e-4)
+
+
+def test_four_processes_go_on_to_the_bit(several, tmp_path):
+    """Stopped after 6 of 8 steps, and gone on with by four others."""
+    for name in TO_THE_BIT:
+        shutil.copytree(several(4) / name, tmp_path / name)
+    trained(4, tmp_path, 8, *TO_THE_BIT)
+    for name in TO_THE_BIT:
+        both = [f / name / STATE for f in (tmp_path, several(4) / "straight")]
+        assert [read_header(state)["step"] for state in both] == [8, 8]
+        again, straight = (read_tensors(state)[0] for state in both)
+        assert again.keys() == straight.keys()
+        assert all(torch.equal(again[key], straight[key]) for key in again)
 
 
 def train(out: Path, *more: str) -> list[str]:

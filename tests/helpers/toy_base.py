@@ -1,6 +1,7 @@
 """A base model of a few thousand weights for the tests of the training loop; also run by processes.
 
-Called as a script it trains a few steps: ``toy_base.py FOLDER STEPS UNTIL STRATEGY-OPTIMIZER…``, into a subfolder for each.
+Called as a script it trains a few steps: ``toy_base.py FOLDER STEPS UNTIL STRATEGY-OPTIMIZER…``, into a subfolder for
+each; ``a/hywu-muon:8`` goes into another one, and to another step.
 """
 
 from __future__ import annotations
@@ -140,11 +141,11 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     path, steps, until, *combinations = sys.argv[1:]
     for combination in combinations:
-        strategy, optimizer = combination.split("-")
-        trainer = make_trainer(
-            Path(path) / combination, strategy, steps=int(steps), optimizer=optimizer
-        )
-        over = trainer.run(until=int(until))
+        name, _, own = combination.partition(":")
+        folder = Path(path) / name
+        strategy, optimizer = folder.name.split("-")
+        trainer = make_trainer(folder, strategy, steps=int(steps), optimizer=optimizer)
+        over = trainer.run(until=int(own or until))
         if over and trainer.accelerator.is_main_process:
             trainer.export(trainer.folder / "weights.safetensors", {})
         if trainer.shards is not None:
