@@ -5,16 +5,28 @@ together  all of them: images per second, as a share of the sum of alone
 faults    many images, the client killed twice, a server killed and started anew: every result once, what was
           made twice, memory of client and servers
 
-The prompts wait as for a device (`--seconds`) and invert the image, so the servers' cores do the transport only;
-with `--seconds 0` they are busy. Runs of the first two count from the first result to the last.
+The prompts wait as for a device (`--seconds`) and invert the image, so the servers' cores do the transport only.
+Runs of the first two count from the first result to the last.
+
+With --edits they are edits by the bundled editor in place of these three, and the servers share this machine's
+cores: one server alone has what three together have, and three times its rate is no measure. So
+
+full      every server has its prompts in its queue beforehand, and nobody is there but the servers: what they make
+          at most at the same time
+batch     the same images by `hywu comfy batch`
+
+take turns, each with the CPU seconds per image of servers and client; every server computes in one thread.
 
 python3 dev.py bench servers [--servers 3] [--count 200] [--seconds 0.5] [--json FILE]
+python3 dev.py bench servers --edits [--each 10] [--rounds 3] [--side 512]
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
+import copy
 import json
 import os
 import subprocess
@@ -24,6 +36,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -31,10 +44,14 @@ import psutil
 from PIL import Image
 
 import dev
+from hywu_core.headless.client import Client, new_id
+from hywu_core.headless.graph import Graph, read_graph
 from hywu_core.headless.local import LocalServer
 
 from .measure import show_json
 
+#: Shares of the run with faults at which the memory is looked at; at the first the dead server is started again.
+WATCHED = (0.65, 0.75, 0.85, 0.95)
 #: A node that waits as for a device and writes the image's first pixel down, by which images are told apart.
 PACK = """
 import time
@@ -52,13 +69,35 @@ NODE_CLASS_MAPPINGS = {"HYWUBenchWait": HYWUBenchWait}
 """
 
 
+def waiting(seconds: float, log: Path) -> Graph:
+    """A workflow whose prompts wait."""
+    inputs = {"image": ["load", 0], "seconds": seconds, "log": str(log)}
+    return {
+        "load": {"class_type": "LoadImage", "inputs": {"image": "a.png"}},
+        "wait": {"class_type": "HYWUBenchWait", "inputs": inputs},
+        "save": {"class_type": "SaveImage", "inputs": {"images": ["wait", 0], "filename_prefix": "made"}},
+    }  # fmt: skip
+
+
+def editing(log: Path) -> Graph:
+    """The shipped edit by the bundled editor, whose results are counted before they are saved."""
+    graph = read_graph(dev.ROOT / "workflows" / "api" / "edit_bundled.json")
+    save = next(node for node in graph.values() if node["class_type"] == "SaveImage")
+    inputs = {"image": save["inputs"]["images"], "seconds": 0, "log": str(log)}
+    graph["made"] = {"class_type": "HYWUBenchWait", "inputs": inputs}
+    save["inputs"]["images"] = ["made", 0]
+    return graph
+
+
 class Bench:
     """Servers and images in a folder of their own.
 
-    seconds: that a prompt waits. side: of the images, in pixels.
+    seconds: that a prompt waits; None for edits. side: of the images, in pixels.
     """
 
-    def __init__(self, folder: Path, servers: int, count: int, seconds: float, side: int) -> None:
+    def __init__(
+        self, folder: Path, servers: int, count: int, seconds: float | None, side: int
+    ) -> None:
         self.folder, self.count, self.log = folder, count, folder / "made.txt"
         host = dev.prepare_host()
         self.servers, self.client_cpu = [], {}
@@ -66,7 +105,8 @@ class Bench:
             base = folder / f"server{i}"
             (base / "custom_nodes").mkdir(parents=True)
             (base / "custom_nodes" / "wait.py").write_text(PACK)
-            self.servers.append(LocalServer(host.python, host.tree, base))
+            make = LocalServer(host.python, host.tree, base)
+            self.servers.append(make if seconds is not None else dev.server_of(host, base))
         self.log.touch()
         self.sources = folder / "sources"
         self.sources.mkdir()
@@ -74,13 +114,9 @@ class Bench:
             pixels = np.random.default_rng(i).integers(0, 256, (side, side, 3), np.uint8)
             pixels[0, 0] = i // 256, i % 256, 7
             Image.fromarray(pixels).save(self.sources / f"image{i:04}.png")
-        inputs = {"image": ["load", 0], "seconds": seconds, "log": str(self.log)}
+        self.graph = editing(self.log) if seconds is None else waiting(seconds, self.log)
         self.workflow = folder / "workflow.json"
-        self.workflow.write_text(json.dumps({
-            "load": {"class_type": "LoadImage", "inputs": {"image": "a.png"}},
-            "wait": {"class_type": "HYWUBenchWait", "inputs": inputs},
-            "save": {"class_type": "SaveImage", "inputs": {"images": ["wait", 0], "filename_prefix": "made"}},
-        }))  # fmt: skip
+        self.workflow.write_text(json.dumps(self.graph))
 
     def client(
         self, out: Path, servers: Sequence[LocalServer], images: Sequence[Path]
@@ -117,6 +153,55 @@ class Bench:
         figures = {"alone": alone, "together": together, "of_the_sum": together / sum(alone)}
         return figures | {"client_cpu_seconds_per_image": self.client_cpu}
 
+    def edits(self, each: int, rounds: int) -> dict[str, Any]:
+        """Full queues and `hywu comfy batch` in turns: images per second, and CPU seconds per image."""
+        self.full(2)  # loads the models
+        turns: list[dict[str, Any]] = []
+        for turn in range(rounds):
+            full, full_cpu = self.full(each)
+            busy = self._cpu()
+            batch = self.rate(f"batch{turn}", self.servers, each * len(self.servers))
+            cpu = (self._cpu() - busy) / (each * len(self.servers))
+            client = self.client_cpu[f"batch{turn}"]
+            turns.append({
+                "full": full, "batch": batch, "of_full": batch / full, "full_cpu": full_cpu, "batch_cpu": cpu,
+                "client_cpu": client, "of_full_by_cpu": full_cpu / (cpu + client),
+            })  # fmt: skip
+        return {"turns": turns, **{k: median(t[k] for t in turns) for k in turns[0]}}
+
+    def full(self, each: int) -> tuple[float, float]:
+        """Images per second of servers whose queues are full from the start, and their CPU seconds per image."""
+        images, busy = sorted(self.sources.iterdir()), self._cpu()
+        before, count = len(self.log.read_text().splitlines()), each * len(self.servers)
+        asyncio.run(self._fill(images[:count]))
+        seen: list[float] = []
+        while len(seen) < count:
+            made = len(self.log.read_text().splitlines()) - before
+            seen += [time.monotonic()] * (made - len(seen))
+            time.sleep(0.01)
+        rate = (count - len(self.servers)) / (seen[-1] - seen[len(self.servers) - 1])
+        return rate, (self._cpu() - busy) / count
+
+    async def _fill(self, images: Sequence[Path]) -> None:
+        """Upload all, then queue all, one server after the other for each image."""
+        load = next(key for key, node in self.graph.items() if node["class_type"] == "LoadImage")
+        async with contextlib.AsyncExitStack() as stack:
+            clients = [await stack.enter_async_context(Client(s.url)) for s in self.servers]
+            named = []
+            for i, image in enumerate(images):
+                client = clients[i % len(clients)]
+                data = image.read_bytes()
+                named.append((client, await client.upload_temporary(f"{new_id()}.png", data)))
+            for client, name in named:
+                graph = copy.deepcopy(self.graph)
+                graph[load]["inputs"]["image"] = name
+                await client.queue(graph)
+
+    def _cpu(self) -> float:
+        """Seconds of all servers."""
+        times = [psutil.Process(server.process.pid).cpu_times() for server in self.servers]
+        return sum(t.user + t.system for t in times)
+
     def faults(self) -> dict[str, Any]:
         """Kill the client at 20 % and 45 %, a server at 55 %, which comes back; check every result."""
         out, images = self.folder / "faults", sorted(self.sources.iterdir())
@@ -142,13 +227,12 @@ class Bench:
         dead = self.servers[0]
         dead.process.kill()
         dead.process.wait()
-        until(0.65, client)
-        with contextlib.suppress(psutil.Error):
-            resident.append(self._resident(client))
-        dead.start()
-        until(0.98, client)
-        with contextlib.suppress(psutil.Error):
-            resident.append(self._resident(client))
+        for share in WATCHED:
+            until(share, client)
+            with contextlib.suppress(psutil.Error):
+                resident.append(self._resident(client))
+            if share == WATCHED[0]:
+                dead.start()
         code = client.wait()
         made = Counter(self.log.read_text().splitlines()[before:])
         rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
@@ -157,7 +241,7 @@ class Bench:
             "exit_code": code, "results": len(rows), "wrong": self._wrong(out, rows, images),
             "made_twice": sum(made.values()) - len(made), "images_made": len(made),
             "per_server": [servers[s.url] for s in self.servers],
-            "seconds": round(time.monotonic() - started, 1), "mib_at_65_and_98_percent": resident,
+            "seconds": round(time.monotonic() - started, 1), "mib": dict(zip(WATCHED, resident, strict=False)),
         }  # fmt: skip
 
     def _wrong(self, out: Path, rows: list[dict[str, Any]], images: Sequence[Path]) -> list[str]:
@@ -194,8 +278,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--each", type=int, default=30, help="images per server of the others")
     parser.add_argument("--seconds", type=float, default=0.5, help="that a prompt waits")
     parser.add_argument("--side", type=int, default=256, help="pixels of the images")
+    parser.add_argument("--edits", action="store_true", help="by the bundled editor")
+    parser.add_argument("--rounds", type=int, default=3, help="of --edits")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
+    if args.edits:
+        os.environ["OMP_NUM_THREADS"] = "1"  # the servers'
+        args.count, args.seconds = 0, None
     count = max(args.count, args.each * args.servers)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         bench = Bench(Path(folder), args.servers, count, args.seconds, args.side)
@@ -203,7 +292,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stack.callback(server.stop)
             server.start()
         figures = {**vars(args), "json": None, "cores": os.cpu_count()}
-        figures |= {"throughput": bench.throughput(args.each), "faults": bench.faults()}
+        if args.edits:
+            figures |= {"edits": bench.edits(args.each, args.rounds)}
+        else:
+            figures |= {"throughput": bench.throughput(args.each), "faults": bench.faults()}
     show_json(args.json, figures)
     return 0
 
