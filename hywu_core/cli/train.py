@@ -131,14 +131,28 @@ def _next_steps(args: argparse.Namespace, weights: Path) -> None:
     best = args.out / BEST
     say(str(weights) + (f" (the best in validation: {best})" if best.exists() else ""))
     chosen = best if best.exists() else weights
+    mine = f" --editor {args.editor}" if args.editor else ""
+    evaluate = "hywu eval generate --benchmark folder --data samples --out results --method mine --editor bundled"
+    evaluate += f" --editor-file {args.editor}" if args.editor else ""
     if args.strategy == "hywu":
-        editor = f" --editor {args.editor}" if args.editor else ""
-        say("next:")
-        say(f"  hywu edit image.png 'an instruction' --generator {chosen}{editor} --out edited.png")
-        say(f"  hywu inspect {chosen}")
-        if not args.editor:
-            say(
-                "  hywu eval generate --benchmark folder --data samples --out results --method mine "
-                f"--editor bundled --generator {chosen}"
-            )
-        say(f"  copy {chosen} into ComfyUI's models/hywu to use it in a graph")
+        condition = args.out / "condition.safetensors"
+        steps = [
+            f"hywu edit image.png 'an instruction' --generator {chosen}{mine} --out edited.png",
+            f"hywu condition --checkpoint {chosen}{mine} --image image.png --instruction 'an instruction' "
+            f"--out {condition}",
+            f"hywu generate --checkpoint {chosen} --condition {condition} --out {args.out / 'lora'}",
+            f"{evaluate} --generator {chosen}",
+            f"hywu inspect {chosen}",
+            f"copy {chosen} into ComfyUI's models/hywu to use it in a graph",
+        ]
+    elif args.strategy == "sft":
+        steps = [f"{evaluate} --fine-tuned {chosen}"]
+    else:
+        steps = [
+            f"{evaluate} --lora {chosen}",
+            f"hywu inspect {chosen}",
+            f"copy {chosen} into ComfyUI's models/loras to use it in a graph (Load Generated LoRA)",
+        ]
+    say("next:")
+    for step in steps:
+        say(f"  {step}")

@@ -195,6 +195,11 @@ class Training:
                     f"stopped after {trainer.step} of {request.steps} steps; the same command goes on"
                 )
                 return None
+            if trainer.step < request.steps:
+                self.say(
+                    f"ended after {trainer.step} of {request.steps} steps, {request.patience} measurements without a "
+                    "better one (--patience)"
+                )
             return self.export(request.out / WEIGHTS)
 
     def _train(self) -> bool:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from random_weights import make_random
+from random_weights import make_editor, make_random
 
 from hywu_core.bases.bundled.checkpoint import VARIABLE
 from hywu_core.bases.bundled.engine import BundledEditor
@@ -99,6 +99,17 @@ def test_another_generators_file_edits_and_is_told_apart(weights, tmp_path, caps
     assert "choose another name" in capsys.readouterr().err
     assert generate(out, "both", *mine, "--lora", "shared") == 1
     assert "leave it out, or 'shared'" in capsys.readouterr().err
+
+
+def test_another_editors_file_is_the_base_and_is_told_apart(weights, tmp_path, capsys):
+    out, file = tmp_path / "results", tmp_path / "editor.safetensors"
+    assert generate(out, "usual", "--lora", "none") == 0
+    make_editor(file, seed=1)
+    other = ("--lora", "none", "--editor-file", str(file))
+    assert generate(out, "other", *other) == 0
+    assert np.abs(images(out, "other")["rocket"].astype(int) - images(out, "usual")["rocket"]).max()
+    assert generate(out, "usual", *other) == 1
+    assert "choose another name" in capsys.readouterr().err
 
 
 def test_one_lora_a_task_and_a_task_without_one_is_listed(weights, tmp_path):

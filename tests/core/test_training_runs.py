@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import sys
 import types
 
 import pytest
 import torch
 import toy_base as toy
+from PIL import Image
 
 from hywu_core.cli.main import main
 from hywu_core.errors import HYWUError
@@ -19,7 +21,7 @@ from hywu_core.generator.checkpoints import load_generator
 from hywu_core.training.logs import read_log
 from hywu_core.training.schedule import RATES, TrainConfig, lr_at
 from hywu_core.training.strategies import HyperNetwork
-from hywu_core.training.trainer import STATE
+from hywu_core.training.trainer import STATE, Trainer
 from hywu_core.training.validation import FIELDS, Validation
 
 FORMER = __import__("pathlib").Path(__file__).with_name("former_runs")
@@ -175,13 +177,45 @@ def test_the_command_keeps_the_best_weights_and_says_what_to_do_next(tmp_path, c
     assert f"--generator {tmp_path / BEST}" in said
     assert load_generator(tmp_path / BEST).config.provenance["steps"] in (2, 4)
     assert read_header(tmp_path / STATE)["identity"]["validation"] == 0.4
-    # the printed step works
-    line = next(line for line in said.splitlines() if "hywu edit" in line)
-    words = [str(FORMER / "coffee.png") if w == "image.png" else w for w in line.split()[2:]]
-    words = " ".join(words).replace("'an instruction'", "blur").split()
-    words[words.index("--out") + 1] = str(tmp_path / "edited.png")
-    assert main(["edit", *words]) == 0
-    assert (tmp_path / "edited.png").stat().st_size > 100
+
+
+@pytest.mark.parametrize(
+    ("given", "count"),
+    [
+        (["--strategy", "hywu", "--d-model", "64"], 5),
+        (["--strategy", "shared"], 2),
+        (["--strategy", "single", "--task", "custom"], 2),
+        (["--strategy", "sft"], 1),
+    ],
+)
+def test_the_printed_next_steps_work(tmp_path, capsys, monkeypatch, given, count):
+    assert main(command(tmp_path, "--steps", "2", *given)) == 0
+    said = capsys.readouterr().out.partition("next:\n")[2].splitlines()
+    steps = [shlex.split(line) for line in said if line.startswith("  hywu ")]
+    assert len(steps) == count
+    folder = "loras" if given[1] in ("shared", "single") else "hywu"
+    copied = [line for line in said if line.startswith(f"  copy {tmp_path / WEIGHTS} into ")]
+    assert [f"models/{folder}" in line for line in copied] == [True] * (given[1] != "sft")
+    monkeypatch.chdir(tmp_path)
+    Image.open(FORMER / "coffee.png").save("image.png")
+    for words in steps:
+        assert main(words[1:]) == 0, words
+    assert len(edits_in(tmp_path / "results" / "mine")) == 2
+    assert (tmp_path / "edited.png").exists() == (given[1] == "hywu")
+
+
+def edits_in(folder) -> list[str]:
+    """The results that an evaluation has made there."""
+    return [p.name for p in folder.rglob("*.png") if not p.stem.endswith("_SRCIMG")]
+
+
+def test_an_early_end_is_said(tmp_path, capsys, monkeypatch):
+    worse = iter([1.0, 2.0, 3.0])
+    monkeypatch.setattr(Trainer, "mean_loss", lambda self, examples: next(worse))
+    more = ["--steps", "9", "--save-every", "2", "--validation", "0.4", "--patience", "2"]
+    assert main(command(tmp_path, *more)) == 0
+    said = capsys.readouterr().out
+    assert "ended after 6 of 9 steps, 2 measurements without a better one" in said
 
 
 # -- what is begun with ------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ class EngineEditor:
     fine_tuned: a file of `hywu train` or `hywu conflict` with all of the editor's weights, to use in their
         place (SFT; then there is no LoRA).
     generator: another one's file.
+    editor_file: another editor's file, in place of the bundled one's.
     steps: of the sampling.
     strength: of the LoRA.
     device: a torch device.
@@ -52,7 +53,7 @@ class EngineEditor:
     def __init__(
         self, lora: str | None = None, steps: int = 4, strength: float = 1.0, device: str = "cpu",
         fine_tuned: str | Path | None = None, skip_missing: bool = False,
-        generator: str | Path | None = None,
+        generator: str | Path | None = None, editor_file: str | Path | None = None,
     ) -> None:  # fmt: skip
         if fine_tuned is not None and lora not in (None, "none"):
             raise HYWUError(f"Fine-tuned weights have no LoRA; leave out '{lora}' or {fine_tuned}.")
@@ -65,7 +66,7 @@ class EngineEditor:
         self.steps, self.strength, device = steps, strength, str(chosen_device(device))
         self._lock = threading.Lock()  # the LoRA of one item is on the model while it is edited
         self._engine, self._loras, self._lora = None, {}, lora or "generated"
-        path = bundled("editor")
+        path = Path(editor_file) if editor_file else bundled("editor")
         if lora is None and fine_tuned is None:
             self._engine = BundledEditor.load(path, generator or bundled("generator"), device)
             self._editor = self._engine.editor
@@ -201,6 +202,11 @@ KIND = Kind(
         Option(
             "generator",
             "a generator of `hywu train` in place of the bundled one",
+            metavar="FILE",
+        ),
+        Option(
+            "editor_file",
+            "another editor than the bundled one: the file that `hywu train --editor` took",
             metavar="FILE",
         ),
         Option("steps", "sampling steps (%(default)s)", 4, int),
