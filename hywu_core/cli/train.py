@@ -132,7 +132,8 @@ def _next_steps(args: argparse.Namespace, weights: Path) -> None:
     say(str(weights) + (f" (the best in validation: {best})" if best.exists() else ""))
     chosen = best if best.exists() else weights
     mine = f" --editor {args.editor}" if args.editor else ""
-    evaluate = "hywu eval generate --benchmark folder --data samples --out results --method mine --editor bundled"
+    evaluate = "hywu eval generate --benchmark folder --data samples --out results"
+    evaluate += f" --method {args.out.name or 'mine'} --editor bundled"
     evaluate += f" --editor-file {args.editor}" if args.editor else ""
     if args.strategy == "hywu":
         condition = args.out / "condition.safetensors"

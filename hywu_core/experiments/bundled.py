@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -295,7 +296,7 @@ def _strategy(request: Request, base: EditorBase) -> Strategy:
         return network.begun_with(base, path, request.checkpointing)
     size = replace(GeneratorSize(), d_model=request.d_model, num_blocks=request.blocks)
     config = GeneratorConfig(
-        layout, dict(base.condition_parts), dim_accumulation=request.rank,
+        layout, dict(base.condition_parts), dim_accumulation=math.gcd(request.rank, request.d_model),
         encoder=dict(base.encoder), base=base.name, **asdict(size),
     )  # fmt: skip
     return network(base, config, request.checkpointing)

@@ -182,7 +182,7 @@ def test_the_command_keeps_the_best_weights_and_says_what_to_do_next(tmp_path, c
 @pytest.mark.parametrize(
     ("given", "count"),
     [
-        (["--strategy", "hywu", "--d-model", "64"], 5),
+        (["--strategy", "hywu", "--d-model", "64", "--rank", "3"], 5),
         (["--strategy", "shared"], 2),
         (["--strategy", "single", "--task", "custom"], 2),
         (["--strategy", "sft"], 1),
@@ -200,7 +200,7 @@ def test_the_printed_next_steps_work(tmp_path, capsys, monkeypatch, given, count
     Image.open(FORMER / "coffee.png").save("image.png")
     for words in steps:
         assert main(words[1:]) == 0, words
-    assert len(edits_in(tmp_path / "results" / "mine")) == 2
+    assert len(edits_in(tmp_path / "results" / tmp_path.name)) == 2
     assert (tmp_path / "edited.png").exists() == (given[1] == "hywu")
 
 
