@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -260,6 +262,48 @@ def test_parts_share_a_folder_and_make_everything_once(servers, command, tmp_pat
     assert sorted(made) == [f"photo{i:03}" for i in range(5)]
     assert main(command(5, servers, "--instruction", "x")) == 1
     assert "was begun as the part 1-of-2" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="the script is bash's")
+def test_the_documented_array_of_jobs_makes_every_image_once(tmp_path):
+    """The script of docs/headless.md as four jobs at once, each with a server of its own."""
+    text = (ROOT / "docs" / "headless.md").read_text(encoding="utf-8")
+    script = re.search(r"```bash\n(#SBATCH .*?)```", text, re.DOTALL)[1]
+    assert "port=$((8188 + SLURM_ARRAY_TASK_ID))" in script
+    (tmp_path / "job.sh").write_text(script.replace("8188", str(free_port())), encoding="utf-8")
+    (tmp_path / "workflow.json").write_text(json.dumps(fake.GRAPH))
+    (tmp_path / "photos").mkdir()
+    for i in range(10):
+        (tmp_path / "photos" / f"{i}.png").write_bytes(b"image %d" % i)
+    programs = {
+        # python ComfyUI/main.py --port PORT
+        "python": f'test "$1" = ComfyUI/main.py && exec "{sys.executable}" "{fake.__file__}" "$3" 0.02 "$3.log"',
+        "hywu": f'exec "{sys.executable}" -m hywu_core.cli "$@"',
+    }
+    (tmp_path / "bin").mkdir()
+    for name, line in programs.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+
+    def job(i: int) -> subprocess.Popen[bytes]:
+        given = os.environ | {
+            "PATH": path, "PYTHONPATH": str(ROOT), "SLURM_ARRAY_TASK_ID": str(i),
+        }  # fmt: skip
+        return subprocess.Popen(["bash", "job.sh"], cwd=tmp_path, env=given)
+
+    jobs = [job(i) for i in range(1, 5)]
+    assert [one.wait(120) for one in jobs] == [0] * 4
+    made = [line for log in tmp_path.glob("*.log") for line in log.read_text().split()]
+    out = tmp_path / "results"
+    found = [row for i in range(1, 5) for row in rows(out / f"results-{i}-of-4.jsonl")]
+    assert sorted(row["name"] for row in found) == [str(i) for i in range(10)]
+    assert len({row["server"] for row in found}) == 4
+    for i in range(10):
+        assert (out / f"{i}.png").read_bytes() == fake.edited(b"image %d" % i, "…")
+    assert len(made) == 10
+    assert job(2).wait(120) == 0  # requeued: nothing is left to do
+    assert sum(len(log.read_text().split()) for log in tmp_path.glob("*.log")) == 10
 
 
 def test_an_evaluation_shares_its_items_between_servers(servers, command, tmp_path):
