@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -19,7 +20,6 @@ from hywu_core import (
     HYWUError,
     LoRALayout,
     ParameterGenerator,
-    atomic,
     load_generator,
     save_generator,
 )
@@ -129,44 +129,65 @@ def test_rewriting_that_fails_leaves_the_former_whole(folder, tmp_path, monkeypa
 
 
 KILLED = """
-import os, signal, sys
-from hywu_core import load_generator
+import json, os, shutil, signal, sys
+from pathlib import Path
+from hywu_core import atomic, load_generator
 from hywu_core.generator.official import save_official
-generator = load_generator(sys.argv[1])
-for parameter in generator.parameters():
+folder, out = Path(sys.argv[1]), Path(sys.argv[2])
+former, zeros = load_generator(folder), load_generator(folder)
+for parameter in zeros.parameters():
     parameter.detach().zero_()
-calls = []
-def at(name):
-    whole = getattr(os, name)
-    def killed(*args, **options):
-        calls.append(name)
-        if len(calls) == int(sys.argv[3]):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return whole(*args, **options)
-    setattr(os, name, killed)
-at("replace"), at("link"), at("unlink")
-save_official(generator, sys.argv[2], overwrite=True, shard_bytes=500_000)
-print("done")
+
+def save_until(call):
+    calls = []
+    def at(name):
+        whole = getattr(os, name)
+        def killed(*args, **options):
+            calls.append(name)
+            if len(calls) == call:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return whole(*args, **options)
+        setattr(os, name, killed)
+    at("replace"), at("link"), at("unlink")
+    save_official(zeros, out, overwrite=True, shard_bytes=500_000)
+
+for call in range(1, 40):
+    save_official(former, out, shard_bytes=500_000)
+    child = os.fork()
+    if child == 0:
+        save_until(call)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    atomic.sweep(out.parent)
+    sums = [float(p.abs().sum()) for p in load_generator(out).parameters()]
+    left = [p.name for p in out.parent.glob(".*")]
+    print(json.dumps([os.WIFSIGNALED(status) and os.WTERMSIG(status), sums, left]))
+    shutil.rmtree(out)
+    if status == 0:
+        break
 """
 
 
 @pytest.mark.skipif(os.name != "posix", reason="kills a process")
 def test_a_kill_at_any_rename_leaves_the_former_or_the_new(folder, tmp_path):
-    out, former = tmp_path / "out", load_generator(folder)
-    for n in range(1, 40):
-        if not out.exists():
-            save_official(former, out, shard_bytes=500_000)
-        command = [sys.executable, "-c", KILLED, str(folder), str(out), str(n)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        atomic.sweep(tmp_path)
-        weights = [float(p.abs().sum()) for p in load_generator(out).parameters()]
-        assert all(weights) or not any(weights), f"half and half after call {n}"
-        assert [p.name for p in tmp_path.glob(".*")] == []
-        if "done" in done.stdout:
-            assert n > 3
-            return
-        shutil.rmtree(out)
-    raise AssertionError("it never ended")
+    """The former weights are no zeros, the new ones are; a child per call that it may be killed at."""
+    command = [sys.executable, "-c", KILLED, str(folder), str(tmp_path / "out")]
+    # a child of a process with threads might wait for them
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+    ends = [json.loads(line) for line in done.stdout.splitlines()]
+    for call, (_, sums, left) in enumerate(ends, 1):
+        assert all(sums) or not any(sums), f"half and half after call {call}"
+        assert left == []
+    *killed, whole = ends
+    assert [end[0] for end in killed] == [signal.SIGKILL] * len(killed)
+    assert len(killed) >= 3
+    assert whole[0] is False
+    assert not any(whole[1])
+    assert {all(end[1]) for end in killed} == {
+        True,
+        False,
+    }  # before the rename that counts, and after it
 
 
 @pytest.mark.parametrize(

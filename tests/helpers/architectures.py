@@ -23,7 +23,7 @@ class Architecture:
 
     kind: module and class inside comfy.ldm. options: the class's arguments. latent: shape of one
     latent without the batch. text, pooled: width of the text's tokens and of its pooled vector.
-    small: whether a test may run it several times.
+    small: whether a test may run it several times, for two steps each time.
     """
 
     kind: str
@@ -191,11 +191,12 @@ def conditioning(name: str, seed: int, scale: float = 1.0) -> list:
 
 
 def sampler(name: str, sample: Callable) -> Callable:
-    """model -> latent after two steps, by the stock node's function `sample`."""
+    """model -> latent after two steps, or one of a large model, by the stock node's function `sample`."""
+    usual = 2 if ARCHITECTURES[name].small else 1
     latent = {"samples": torch.zeros(1, *ARCHITECTURES[name].latent)}
     positive, negative = conditioning(name, 1), conditioning(name, 2)
 
-    def run(model: Any, batch: int = 1, cfg: float = 1.5, steps: int = 2) -> Tensor:
+    def run(model: Any, batch: int = 1, cfg: float = 1.5, steps: int = usual) -> Tensor:
         repeated = {"samples": latent["samples"].repeat(batch, *[1] * (latent["samples"].ndim - 1))}
         return sample(model, 1, steps, cfg, "euler", "simple", positive, negative, repeated)[0][
             "samples"
