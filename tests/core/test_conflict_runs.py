@@ -15,7 +15,7 @@ from hywu_core.experiments.conflict import runs as module
 from hywu_core.experiments.conflict.plan import ConflictPlan, GeneratorSize, Run
 from hywu_core.experiments.conflict.runs import Runs
 from hywu_core.experiments.images import ImagePool
-from hywu_core.training.trainer import Trainer
+from hywu_core.training.trainer import STATE, Trainer
 
 PLAN = dataclasses.replace(
     ConflictPlan(), steps=3, batch_size=4, tasks=("darken", "brighten"), main_rank=2, ranks=(1, 2), tune_steps=6,
@@ -141,3 +141,15 @@ def test_a_finished_run_is_loaded_not_trained_again(make, monkeypatch, tmp_path)
     for name, value in first.average.values.items():
         assert torch.equal(value, again.average.values[name]), name
     assert weights.stat().st_mtime_ns == before
+
+
+def test_exported_weights_alone_say_their_rate(make, monkeypatch, trainings, tmp_path):
+    """Nothing is tried anew for a run that is done."""
+    rates(monkeypatch, 3e-3)
+    runs = make()
+    runs.train(SHARED)
+    (tmp_path / "runs" / SHARED.name / STATE).unlink()
+    rates(monkeypatch, 1e-4, 1e-5)
+    trainings.clear()
+    assert make().train(SHARED).config.lr == 3e-3
+    assert not trainings

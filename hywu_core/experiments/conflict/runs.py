@@ -159,7 +159,7 @@ class Runs:
 
     def _done(self, run: Run, weights: Path) -> Trainer:
         """A run of which only the exported weights are left."""
-        rate = self.learning_rate(run)
+        rate = _trained_at(weights) or self.learning_rate(run)
         folder = self.folder / "runs" / run.name
         trainer = self._trainer(run, rate, self.plan.steps_of(run), folder)
         trainer.read(weights)
@@ -173,6 +173,13 @@ class Runs:
             self.base, self.strategy(run), batches, config, folder, save_every=100,
             device=self.device, extra=extra,
         )  # fmt: skip
+
+
+def _trained_at(weights: Path) -> float | None:
+    """The learning rate that exported weights say they were trained at."""
+    header = files.read_header(weights)
+    about = header.get("generator", header).get("provenance", {})
+    return about.get("training", {}).get("lr")
 
 
 def _trained_by(plan: ConflictPlan, run: Run) -> dict[str, Any]:
