@@ -5,7 +5,7 @@ warn of ``"hywu_warnings": [str, …]``, one sentence each and none where all is
 draws them on the node. Nodes that end no graph say so by ``HAS_INTERMEDIATE_OUTPUT``: where ComfyUI serves
 their results from its cache, newer ones then send the ui outputs again, and older ones (0.3.75) nothing.
 Generate, Inspect and Load LoRA add ``"hywu_norms"``, which the web extension draws on the node: a list with
-one entry per image of the batch (the first 8) and stack of layers::
+one entry per image of the batch (the first 8) and stack of layers, the largest stack first::
 
     {"title": "blur the photo",       instruction of the image where it is known, else "LoRA 1"
      "item": 0, "items": 3,           which image of how many
@@ -184,10 +184,15 @@ def norm_entries(
             return []
         norms = lora.norms()
     values = {path: value[:SHOWN].tolist() for path, value in norms.items()}
+    stacks = lora.layout.stacks
+    # a U-Net's layout has stacks of a single layer, which show little
+    largest_first = sorted(
+        range(len(stacks)), key=lambda s: -len(stacks[s].layers) * len(stacks[s].modules)
+    )
     return [
         _entry(lora, values, item, stack) | {"seconds": seconds, "cached": cached}
         for item in range(min(SHOWN, lora.batch_size))
-        for stack in range(len(lora.layout.stacks))
+        for stack in largest_first
     ]
 
 

@@ -59,6 +59,8 @@ def test_reports_and_norms(server, photo, engine):
                 assert value == pytest.approx(wanted, rel=1e-3)
         assert entry["seconds"] >= 0
         assert entry["title"] == text
+    cells = [len(entry["layers"]) * len(entry["modules"]) for entry in entries]
+    assert cells == sorted(cells, reverse=True)
     assert {entry["max"] for entry in entries} == {max(max(map(max, e["norms"])) for e in entries)}
 
 
