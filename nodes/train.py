@@ -168,7 +168,7 @@ def _schedule():
         ),
         "learning_rate": ui.number(
             0.0, 0.0, 1.0, 1e-6,
-            "Peak learning rate; 0 takes 5e-4. Lower it when the loss jumps.",
+            "Peak learning rate; 0 takes 1.4e-3, or that of a run that goes on. Lower it when the loss jumps.",
             round=False,
         ),
     }  # fmt: skip

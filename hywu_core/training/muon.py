@@ -25,6 +25,9 @@ MOMENTUM = 0.95
 BLOCK = 128
 #: Root mean square of a step on a matrix, in learning rates: about what AdamW's steps have (Liu et al.).
 STEP_RMS = 0.2
+#: Numbers that are orthogonalized at once, where one matrix has fewer, and bytes that a step takes for each of
+#: them beside weights, gradients and moments: momentum, three matrices in bfloat16, the step in float32.
+AT_ONCE, BYTES_AT_ONCE = 1 << 22, 16
 #: Learning rate of the matrices in those of the rest.
 MATRIX_RATE = 4.0
 #: Last parts of names: fused projections -> how many matrices lie one above the other; output heads, a step
@@ -109,7 +112,7 @@ class Muon(torch.optim.Optimizer):
         self, module: nn.Module, lr: float, weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.99), fused: bool = False,
     ) -> None:  # fmt: skip
-        self.parts = _matrices(module)
+        self.parts = matrices(module)
         rest = [p for p in module.parameters() if p.requires_grad and p not in self.parts]
         self._adamw = adamw(rest, lr, weight_decay, betas, fused) if rest else None
         groups = [{"params": parameters} for parameters in (list(self.parts), rest) if parameters]
@@ -138,30 +141,40 @@ class Muon(torch.optim.Optimizer):
         self._adamw.step()
 
     def _step_matrices(self, group: dict[str, Any]) -> None:
-        rate = group["lr"] * MATRIX_RATE
-        by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
-        sharded = []
+        by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
         for parameter in group["params"]:
-            if parameter.grad is None:
-                continue
-            if group["weight_decay"]:
-                parameter.mul_(1 - rate * group["weight_decay"])
+            if parameter.grad is not None:
+                rows = parameter.shape[0] // self.parts[parameter]
+                by_shape.setdefault((rows, *parameter.shape[1:]), []).append(parameter)
+        for parameters in by_shape.values():
+            for some in _at_once(parameters):
+                self._step_alike(some, group["lr"] * MATRIX_RATE, group["weight_decay"])
+
+    def _step_alike(self, parameters: list[nn.Parameter], rate: Any, weight_decay: float) -> None:
+        """One step on parameters that consist of matrices of one shape.
+
+        rate: a number, or a tensor ``[]`` on the device for a recorded step.
+        """
+        pairs: list[tuple[Tensor, Tensor]] = []
+        sharded = []
+        for parameter in parameters:
+            if weight_decay:
+                parameter.mul_(1 - rate * weight_decay)
             step, parts = whole(self._momentum(parameter)), self.parts[parameter]
             target: Tensor = parameter
             if is_sharded(parameter):  # every process makes whole steps, and takes its part of them
                 target = torch.zeros_like(step)
                 sharded.append((parameter, target))
-            for pair in zip(target.chunk(parts), step.chunk(parts), strict=True):
-                by_shape.setdefault(pair[0].shape, []).append(pair)
-        for shape, pairs in by_shape.items():
-            targets, steps = zip(*pairs, strict=True)
-            stacked = torch.stack(steps)
-            made = orthogonalized(stacked.to(_dtype(stacked))).to(stacked.dtype)
-            factor = -rate * STEP_RMS * max(shape) ** 0.5
-            if isinstance(factor, Tensor):  # one on the device, for a recorded step
-                torch._foreach_add_(targets, made.mul_(factor).unbind())
-            else:
-                torch._foreach_add_(targets, made.unbind(), alpha=factor)
+            pairs += zip(target.chunk(parts), step.chunk(parts), strict=True)
+        targets = [target for target, _ in pairs]
+        dtype, stacked = targets[0].dtype, torch.stack([step for _, step in pairs])
+        stacked = stacked.to(_dtype(stacked))
+        made = orthogonalized(stacked).to(dtype)
+        factor = -rate * STEP_RMS * max(targets[0].shape) ** 0.5
+        if isinstance(factor, Tensor):
+            torch._foreach_add_(targets, made.mul_(factor).unbind())
+        else:
+            torch._foreach_add_(targets, made.unbind(), alpha=factor)
         for parameter, change in sharded:
             local(parameter.detach()).add_(part_of(change, parameter))
 
@@ -174,9 +187,10 @@ class Muon(torch.optim.Optimizer):
         return parameter.grad.lerp(mean, MOMENTUM)
 
 
-def _matrices(module: nn.Module) -> dict[nn.Parameter, int]:
-    """Trained weights of linear layers -> number of matrices in each, but for those that match a
-    pattern in the module's `adamw_only`.
+def matrices(module: nn.Module) -> dict[nn.Parameter, int]:
+    """What Muon steps: trained weights of linear layers -> number of matrices in each.
+
+    Not the output heads, nor what matches a pattern in the module's `adamw_only`.
     """
     found, left = {}, getattr(module, "adamw_only", ())
     for name, layer in module.named_modules():
@@ -187,6 +201,16 @@ def _matrices(module: nn.Module) -> dict[nn.Parameter, int]:
         if isinstance(weight, nn.Parameter) and weight.requires_grad and last not in HEADS:
             found[weight] = FUSED.get(last.rpartition("_")[2], 1)
     return found
+
+
+def _at_once(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Parameters of one kind in runs of at most `AT_ONCE` numbers, or of one parameter."""
+    parts: list[list[nn.Parameter]] = []
+    for parameter in parameters:
+        if not parts or sum(p.numel() for p in parts[-1]) + parameter.numel() > AT_ONCE:
+            parts.append([])
+        parts[-1].append(parameter)
+    return parts
 
 
 def _dtype(like: Tensor) -> torch.dtype:

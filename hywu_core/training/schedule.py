@@ -19,11 +19,12 @@ from .sharding import is_sharded, local
 PRECISIONS = ("no", "bf16", "fp16")
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "constant")
-#: Optimizer -> strategy -> peak learning rate to start with: in the middle of what the conflict experiment's
-#: trials favour and holds for a whole run. A step of a generator's output head moves every value of every LoRA.
+#: Optimizer -> strategy -> peak learning rate to start with. Muon's made the bundled weights (chosen by the
+#: conflict experiment's trials, and they hold for a whole run); AdamW's are in the middle of what its trials
+#: favour. A step of a generator's output head moves every value of every LoRA.
 RATES: Mapping[str, Mapping[str, float]] = MappingProxyType(
     {
-        "muon": {"hywu": 6e-4, "shared": 1.4e-3, "single": 1.4e-3, "sft": 3e-4},
+        "muon": {"hywu": 1.4e-3, "shared": 2e-3, "single": 2e-3, "sft": 1e-3},
         "adamw": {"hywu": 4e-4, "shared": 1e-2, "single": 1e-2, "sft": 1e-3},
     }
 )

@@ -115,6 +115,33 @@ def test_a_fused_projection_steps_as_its_parts():
     torch.testing.assert_close(torch.cat(weights), fused["W_qkv"].weight)
 
 
+def test_matrices_are_stepped_in_parts_of_bounded_size(monkeypatch):
+    """The same steps, and never more at once than `AT_ONCE` numbers, or one matrix."""
+    made = []
+
+    def stepped(at_once: int) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        layers = nn.ModuleDict({str(n): nn.Linear(8, 16, bias=False) for n in range(5)})
+        layers["W_kv"] = nn.Linear(8, 32, bias=False)
+        for parameter in layers.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        monkeypatch.setattr(muon, "AT_ONCE", at_once)
+        made.clear()
+        Muon(layers, LR).step()
+        return [parameter.detach() for parameter in layers.parameters()]
+
+    monkeypatch.setattr(
+        muon, "orthogonalized", lambda x: made.append(x.numel()) or orthogonalized(x)
+    )
+    whole = stepped(1 << 24)
+    assert made == [7 * 128]
+    parts = stepped(2 * 128)
+    assert made == [256, 256, 128, 256]
+    torch.testing.assert_close(whole, parts, atol=1e-4, rtol=1e-3)
+    assert len(stepped(1)) == 6
+    assert made == [128] * 5 + [256]
+
+
 def test_embeddings_biases_norms_and_heads_step_as_with_adamw():
     torch.manual_seed(0)
     layers = {

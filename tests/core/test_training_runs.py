@@ -13,6 +13,7 @@ import torch
 import toy_base as toy
 from PIL import Image
 
+from hywu_core.bases.bundled.checkpoint import bundled
 from hywu_core.cli.main import main
 from hywu_core.errors import HYWUError
 from hywu_core.experiments.bundled import BEST, WEIGHTS, Request
@@ -271,9 +272,17 @@ def test_rates_are_of_the_strategy_and_the_optimizer(tmp_path):
             more = ["--steps", "1", "--optimizer", optimizer, "--strategy", strategy]
             assert main(command(out, *more)) == 0
             assert read_header(out / STATE)["config"]["lr"] == RATES[optimizer][strategy]
-    # what docs/training.md recommends
-    assert 1e-3 <= RATES["muon"]["shared"] <= 2e-3
-    assert RATES["adamw"]["hywu"] < RATES["muon"]["hywu"]
+
+
+def test_the_rates_are_those_that_made_the_bundled_weights():
+    for name, strategy in {
+        "generator": "hywu",
+        "shared": "shared",
+        "single_blur": "single",
+    }.items():
+        header = read_header(bundled(name))
+        training = header.get("generator", header)["provenance"]["training"]
+        assert RATES[training["optimizer"]][strategy] == training["lr"]
 
 
 def test_a_constant_rate_stays_at_the_peak():

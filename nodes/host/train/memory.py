@@ -16,15 +16,15 @@ from ....hywu_core.errors import HYWUError
 from ....hywu_core.generator.config import GeneratorConfig
 from ....hywu_core.generator.model import ParameterGenerator
 from ....hywu_core.layout import LoRALayout
-from ....hywu_core.training import recompute
+from ....hywu_core.training import muon, recompute
 from ....hywu_core.training.base import Batch
 from ....hywu_core.training.strategies import HyperNetwork
 from .base import HostBase
 
-#: float32 weight, gradient, AdamW's two moments and the moving average.
-BYTES_PER_WEIGHT = 20
-#: AdamW's square roots of all second moments at once; nothing of the backward pass is kept any more then.
-BYTES_OF_UPDATE = 4
+#: float32 weight, gradient, first moment and moving average.
+BYTES_PER_WEIGHT = 16
+#: AdamW's second moment, and the square roots of all of them at once in the update.
+BYTES_OF_ADAMW, BYTES_OF_UPDATE = 4, 4
 #: Hidden states that one item's backward pass keeps for each block of the generator, at the least.
 STATES_PER_BLOCK = 4
 
@@ -35,24 +35,33 @@ def recomputed(module: nn.Module, layout: LoRALayout) -> AbstractContextManager[
     return recompute.recomputed([submodule(module, path) for path in paths])
 
 
-def check_weights(config: GeneratorConfig, device: torch.device, items: int) -> int:
+def check_weights(config: GeneratorConfig, optimizer: str, device: torch.device, items: int) -> int:
     """Bytes that training the generator's weights takes; HYWUError when they can't fit at all."""
     with torch.device("meta"):
-        count = sum(p.numel() for p in ParameterGenerator(config).parameters())
+        generator = ParameterGenerator(config)
     states = 4 * items * config.num_positions * config.d_model
-    least = _bytes(count, config.num_blocks * STATES_PER_BLOCK * states)
+    least = _bytes(generator, optimizer, config.num_blocks * STATES_PER_BLOCK * states)
     total = mm.get_total_memory(device)
     if least > total:
+        count = sum(p.numel() for p in generator.parameters())
         raise HYWUError(_too_much("at least", least, total, device, f"{count:,} weights"))
-    return _bytes(count, 0)
+    return _bytes(generator, optimizer, 0)
 
 
-def _bytes(weights: int, activations: int) -> int:
+def _bytes(generator: nn.Module, optimizer: str, activations: int) -> int:
     """The most of a step: at the end of the backward pass, or in the update after it."""
-    return BYTES_PER_WEIGHT * weights + max(activations, BYTES_OF_UPDATE * weights)
+    by_muon = [p.numel() for p in muon.matrices(generator)] if optimizer == "muon" else []
+    count = sum(p.numel() for p in generator.parameters())
+    by_adamw = count - sum(by_muon)
+    matrices = muon.BYTES_AT_ONCE * min(sum(by_muon), max(muon.AT_ONCE, *by_muon, 0))
+    held = BYTES_PER_WEIGHT * count + BYTES_OF_ADAMW * by_adamw
+    # nothing of the backward pass is kept any more in the update
+    return held + max(activations, BYTES_OF_UPDATE * by_adamw, matrices)
 
 
-def check_step(strategy: HyperNetwork, batch: Batch, items: int, recompute: bool) -> int:
+def check_step(
+    strategy: HyperNetwork, optimizer: str, batch: Batch, items: int, recompute: bool
+) -> int:
     """Bytes of a step, from what one example of `batch` keeps; HYWUError when they don't fit.
 
     items: examples that are in memory at once.
@@ -69,7 +78,7 @@ def check_step(strategy: HyperNetwork, batch: Batch, items: int, recompute: bool
     working = int(base.model.memory_required([items, *latent.shape[1:]])) if recompute else 0
     weights = sum(p.numel() for p in strategy.trained.parameters())
     loras = 2 * 4 * items * config.layout.num_values
-    need = _bytes(weights, items * kept + working + loras)
+    need = _bytes(strategy.trained, optimizer, items * kept + working + loras)
     # the weights themselves are there already
     free = mm.get_free_memory(base.device) + 4 * weights
     if need > free:

@@ -24,7 +24,7 @@ from ....hywu_core.images import load_image
 from ....hywu_core.layout import LoRALayout
 from ....hywu_core.training.logs import read_log
 from ....hywu_core.training.recompute import HeldNetwork
-from ....hywu_core.training.schedule import TrainConfig
+from ....hywu_core.training.schedule import RATES, TrainConfig
 from ....hywu_core.training.state import state_header
 from ....hywu_core.training.trainer import STATE, Trainer
 from ..cache import TensorCache, digest
@@ -45,8 +45,8 @@ from .plot import grid, loss_plot, side_by_side, to_tensor
 
 log = get_logger(__name__)
 
-#: Peak learning rate where the user leaves it at 0.
-LEARNING_RATE = 5e-4
+#: What a run is begun with: the recipe that made the bundled weights.
+OPTIMIZER = "muon"
 #: Examples over which the conditions' means and deviations are taken.
 STATISTICS = 64
 #: Examples that are drawn as samples, and seconds between previews on the node.
@@ -127,7 +127,12 @@ class _Training:
         self.device = self.base.device
         self.config = self._generator_config()
         self.layout = self.config.layout
-        check_weights(self.config, self.device, self._at_once(request.accumulation))
+        state = self.folder / STATE
+        #: the settings that a run was begun with, empty for a new one
+        self.begun = state_header(state).get("config", {}) if state.exists() else {}
+        self.optimizer = self.begun.get("optimizer", "adamw") if self.begun else OPTIMIZER
+        at_once = self._at_once(request.accumulation)
+        check_weights(self.config, self.optimizer, self.device, at_once)
         self.run_id = files.start_run(request.name, self._made_from())
         self.shown: Tensor | None = None
 
@@ -178,7 +183,9 @@ class _Training:
             try:
                 at_once = self._at_once(accumulation)
                 example = self.crops.batch([0])
-                self.memory = check_step(strategy, example, at_once, self.request.checkpointing)
+                self.memory = check_step(
+                    strategy, self.optimizer, example, at_once, self.request.checkpointing
+                )
                 trainer = self._trainer(strategy, accumulation)
                 self._run(trainer)
                 edits = trainer.edit(self.sampled.to(self.device))
@@ -222,10 +229,10 @@ class _Training:
         return self.request.batch_size
 
     def _trainer(self, strategy: HeldNetwork, accumulation: int) -> Trainer:
-        request, state = self.request, self.folder / STATE
-        begun = state_header(state).get("config", {}) if state.exists() else {}
+        request, begun = self.request, self.begun
+        rate = request.learning_rate or begun.get("lr") or RATES[self.optimizer]["hywu"]
         config = TrainConfig(
-            request.steps, request.batch_size, request.learning_rate or LEARNING_RATE,
+            request.steps, request.batch_size, rate, optimizer=self.optimizer,
             # a run that goes on beyond its end keeps the warm-up that it was begun with
             accumulation=accumulation, warmup=begun.get("warmup", min(40, request.steps // 5)),
             precision=self._precision(), seed=request.seed,

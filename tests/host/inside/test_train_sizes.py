@@ -96,12 +96,12 @@ def test_size_s_is_stopped_gone_on_with_loaded_and_generates(call, train, loaded
     losses = [row["loss"] for row in read_log(folder / "log.csv")]
     assert len(losses) == 3
     assert all(0 < loss < 10 for loss in losses)
-    # weights, average and two moments in float32; the checkpoint in float16
-    assert 16 * weights < (folder / "state.safetensors").stat().st_size < 16.1 * weights
+    # weights, average and Muon's one moment in float32, two of the heads; the checkpoint in float16
+    assert 12 * weights < (folder / "state.safetensors").stat().st_size < 12.5 * weights
     assert 2 * weights < checkpoint("size_s").stat().st_size < 2.1 * weights
     # neither of one that was stopped nor of one that ended: a copy of the weights has 4 bytes each
     assert max(left) < weights
-    assert report["memory_estimate_bytes"] >= 24 * weights
+    assert report["memory_estimate_bytes"] >= 16 * weights
     assert most is None or 0.6 < most / report["memory_estimate_bytes"] < 1.4
     with torch.inference_mode():
         made = call.HYWULoadGenerator("size_s.safetensors", "auto")[0]
