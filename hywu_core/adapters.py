@@ -119,6 +119,7 @@ class LinearAdapter(Adapter):
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
         x = args[0] if args else kwargs["input"]
         if _takes_more(output, x, self._pair):
+            x = x.to(output.dtype)
             return add_linear_(output, x, *self.items_for(x), self.s)
         delta = linear_delta(x, *self.pair_for(x), self.s, self.index_for(x))
         return output + delta.to(output.dtype)
@@ -128,21 +129,25 @@ class ConvAdapter(Adapter):
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
         x = args[0] if args else kwargs["input"]
         if _takes_more(output, x, self._pair):
+            x = x.to(output.dtype)
             return add_conv_(output, x, *self.items_for(x), self.s)
         delta = conv_delta(x, *self.pair_for(x), self.s, self.index_for(x))
         return output + delta.to(output.dtype)
 
 
 def _takes_more(output: Tensor, x: Tensor, pair: tuple[Tensor, Tensor]) -> bool:
-    """Whether a product may add to a module's output where it lies: dense, and no gradient asks for it."""
+    """Whether a product may add to a module's output where it lies: as `joins`, and no gradient asks for it."""
     differentiable = output.requires_grad or any(factor.requires_grad for factor in pair)
-    return (
-        not (torch.is_grad_enabled() and differentiable)
-        and output.dtype == x.dtype
-        and output.is_contiguous()
-        and output is not x
-        and not torch.is_autocast_enabled(x.device.type)
-    )
+    return not (torch.is_grad_enabled() and differentiable) and joins(output, x)
+
+
+def joins(output: Tensor, x: Tensor) -> bool:
+    """Whether a product of a module's input may add to its output in place: dense, and in the dtype in which
+    the module has multiplied, x's or autocast's, so that ``x.to(output.dtype)`` is what it has seen.
+    """
+    kind = x.device.type
+    seen = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return output.dtype == seen and output.is_contiguous() and output is not x
 
 
 class PartAdapter(LinearAdapter):
@@ -157,6 +162,7 @@ class PartAdapter(LinearAdapter):
         rows = slice(None) if self.place.half is None else self.place.rows(output.shape[-1])
         if _takes_more(output, x, self._pair):
             # two launches for each expert that has rows, of which a model may have thousands
+            x = x.to(output.dtype)
             add_linear_(output[..., rows], x, *self.pair_for(x), self.s)
             return output
         delta = linear_delta(x, *self.pair_for(x), self.s, self.index_for(x)).to(output.dtype)

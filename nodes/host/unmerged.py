@@ -15,7 +15,7 @@ import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor, nn
 
-from ...hywu_core.adapters import add_conv_, conv_delta, linear_delta
+from ...hywu_core.adapters import add_conv_, conv_delta, joins, linear_delta
 from ...hywu_core.discovery import is_pointwise_conv, submodule
 from ...hywu_core.errors import HYWUError
 from ...hywu_core.lora import GeneratedLoRA
@@ -184,9 +184,10 @@ class _Hook:
 
     def _add(self, output: Tensor, x: Tensor) -> None:
         """Add the branch in place; rows of one image stand together."""
+        plain = joins(output, x)
+        x = x.to(output.dtype) if plain else x
         a, b = self.placed(x)[self.path]
         count = a.shape[0]
-        plain = output.dtype == x.dtype and output.is_contiguous()
         if self.conv or not plain:
             if count > 1:
                 a, b = (f.repeat_interleave(x.shape[0] // count, 0) for f in (a, b))

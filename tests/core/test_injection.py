@@ -11,7 +11,16 @@ from expert_models import FusedExpert, Mixture, expert_lora
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hywu_core import GeneratedLoRA, HYWUError, LoRALayout, inject, injection, merge, unmerge
+from hywu_core import (
+    GeneratedLoRA,
+    HYWUError,
+    LoRALayout,
+    adapters,
+    inject,
+    injection,
+    merge,
+    unmerge,
+)
 from hywu_core.grouped import GroupedLinear, grouped_linear, item_groups
 
 
@@ -190,6 +199,41 @@ def test_undone_when_the_model_raises(base, x):
     with pytest.raises(RuntimeError), inject(base, lora):
         base(x[:, :, :3])
     assert_unchanged(base, before)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_under_autocast_the_branch_adds_in_the_dtype_of_the_module(base, x, batch, monkeypatch):
+    """The bundled editor is sampled so: the input is float32, the output bfloat16."""
+    lora, added = random_lora(LoRALayout.of(base, 4), batch), []
+    given = x[:1].expand(2, -1, -1).contiguous()
+    with torch.no_grad():
+        with inject(base, lora):
+            exact = base(given)
+        own = adapters.add_linear_
+        monkeypatch.setattr(
+            adapters, "add_linear_", lambda *a: (added.append(a[1].dtype), own(*a))[1]
+        )
+        with inject(base, lora), torch.autocast("cpu", torch.bfloat16):
+            result = base(given)
+        plain = base(given)
+    assert added == [torch.bfloat16] * 6  # the convolutions' outputs aren't dense here
+    assert (result.float() - exact).norm() < 0.02 * (exact - plain).norm()
+
+
+def test_a_module_that_leaves_autocast_keeps_its_own_dtype(base):
+    class Exact(nn.Linear):
+        def forward(self, x):
+            with torch.autocast("cpu", enabled=False):
+                return super().forward(x.float())
+
+    model = nn.ModuleDict({"fc": Exact(8, 8)})
+    lora, x = random_lora(LoRALayout.of(model, 4, include="*")), torch.randn(1, 3, 8)
+    with torch.no_grad(), inject(model, lora):
+        exact = model["fc"](x)
+        with torch.autocast("cpu", torch.bfloat16):
+            result = model["fc"](x)
+    assert result.dtype == torch.float32
+    torch.testing.assert_close(result, exact, rtol=0.02, atol=0.02)
 
 
 def test_half_precision_base_takes_a_float32_lora(base, x):
