@@ -183,6 +183,32 @@ def test_rounded_weights_are_cast_back_exactly(checkpoint, generate):
     assert stored.dtype == torch.float8_e4m3fn
 
 
+def test_what_is_cast_for_one_layer_is_given_back_after_its_use(monkeypatch):
+    """So that ComfyUI may copy the next weight beside it, on a stream that knows when this one was read."""
+    given, own = [], operations.comfy.ops.uncast_bias_weight
+
+    def back(layer, weight, bias, stream):
+        given.append((type(layer), weight))
+        return own(layer, weight, bias, stream)
+
+    monkeypatch.setattr(operations.comfy.ops, "uncast_bias_weight", back)
+    x, ids = torch.randn(1, 4, 3, 3), torch.tensor([1, 0])
+    layers = [
+        (operations.Linear(3, 5), x, lambda w, b: torch.nn.functional.linear(x, w, b)),
+        (operations.Conv2d(4, 2, 1), x, lambda w, b: torch.nn.functional.conv2d(x, w, b)),
+        (operations.Embedding(2, 4), ids, lambda w, b: torch.nn.functional.embedding(ids, w)),
+    ]
+    with torch.no_grad():
+        for layer, value, plain in layers:
+            torch.nn.init.normal_(layer.weight)
+            layer.weight_function = [lambda weight: 2 * weight]  # as a patch of ComfyUI's
+            expected = plain(2 * layer.weight, layer.bias)
+            torch.testing.assert_close(layer(value), expected)
+            (((kind, weight),), given) = (given, [])
+            assert kind is type(layer)
+            torch.testing.assert_close(weight, 2 * layer.weight)
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "fp8-weights"])
 def test_offloaded_weights_are_copied_one_sublayer_ahead(
     checkpoint, generate, monkeypatch, precision
