@@ -264,15 +264,20 @@ def test_parts_share_a_folder_and_make_everything_once(servers, command, tmp_pat
     assert "was begun as the part 1-of-2" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="the script is bash's")
-def test_the_documented_array_of_jobs_makes_every_image_once(tmp_path):
-    """The script of docs/headless.md as four jobs at once, each with a server of its own."""
+@pytest.fixture
+def four_jobs(tmp_path) -> Path:
+    """A folder as docs/headless.md has it: ten photos, `workflow.json`, the script as `part.sh`, and a `python` that
+    starts a fake server in place of ComfyUI; the second entry of PATH.
+    """
+    if shutil.which("bash") is None:
+        pytest.skip("the script is bash's")
     text = (ROOT / "docs" / "headless.md").read_text(encoding="utf-8")
     script = re.search(r"```bash\n(#SBATCH .*?)```", text, re.DOTALL)[1]
     assert "port=$((8188 + SLURM_ARRAY_TASK_ID))" in script
-    (tmp_path / "job.sh").write_text(script.replace("8188", str(free_port())), encoding="utf-8")
+    (tmp_path / "part.sh").write_text(script.replace("8188", str(free_port())), encoding="utf-8")
     (tmp_path / "workflow.json").write_text(json.dumps(fake.GRAPH))
-    (tmp_path / "photos").mkdir()
+    for name in ("photos", "bin"):
+        (tmp_path / name).mkdir()
     for i in range(10):
         (tmp_path / "photos" / f"{i}.png").write_bytes(b"image %d" % i)
     programs = {
@@ -280,30 +285,63 @@ def test_the_documented_array_of_jobs_makes_every_image_once(tmp_path):
         "python": f'test "$1" = ComfyUI/main.py && exec "{sys.executable}" "{fake.__file__}" "$3" 0.02 "$3.log"',
         "hywu": f'exec "{sys.executable}" -m hywu_core.cli "$@"',
     }
-    (tmp_path / "bin").mkdir()
     for name, line in programs.items():
         (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{line}\n")
         (tmp_path / "bin" / name).chmod(0o755)
-    path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    return tmp_path
 
-    def job(i: int) -> subprocess.Popen[bytes]:
-        given = os.environ | {
-            "PATH": path, "PYTHONPATH": str(ROOT), "SLURM_ARRAY_TASK_ID": str(i),
-        }  # fmt: skip
-        return subprocess.Popen(["bash", "job.sh"], cwd=tmp_path, env=given)
 
-    jobs = [job(i) for i in range(1, 5)]
-    assert [one.wait(120) for one in jobs] == [0] * 4
-    made = [line for log in tmp_path.glob("*.log") for line in log.read_text().split()]
-    out = tmp_path / "results"
+def surroundings(folder: Path, **more: str) -> dict[str, str]:
+    """Environment variables by which the folder's programs are found."""
+    path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    return (
+        os.environ
+        | {"PATH": path, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+        | more
+    )
+
+
+def made_in(folder: Path) -> int:
+    return sum(len(log.read_text().split()) for log in folder.glob("*.log"))
+
+
+def check_parts(folder: Path) -> None:
+    """Each image has one line in the four parts' files, and its own edit; nothing was made twice."""
+    out = folder / "results"
     found = [row for i in range(1, 5) for row in rows(out / f"results-{i}-of-4.jsonl")]
     assert sorted(row["name"] for row in found) == [str(i) for i in range(10)]
     assert len({row["server"] for row in found}) == 4
     for i in range(10):
         assert (out / f"{i}.png").read_bytes() == fake.edited(b"image %d" % i, "…")
-    assert len(made) == 10
+    assert made_in(folder) == 10
+
+
+def test_the_documented_array_of_jobs_makes_every_image_once(four_jobs):
+    """Four jobs at once, each with a server of its own."""
+
+    def job(i: int) -> subprocess.Popen[bytes]:
+        environment = surroundings(four_jobs, SLURM_ARRAY_TASK_ID=str(i))
+        return subprocess.Popen(["bash", "part.sh"], cwd=four_jobs, env=environment)
+
+    jobs = [job(i) for i in range(1, 5)]
+    assert [one.wait(120) for one in jobs] == [0] * 4
+    check_parts(four_jobs)
     assert job(2).wait(120) == 0  # requeued: nothing is left to do
-    assert sum(len(log.read_text().split()) for log in tmp_path.glob("*.log")) == 10
+    assert made_in(four_jobs) == 10
+
+
+def test_the_documented_tasks_of_ray_make_every_image_once(four_jobs):
+    pytest.importorskip("ray", reason="not a dependency: the documentation's recipe")
+    text = (ROOT / "docs" / "headless.md").read_text(encoding="utf-8")
+    program = re.search(r"```python\n(import os, subprocess, ray\n.*?)```", text, re.DOTALL)[1]
+    # as many cards as it wants, which nothing here uses
+    program = program.replace("\nfolder =", "\nray.init(num_cpus=4, num_gpus=4)\nfolder =")
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=four_jobs, env=surroundings(four_jobs), timeout=240,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "[0, 0, 0, 0]" in done.stdout, done.stderr[-3000:]
+    check_parts(four_jobs)
 
 
 def test_an_evaluation_shares_its_items_between_servers(servers, command, tmp_path):
