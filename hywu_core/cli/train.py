@@ -2,7 +2,7 @@
 
 Your own data: a .jsonl file (or a folder with one) of rows {"source": "a.png", "target": "b.png",
 "instruction": "...", "task": "..."}, paths counting from the file; a folder of name.source.png,
-name.target.png, name.txt; webdataset tar shards; parquet files. Without --data the built-in tasks are
+name.target.png, name.txt; webdataset tar shards; parquet files, and the arrow files of `datasets`. Without --data the built-in tasks are
 trained. Rows with "references" are refused: the bundled editor reads one image.
 
 examples:

@@ -1,4 +1,4 @@
-"""A user's own pairs: rows of JSONL files, files side by side in a folder, tar shards, parquet files.
+"""A user's own pairs: rows of JSONL files, files side by side in a folder, tar shards, parquet and arrow files.
 
 Whatever they lie in, a pair is a source, a target, an instruction, a task and up to two references.
 """
@@ -10,6 +10,7 @@ import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -297,25 +298,49 @@ def _text(file: Source) -> str:
 
 
 def _parquet(path: Path) -> Iterator[Row]:
-    """Columns source and target (bytes, or the ``{bytes, path}`` of `datasets`), instruction, task, references."""
+    """Parquet files; see `_of_columns`."""
     parquet = need("pyarrow.parquet", "to read parquet files", "pyarrow")
-    for file in _files(path, "*.parquet"):
+
+    def parts(file: Path) -> Iterator[list[dict[str, Any]]]:
+        table = parquet.ParquetFile(file)
+        for group in range(table.num_row_groups):
+            yield table.read_row_group(group).to_pylist()
+
+    return _tables(_files(path, "*.parquet"), "parquet", parts)
+
+
+def _arrow(path: Path) -> Iterator[Row]:
+    """What `save_to_disk` of `datasets` leaves; see `_of_columns`."""
+    arrow = need("pyarrow", "to read arrow files")
+    stream = need("pyarrow.ipc", "to read arrow files", "pyarrow").open_stream
+
+    def parts(file: Path) -> Iterator[list[dict[str, Any]]]:
+        with arrow.memory_map(str(file)) as mapped, stream(mapped) as batches:
+            for batch in batches:
+                yield batch.to_pylist()
+
+    return _tables(_files(path, "*.arrow"), "arrow", parts)
+
+
+def _tables(
+    files: Iterable[Path], kind: str, parts: Callable[[Path], Iterator[list[dict[str, Any]]]]
+) -> Iterator[Row]:
+    """Rows of tables that are read part by part."""
+    for file in files:
         try:
-            table = parquet.ParquetFile(file)
-            number = 0
-            for group in range(table.num_row_groups):
-                for row in table.read_row_group(group).to_pylist():
-                    where = f"{file}, row {number}"
-                    yield where, lambda row=row, where=where: _of_columns(row, where)
-                    number += 1
+            for number, row in enumerate(chain.from_iterable(parts(file))):
+                where = f"{file}, row {number}"
+                yield where, lambda row=row, where=where: _of_columns(row, where)
         # pyarrow's errors have no class in common but this and OSError
         except (ValueError, OSError) as error:
             if isinstance(error, HYWUError):
                 raise
-            yield str(file), HYWUError(f"not a whole parquet file ({one_line(error)})")
+            yield str(file), HYWUError(f"not a whole {kind} file ({one_line(error)})")
 
 
 def _of_columns(row: Mapping[str, Any], where: str) -> Pair:
+    """Of source and target (bytes, or the ``{bytes, path}`` of `datasets`), instruction, task, references."""
+
     def image(value: Any, name: str) -> Stored:
         data = value.get("bytes") if isinstance(value, Mapping) else value
         if not isinstance(data, bytes):
@@ -339,6 +364,7 @@ READERS: tuple[tuple[str, Callable[[Path], Iterator[Row]]], ...] = (
     ("*.jsonl", _jsonl),
     ("*.tar", _shards),
     ("*.parquet", _parquet),
+    ("*.arrow", _arrow),
     ("**/*.source.*", _folder),
 )
 

@@ -63,7 +63,8 @@ def runs(tmp_path_factory) -> dict[str, Path]:
     """Two processes with FSDP2, and one process, with both optimizers."""
     folder = tmp_path_factory.mktemp("sharded")
     both = ["hywu-adamw", "hywu-muon"]
-    done = accelerate("fsdp2", str(TOY), str(folder / "two"), "8", "8", *both)
+    stopped = ["again/hywu-muon:5", "again/hywu-muon:8"]
+    done = accelerate("fsdp2", str(TOY), str(folder / "two"), "8", "8", *both, *stopped)
     assert done.returncode == 0, done.stderr[-3000:]
     for name in both:
         trainer = toy.make_trainer(folder / "one" / name, optimizer=name.partition("-")[2])
@@ -91,6 +92,14 @@ def test_losses_and_files_are_those_of_one_process(runs, optimizer):
         # Muon's orthogonalized steps are bfloat16 where the CPU has it, and enlarge what sums differ in
         assert distance(one, two, kind) < (1e-4 if optimizer == "adamw" else 2e-2), kind
     assert (two / "samples" / "step_000008.png").exists()
+
+
+def test_a_stopped_run_is_the_uninterrupted_one_to_the_bit(runs):
+    states = [runs["two"] / name / STATE for name in ("hywu-muon", "again/hywu-muon")]
+    assert [read_header(state)["step"] for state in states] == [8, 8]
+    straight, again = (read_tensors(state)[0] for state in states)
+    assert straight.keys() == again.keys()
+    assert all(torch.equal(straight[name], again[name]) for name in straight)
 
 
 def test_the_exported_generator_writes_the_loras_of_the_unsharded_one(runs, tmp_path):
