@@ -76,8 +76,8 @@ def stored_tensors(module: nn.Module, prefix: str = "") -> dict[str, Stored]:
         if not marker:
             found[path] = Stored(shape, (Slot(name),))
             continue
-        if not bank.endswith(".weight"):
-            continue  # a quantized bank, which is read as it is stored (see offload.CodedBank)
+        if not bank.endswith(".weight") or len(shape) != 3:
+            continue  # quantized, or expert by expert: read as it is stored (see banks.CodedBank)
         kind, inner = bank.removesuffix(".weight"), name
         count, out, in_ = shape
         for e in range(count):

@@ -65,10 +65,14 @@ class InFile(Source):
         super().__init__(shape, codec)
         self.folder, self.names = folder, list(names)
 
+    def stored(self, expert: int) -> dict[str, Tensor]:
+        """The parts of a matrix as they lie in the mapped file, where nothing of them has to be computed."""
+        name, slot = self.names[expert]
+        return self.folder.coded(name, slot.rows or slice(0, self.shape[0]))
+
     def read(self, experts: Sequence[int], into: Tensor) -> None:
         for place_, expert in enumerate(experts):
-            name, slot = self.names[expert]
-            stored = self.folder.coded(name, slot.rows or slice(0, self.shape[0]))
+            stored = self.stored(expert)
             for part, view in self.parts(into[place_]).items():
                 view.copy_(stored[part])
 
@@ -87,7 +91,7 @@ def in_memory(source: Source, count: int, pin: bool = False) -> InMemory:
 
 def in_files(
     folder: Folder, layer: int, experts: nn.Module, dtype: torch.dtype
-) -> dict[str, Source]:
+) -> dict[str, InFile]:
     """Where the three banks of a layer lie in the files.
 
     dtype: of those that aren't quantized.
@@ -98,7 +102,7 @@ def in_files(
     for stored_name, stored in stored_tensors(experts, prefix).items():
         for slot in stored.slots:
             names[slot.parameter.removesuffix(".weight")].append((stored_name, slot))
-    sources: dict[str, Source] = {}
+    sources: dict[str, InFile] = {}
     for name, places in names.items():
         _, out, in_ = getattr(experts, name).weight.shape
         codecs = {

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ....hywu_core.bases.hunyuan_image3.banks import CodedBank
+from ....hywu_core.bases.hunyuan_image3.chunks import in_chunks
 from ....hywu_core.bases.hunyuan_image3.codecs import Codec, Plain
 from ....hywu_core.bases.hunyuan_image3.matrices import Source
 from ....hywu_core.bases.hunyuan_image3.placement import CHUNK, SLOTS
@@ -50,7 +51,7 @@ class Staging:
     @property
     def nbytes(self) -> int:
         """What the slots take while a pass streams."""
-        return SLOTS * CHUNK * max(bank.matrix_bytes for bank in self._banks)
+        return SLOTS * CHUNK * max((bank.matrix_bytes for bank in self._banks), default=0)
 
     @contextlib.contextmanager
     def passing(self) -> Iterator[None]:
@@ -84,8 +85,14 @@ class Banks(GroupedLinear, comfy.ops.CastWeightBiasOp):
         weight = self.weight
         if self.weight_function:
             weight, _ = comfy.ops.cast_bias_weight(self, x)
+        if weight.device == x.device and weight.dtype == x.dtype:
+            return grouped_linear(x, weight, ends)
         if weight.device == x.device:
-            return grouped_linear(x, weight.to(x.dtype), ends)
+
+            def cast(experts: Sequence[int]) -> Tensor:
+                return weight[list(experts)].to(x.dtype)
+
+            return in_chunks(x, ends, self.out_features, CHUNK, cast)
         held = Held(weight, (self.out_features, self.in_features), Plain("stored", weight.dtype))
         slots = self.staging.slots(x.device)
         return staged_product(
@@ -97,7 +104,7 @@ class CodedBanks(CodedBank, comfy.ops.CastWeightBiasOp):
     """Quantized banks: ComfyUI counts their bytes as they are, and may leave them in host memory."""
 
     comfy_cast_weights = True
-    bias = None
+    weight = bias = None  # ComfyUI looks for both in every layer that it casts
     staging: Staging
 
     @property

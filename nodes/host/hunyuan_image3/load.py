@@ -24,6 +24,7 @@ from ....hywu_core.bases.hunyuan_image3.sources import SourceEncoder
 from ....hywu_core.bases.hunyuan_image3.vae import VAE
 from ....hywu_core.errors import HYWUError
 from .banks import CodedBanks
+from .dynamic import dynamic_host, install
 from .model import HostModel, HunyuanModel, patched
 
 #: Tokens of an edit of one image at 1 megapixel, its chain of thought and the new image among them.
@@ -97,22 +98,26 @@ class Reader:
 
 
 def load(
-    path: Path, precision: str, router: RouterPrecision, system: str | None
-) -> tuple[Any, ImageVAE, Reader, str]:
+    path: Path, precision: str, router: RouterPrecision, system: str | None, disable_dynamic: bool = False
+) -> tuple[Any, ImageVAE, Reader, str]:  # fmt: skip
     """(MODEL, VAE, reader, what a run takes) of an official folder. Raises HYWUError before weights are read.
 
     precision: "auto" is bfloat16 where the device multiplies it, else float32; "stored" keeps the files'.
     router: see RouterPrecision.
     system: the system prompt, or None for the folder's own.
+    disable_dynamic: not by dynamic VRAM, whatever the host's usual way is.
     """
     prompts = Prompts.open(path, system, files=False)
     folder = prompts.folder
     parts = build(folder, HostModel)
     dtype = _dtype(precision)
-    said = planned(folder, dtype)
-    if folder.quantized:
-        # all banks on the host, as they are stored: where they go is the memory manager's
-        kept = dtype or stored_dtype(folder)
+    dynamic = dynamic_host() and not disable_dynamic
+    said = planned(folder, dtype, dynamic)
+    kept = dtype or stored_dtype(folder)
+    # all banks off the device, as they are stored: where they go is the memory manager's
+    if dynamic:
+        install(folder, parts.model, kept)
+    elif folder.quantized:
         offload(folder, parts.model, 0, None, torch.device("cpu"), kept, "ram", CodedBanks)
     fill(folder, parts, "cpu", dtype)
     network = parts.model
@@ -122,12 +127,17 @@ def load(
     vae = ImageVAE(parts.vae)
     reader = Reader(prompts, SourceEncoder(prompts, parts.vae, parts.tower, parts.aligner), vae)
     model = HunyuanModel(network, reader, folder.settings.flow_shift)
-    return patched(model), vae, reader, said
+    patcher = patched(model, dynamic)
+    if dynamic:
+        # weights that hooks change within a sampling are another, plain patcher's
+        patcher.cached_patcher_init = (load, (path, precision, router, system), 0)
+    return patcher, vae, reader, said
 
 
-def planned(folder: Folder, dtype: torch.dtype | None) -> str:
+def planned(folder: Folder, dtype: torch.dtype | None, mapped: bool = False) -> str:
     """What an edit of one image takes, for the folder and for what it could be quantized to, a line each.
 
+    mapped: whether experts rest in the files.
     Raises HYWUError where the weights don't fit in this machine's memory.
     """
     config, settings = folder.config, folder.settings
@@ -138,8 +148,9 @@ def planned(folder: Folder, dtype: torch.dtype | None) -> str:
     methods = (None,) if folder.quantized else (None, *METHODS)
     plans = [plan(folder, m, None, tokens, min(image, tokens), dtype=dtype) for m in methods]
     memory = mm.get_total_memory(torch.device("cpu"))
-    if plans[0].weights > memory:
-        fits = [f"{p.experts} {p.weights:,}" for p in plans if p.weights <= memory]
+    away = plans[0].experts_bytes if mapped else 0
+    if plans[0].weights - away > memory:
+        fits = [f"{p.experts} {p.weights:,}" for p in plans if p.weights - away <= memory]
         way = (
             f"quantize it once by `hywu hunyuan quantize FOLDER OUT --experts ...`, which takes {', '.join(fits)}"
             if fits

@@ -37,6 +37,7 @@ from ....hywu_core.bases.hunyuan_image3.sources import Source
 from ....hywu_core.errors import HYWUError
 from .. import operations
 from .banks import Banks, Staging
+from .dynamic import DynamicBank
 
 #: Key of a conditioning's dict, and the wrapper's.
 KEY = "hunyuan_image3"
@@ -262,9 +263,11 @@ class HunyuanModel(comfy.model_base.BaseModel):
         pass_ = activation_bytes(config, batch * max(prefix, image), dtype)
         matrix = (config.hidden_size, max(config.expert_widths))
         bank, decoded = network.model.layers[0].mlp.experts.w1, 0
-        if isinstance(bank, CodedBank):
-            scratch = bank.source.codec.scratch_bytes(*matrix)
-            decoded = CHUNK * math.prod(matrix) * dtype.itemsize + scratch
+        if isinstance(bank, (CodedBank, DynamicBank)):
+            at_once, codec = (
+                (CHUNK, bank.source.codec) if isinstance(bank, CodedBank) else (1, bank.codec)
+            )
+            decoded = at_once * math.prod(matrix) * dtype.itemsize + codec.scratch_bytes(*matrix)
         return float(kept + pass_ + network.staging.nbytes + decoded)
 
 
@@ -286,11 +289,11 @@ def while_sampling(executor: Any, *args: Any, **kwargs: Any) -> Any:
         return executor(*args, **kwargs)
 
 
-def patched(model: HunyuanModel) -> comfy.model_patcher.ModelPatcher:
-    """The MODEL, under the plain patcher whatever the host's default is."""
-    patcher = comfy.model_patcher.ModelPatcher(
-        model, mm.get_torch_device(), mm.unet_offload_device()
-    )
+def patched(model: HunyuanModel, dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    """The MODEL, under the host's usual patcher (dynamic, see dynamic.py) or the plain one."""
+    host = comfy.model_patcher
+    made = host.CoreModelPatcher if dynamic else host.ModelPatcher
+    patcher = made(model, mm.get_torch_device(), mm.unet_offload_device())
     patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, while_sampling)
     patcher.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, _see_hooks)
     return patcher

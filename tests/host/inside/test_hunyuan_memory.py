@@ -15,8 +15,11 @@ from hywu_nodes.hywu_core import grouped
 from hywu_nodes.hywu_core.bases.hunyuan_image3 import staging
 from hywu_nodes.hywu_core.bases.hunyuan_image3.attention import KVCache, Norm, Rows, Segment
 from hywu_nodes.hywu_core.bases.hunyuan_image3.passes import prefill
+from hywu_nodes.hywu_core.bases.hunyuan_image3.placement import SLOTS
 from hywu_nodes.hywu_core.bases.hunyuan_image3.prompts import Request
+from hywu_nodes.hywu_core.bases.hunyuan_image3.thinking import Sampler, think
 from hywu_nodes.nodes.host.hunyuan_image3.model import HostModel, HunyuanModel
+from pretended_device import DEVICE, pretended
 from torch._subclasses import FakeTensorMode
 
 from hywu_core.bases.hunyuan_image3.quantize import quantize
@@ -86,6 +89,44 @@ def test_memory_is_given_back(call, folder):
     assert KVCache.live() == 0
 
 
+@pytest.mark.parametrize("some", [False, True])
+def test_experts_in_host_memory_go_through_slots(call, folder, some, monkeypatch):
+    """With values, on a device that holds a part of the weights: the same results; each routed expert once a pass."""
+    inputs = ("float32", "float32", SYSTEM)
+    request = Request("make it red", [], "", "128x128", 1)
+    with torch.no_grad():
+        model, *_ = call.HYWULoadHunyuanImage3(folder, *inputs)
+        sequence = model.model.reader.prompts.ratio(request)
+        wanted = prefill(model.model.diffusion_model, [sequence], [[]])
+        monkeypatch.setattr(mm, "get_torch_device", lambda: DEVICE)
+        with pretended():
+            network = model.model.diffusion_model
+            patcher = comfy.model_patcher.ModelPatcher(model.model, DEVICE, CPU)
+            banks = network.staging._banks
+            for percent in range(99 if some else 0, -1, -1):
+                room = patcher.model_size() * percent // 100 or 1
+                patcher.detach()
+                patcher.patch_model(device_to=DEVICE, lowvram_model_memory=room)
+                away = [b for b in banks if next(b.parameters()).device == CPU]
+                if away:
+                    break
+            assert 0 < len(away) < len(banks) if some else len(away) == len(banks)
+            traffic = network.staging.traffic
+            made = prefill(network, [sequence], [[]])
+            torch.testing.assert_close(made.cpu(), wanted)
+            # the sequence has every expert routed to
+            assert traffic.matrices == 8 * len(away)
+            assert traffic.nbytes == sum(b.matrix_bytes * 8 for b in away)
+            assert traffic.staged <= SLOTS
+            assert network.staging._slots is None
+            before = traffic.matrices
+            think(network, model.model.reader.prompts, request, [], sampler=Sampler(), most=1)
+            assert traffic.matrices - before == 8 * len(away), "the first word is the prefill's"
+            think(network, model.model.reader.prompts, request, [], sampler=Sampler(), most=2)
+            assert traffic.matrices - before == (2 * 8 + 2) * len(away), "then a word's two experts"
+            patcher.detach()
+
+
 def apply(module, change, recurse=True):
     """torch.nn.Module's own exchanges tensors in place, which pretended ones refuse."""
     for each in module.modules():
@@ -110,6 +151,7 @@ def test_a_pass_runs_on_the_device_wherever_weights_are(call, base, monkeypatch,
     cuda = torch.device("cuda:0")
     monkeypatch.setattr(torch.nn.Module, "_apply", apply)
     monkeypatch.setattr(mm, "get_torch_device", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     monkeypatch.setattr(grouped, "_has_grouped_product", lambda x, weight: True)
     spread = [
         round(i * 80 / 8) for i in range(9)
