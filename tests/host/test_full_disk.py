@@ -168,3 +168,22 @@ def test_what_cannot_be_written_is_named_and_the_next_run_works(server, case):
         check_whole(server.base / name)
     g.run(server, graph())
     assert not list(server.base.rglob("*.hywu.part"))
+
+
+def test_a_generator_that_does_not_fit_leaves_the_one_before(server):
+    """The steps are done and their state is kept: only the checkpoint is written anew."""
+    g.run(server, training("done"))
+    checkpoint = server.base / "models" / "hywu" / "done.safetensors"
+    g.run(server, training("other"))  # so that ComfyUI's cache knows nothing of the first
+    for there in (True, False):
+        before = files_in(server)
+        with full(server, checkpoint.parent), pytest.raises(NodeFailed) as caught:
+            g.run(server, training("done"))
+        said = str(caught.value)
+        assert re.search(r"models/hywu/done\.safetensors: can't be written", said), said
+        assert files_in(server) == before
+        if there:
+            checkpoint.unlink()
+    g.run(server, training("done"))
+    check_whole(checkpoint)
+    assert not list(server.base.rglob("*.hywu.part"))
