@@ -14,6 +14,7 @@ from torch import Tensor
 from . import fingerprint
 from .batch import Items, batch_index
 from .errors import HYWUError
+from .precision import FLOATS, widened
 
 #: The single part of an official condition: hidden states of the base model's last layer.
 OFFICIAL_PART = "hidden_states"
@@ -43,7 +44,7 @@ class Condition:
             raise HYWUError("The condition has no parts.")
         batches = set()
         for name, tokens in self.parts.items():
-            if tokens.ndim != 3 or 0 in tokens.shape or not tokens.is_floating_point():
+            if tokens.ndim != 3 or 0 in tokens.shape or tokens.dtype not in FLOATS:
                 raise HYWUError(
                     f"Condition part '{name}' is {tokens.dtype} {tuple(tokens.shape)}; it must be "
                     "floating point, [batch, length, width], with no zero among them."
@@ -157,6 +158,7 @@ class Condition:
         from .files import check_fields, read_tensors
 
         tensors, header = read_tensors(path, device)
+        tensors = {name: widened(value) for name, value in tensors.items()}
         try:
             if header.get("format") != FORMAT:
                 return cls.of(_only_tensor(tensors))

@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -23,15 +24,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "HEADER", "append_line", "as_json", "atomic_folder", "atomic_path", "check_fields", "check_name", "folder_lock", "is_file", "open_tensors",
+    "HEADER", "append_line", "as_json", "atomic_folder", "atomic_path", "check_fields", "check_name", "folder_lock", "is_device", "is_file", "open_tensors",
     "parse_header", "parse_json", "read_header", "read_json", "read_json_lines", "read_metadata", "read_tensors",
-    "save_tensors", "slug", "with_suffix", "write_json", "write_text",
+    "read_weights", "same_name", "save_tensors", "slug", "with_suffix", "write_json", "write_text",
 ]  # fmt: skip
 
 #: Key of the safetensors metadata under which our JSON header lies.
 HEADER = "hywu"
 #: Characters that a name can't hold where it becomes part of a file's name.
-FORBIDDEN = frozenset('/\\:*?"<>|\0\n\r\t')
+FORBIDDEN = frozenset('/\\:*?"<>|') | frozenset(map(chr, (*range(32), *range(127, 160))))
+#: Names that are devices on Windows, whatever follows behind a dot: what is written there is gone.
+DEVICES = frozenset({"con", "prn", "aux", "nul", "conin$", "conout$"}) | {
+    f"{port}{number}" for port in ("com", "lpt") for number in "0123456789\u00b9\u00b2\u00b3"
+}
 
 # -- safetensors -------------------------------------------------------------------------------------
 
@@ -76,6 +81,28 @@ def read_tensors(
         header = parse_header(path, file.metadata())
         # A clone, since a mapped file can't be overwritten on Windows and changes under us elsewhere
         return {key: file.get_tensor(key).clone() for key in file.keys()}, header  # noqa: SIM118
+
+
+def read_weights(path: str | Path, finite: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """`read_tensors` of a network's weights: floating point, 8-bit ones widened.
+
+    finite: NaN and Infinity are errors.
+    Raises HYWUError on values of another kind, which copying into a network would make numbers of.
+    """
+    import torch
+
+    from .precision import FLOATS, widened
+
+    tensors, header = read_tensors(path)
+    tensors = {name: widened(value) for name, value in tensors.items()}
+    for name, value in tensors.items():
+        if value.dtype not in FLOATS:
+            raise HYWUError(
+                f"{path}: {name} is {value.dtype}, and weights are floating point. Get the file anew."
+            )
+        if finite and not torch.isfinite(value).all():
+            raise HYWUError(f"{path}: {name} holds values that are not finite. Get the file anew.")
+    return tensors, header
 
 
 def with_suffix(path: str | Path) -> Path:
@@ -270,10 +297,20 @@ def check_name(value: object, what: str) -> str:
         size = len(text.encode("utf-8"))
     except UnicodeEncodeError:
         size = 0
-    unusable = FORBIDDEN & set(text) or not size
+    unusable = FORBIDDEN & set(text) or not size or is_device(text)
     if not text or text.strip(" .") != text or unusable or len(text) > 120 or size > 240:
         raise HYWUError(f"its {what} is {value!r}, which can't be a file name")
     return text
+
+
+def is_device(name: str) -> bool:
+    """Whether Windows takes a file's name for a device."""
+    return name.partition(".")[0].rstrip(" ").lower() in DEVICES
+
+
+def same_name(name: str) -> str:
+    """Equal for names that some disks don't tell apart: in other letters of the same, composed otherwise."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
 def slug(text: str) -> str:

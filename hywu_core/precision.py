@@ -1,8 +1,17 @@
-"""Which number format a device multiplies fast."""
+"""Number formats: which a device multiplies fast, which values that are computed with may have."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
+#: Of values that are computed with.
+FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+
+
+def widened(values: Tensor) -> Tensor:
+    """8-bit floating point as bfloat16, which holds each of its values: little can be computed with it."""
+    return values.to(torch.bfloat16) if str(values.dtype).startswith("torch.float8") else values
 
 
 def usual_precision(device: str | None = None) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from .. import fingerprint
 from ..errors import HYWUError
-from ..files import is_file, read_json, read_json_lines
+from ..files import is_file, read_json, read_json_lines, same_name
 
 
 @dataclass(frozen=True)
@@ -143,6 +143,7 @@ def collect(
     Raises HYWUError when nothing usable is left.
     """
     items: dict[str, Item] = {}
+    alike: dict[str, str] = {}
     bad: list[BadItem] = []
     for name, row in rows:
         try:
@@ -151,6 +152,10 @@ def collect(
             item = parse(row)
             if item.id in items:
                 raise HYWUError(f"repeats the item {item.id}")
+            if (other := alike.setdefault(same_name(item.id), item.id)) != item.id:
+                raise HYWUError(
+                    f"is called {item.id}, which many disks don't tell apart from {other}; give it another key"
+                )
             items[item.id] = item
         except HYWUError as error:
             bad.append(BadItem(name, str(error)))

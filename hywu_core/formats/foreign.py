@@ -15,6 +15,7 @@ from ..errors import HYWUError, get_logger
 from ..files import HEADER
 from ..layout import LoRALayout, Module
 from ..lora import GeneratedLoRA
+from ..precision import FLOATS, widened
 from .matrices import expert_path
 from .names import Names
 from .native import layout_of
@@ -29,8 +30,6 @@ _KEY = re.compile(
 )
 #: A file of mixed ranks is padded to the largest; larger than this and so many times its size is no LoRA.
 MOST_BYTES, MOST_TIMES = 1 << 28, 64
-#: What matrices may be, beside 8-bit floating point, which is widened.
-DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
 def from_state_dict(
@@ -173,7 +172,7 @@ def read_pairs(
             continue
         if "A" not in part or "B" not in part:
             raise HYWUError(f"{key} has only one of its two matrices; the file is incomplete.")
-        a, b = _wide(part["A"]), _wide(part["B"])
+        a, b = widened(part["A"]), widened(part["B"])
         _check_pair(key, a, b)
         name = names.of(key)
         if name is None:
@@ -190,15 +189,10 @@ LEFT_OUT, NOT_PLAIN = "are left out", "no plain LoRA"
 READABLE = "only lora_A/lora_B or lora_down/lora_up pairs with alpha can"
 
 
-def _wide(factor: Tensor) -> Tensor:
-    """8-bit floating point as bfloat16, which holds each of its values: little can be computed with it."""
-    return factor.to(torch.bfloat16) if str(factor.dtype).startswith("torch.float8") else factor
-
-
 def _check_pair(key: str, a: Tensor, b: Tensor) -> None:
     if min(a.ndim, b.ndim) < 2 or a.shape[0] != b.shape[1]:
         raise HYWUError(f"{key}: A is {tuple(a.shape)} and B {tuple(b.shape)}; the ranks differ.")
-    if 0 in a.shape or 0 in b.shape or not {a.dtype, b.dtype} <= DTYPES:
+    if 0 in a.shape or 0 in b.shape or not {a.dtype, b.dtype} <= FLOATS:
         raise HYWUError(
             f"{key}: A is {a.dtype} {tuple(a.shape)} and B {b.dtype} {tuple(b.shape)}; both must be "
             "floating point, without a zero in their shapes."

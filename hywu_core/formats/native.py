@@ -12,6 +12,7 @@ from ..errors import HYWUError
 from ..files import check_fields, save_tensors
 from ..layout import LoRALayout
 from ..lora import GeneratedLoRA
+from ..precision import FLOATS, widened
 
 FORMAT = "hywu-lora-1"
 
@@ -59,6 +60,12 @@ def save(lora: GeneratedLoRA, path: Path, overwrite: bool) -> Path:
 
 def load(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> GeneratedLoRA:
     layout, provenance = layout_of(header), header.get("provenance") or {}
+    tensors = {name: widened(value) for name, value in tensors.items()}
+    for name, value in tensors.items():
+        if value.dtype not in FLOATS:
+            raise HYWUError(
+                f"{name} is {value.dtype}, and a LoRA's values are floating point; use the original file."
+            )
     try:
         if "grid.0" in tensors:
             names = [f"grid.{s}" for s in range(len(layout.stacks))]

@@ -18,7 +18,15 @@ from typing import Any
 
 from .. import fingerprint
 from ..errors import HYWUError
-from ..files import append_line, atomic_path, check_fields, folder_lock, read_json_lines, write_text
+from ..files import (
+    append_line,
+    atomic_path,
+    check_fields,
+    folder_lock,
+    read_json_lines,
+    same_name,
+    write_text,
+)
 from ..images import SUFFIXES
 from .client import Client, ServerError, outputs
 from .graph import Graph, locate
@@ -82,10 +90,10 @@ def named(items: Sequence[Item]) -> list[Item]:
     for item in items:
         stem = name = safe_name(item.name or item.source.stem)
         number = 1
-        while name.casefold() in taken:
+        while same_name(name) in taken:
             number += 1
             name = f"{stem}-{number}"
-        taken.add(name.casefold())
+        taken.add(same_name(name))
         result.append(Item(item.source, item.instruction, item.values, name))
     return result
 

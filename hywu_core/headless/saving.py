@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import HYWUError
-from ..files import FORBIDDEN, atomic_path, parse_json
+from ..files import FORBIDDEN, atomic_path, is_device, parse_json
 from .client import Client
 
 #: Bytes of a file's name: what every file system takes, with room for a number behind it.
@@ -35,7 +35,8 @@ def safe_name(name: str) -> str:
     last = last.lstrip(".").rstrip(" .")
     stem, suffix = os.path.splitext(last)
     stem = stem.encode()[: LONGEST - len(suffix.encode()[:20])].decode("utf-8", "ignore")
-    return stem + suffix[:20] or "unnamed"
+    name = stem + suffix[:20] or "unnamed"
+    return f"_{name}" if is_device(name) else name
 
 
 def save_new(path: Path, content: bytes) -> Path:

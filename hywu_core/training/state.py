@@ -16,6 +16,10 @@ from .sharding import is_sharded, put
 
 FORMAT = "hywu-training-1"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+#: safetensors' names.
+_NAMES = {
+    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64",
+}  # fmt: skip
 
 
 def save_state(
@@ -98,6 +102,12 @@ def load_state(
                 raise HYWUError(
                     f"{path}: {of}{name} {what}, the model has {tuple(parameter.shape)}; go on with the "
                     "model that the run was started with, or use another output folder."
+                )
+            dtype = average.values[name].dtype if kind == "average" else parameter.dtype
+            if (stored := file.get_slice(key).get_dtype()) != _NAMES.get(dtype, stored):
+                raise HYWUError(
+                    f"{path}: {kind} of {name} is stored as {stored}, it is trained in {dtype}; another program "
+                    "changed the file: use a whole copy, or another output folder."
                 )
         moments = _check_moments(path, header, names, parameters)
         # one tensor after another: the whole file is as large as all that is trained

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..condition import Condition
-from ..errors import HYWUError, need
+from ..errors import HYWUError, need, one_line, out_of_memory
 from ..generator.config import GeneratorConfig
 from ..generator.model import ParameterGenerator
 from ..injection import inject
@@ -243,11 +243,29 @@ class FullFineTuning:
         return save_tensors(path, tensors, header, overwrite=True)
 
     def read(self, path: Path) -> Mapping[str, Any]:
-        from ..files import read_tensors
+        from ..files import read_weights
 
-        tensors, header = read_tensors(path)
+        tensors, header = read_weights(path)
         self.trained.load_state_dict(tensors)
         return header["provenance"]
+
+
+def read_export(strategy: Strategy, path: Path) -> Mapping[str, Any]:
+    """`Strategy.read`. Raises HYWUError where the file is not what this strategy's `export` writes."""
+    from ..files import check_fields
+
+    try:
+        about = strategy.read(path)
+    except (KeyError, RuntimeError, TypeError) as error:
+        if out_of_memory(error):
+            raise
+        raise HYWUError(
+            f"{path}: not the weights of this run ({one_line(error)}); remove it to train the run anew."
+        ) from error
+    if not isinstance(about, Mapping):
+        raise HYWUError(f"{path}: its header says nothing of a training; remove it to train anew.")
+    check_fields(about, {"seconds": (int, float)}, str(path), null=False)
+    return about
 
 
 def count_parameters(strategy: Strategy) -> int:

@@ -27,7 +27,7 @@ from .schedule import Average, TrainConfig, lr_at, refuse_differences
 from .sharding import Shards, averaged, gathered_strategy, sharding_asked, whole
 from .state import load_state, save_state, state_header
 from .stopping import Interrupt
-from .strategies import Strategy
+from .strategies import Strategy, read_export
 from .validation import Validation
 
 logger = get_logger(__name__)
@@ -339,7 +339,7 @@ class Trainer:
 
         Raises HYWUError where they were trained otherwise or not to the end.
         """
-        about = self.strategy.read(path)
+        about = read_export(self.strategy, path)
         mine = {"steps": self.config.steps, "training": self.config.to_json()}
         refuse_differences(about, mine, path)
         self.average = Average(self.parameters, self.config.ema)

@@ -95,6 +95,8 @@ def apply(
     check_strength(strength)
     matched = match(model.model, lora, skip_missing)
     strengths = scope.strengths(lora)
+    for value in strengths.values():
+        check_strength(value * strength)
     if mode == "auto":
         single = lora.batch_size == 1 and not scope.needs_unmerged
         experts = bool(expert_paths(lora))

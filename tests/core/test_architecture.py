@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "atomic": {"errors"},
     "devices": {"errors"},
     "fingerprint": {"errors"},
-    "files": {"errors", "atomic"},
+    "files": {"errors", "atomic", "precision"},
     "images": {"errors", "files"},
     "batch": BASICS,
     "layout": BASICS,

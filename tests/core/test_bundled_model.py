@@ -195,6 +195,23 @@ def test_a_damaged_file_is_explained(tmp_path):
     assert "time1.bias holds values that are not finite" in str(caught.value)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
+def test_weights_that_are_no_numbers_of_a_network_are_an_error(tmp_path, dtype):
+    tensors, header = read_tensors(save_editor(random_editor(), tmp_path / "e.safetensors", {}))
+    other = {name: value.to(dtype) for name, value in tensors.items()}
+    path = save_tensors(tmp_path / "other.safetensors", other, header)
+    with pytest.raises(HYWUError, match=r"other.safetensors: .* is torch\.\w+, and weights are"):
+        load_editor(path)
+
+
+def test_weights_of_8_bits_are_read(tmp_path):
+    tensors, header = read_tensors(save_editor(random_editor(), tmp_path / "e.safetensors", {}))
+    small = {name: value.to(torch.float8_e4m3fn) for name, value in tensors.items()}
+    read = load_editor(save_tensors(tmp_path / "small.safetensors", small, header))
+    for name, value in read.state_dict().items():
+        assert torch.equal(value, small[name].float())
+
+
 def test_files_of_the_former_editor_are_explained(tmp_path):
     path = save_tensors(
         tmp_path / "e.safetensors", {"a": torch.zeros(1)}, {"format": "hywu-editor-1"}

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from hywu_core import Condition, HYWUError
+from hywu_core.files import read_tensors, save_tensors
 
 
 @pytest.fixture
@@ -88,3 +89,17 @@ def test_files_of_other_programs(tmp_path):
     save_file({"a": torch.ones(1), "b": torch.ones(1)}, tmp_path / "two.safetensors")
     with pytest.raises(HYWUError, match=r"two.safetensors: holds 2 tensors"):
         Condition.load(tmp_path / "two.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_parts_of_8_bits_are_widened_where_they_are_read(condition, tmp_path, dtype):
+    path = condition.save(tmp_path / "c.safetensors")
+    tensors, header = read_tensors(path)
+    small = {n: v.to(dtype) if v.is_floating_point() else v for n, v in tensors.items()}
+    save_tensors(path, small, header, overwrite=True)
+    read = Condition.load(path)
+    assert read.is_finite()
+    for name, tokens in read.parts.items():
+        assert torch.equal(tokens.float(), small[f"parts.{name}"].float())
+    with pytest.raises(HYWUError, match="must be floating point"):
+        Condition({name: tokens.to(dtype) for name, tokens in condition.parts.items()})

@@ -20,7 +20,7 @@ from hywu_core.experiments import images as data
 from hywu_core.experiments.conflict import degrees, evaluate, experiment, report, runs
 from hywu_core.experiments.conflict.analysis import learning_curves
 from hywu_core.experiments.conflict.plan import ConflictPlan, GeneratorSize
-from hywu_core.files import read_header, read_tensors
+from hywu_core.files import read_header, read_tensors, save_tensors
 from hywu_core.formats import load_lora
 from hywu_core.generator.checkpoints import load_generator
 from hywu_core.training.logs import FIELDS, Log
@@ -452,6 +452,26 @@ def test_what_was_measured_is_read_whole_or_named(hywu, done, tmp_path, capsys, 
     assert str(out / file) in error
     assert said in error
     assert not (out / "report.md").exists()
+
+
+@pytest.mark.parametrize("by", ["hywu_r1_sweep", "sft", "shared_r2"])
+@pytest.mark.parametrize("run", ["hywu_r2", "sft", "shared_r2"])
+def test_weights_of_another_run_are_named(hywu, done, tmp_path, capsys, run, by):
+    """Of a run whose state is gone and one of whose results must be measured anew."""
+    out = tmp_path / "experiment"
+    shutil.copytree(done, out)
+    if run == by:
+        tensors, header = read_tensors(out / "weights" / f"{run}.safetensors")
+        tensors.pop(min(tensors))
+        save_tensors(out / "weights" / f"{run}.safetensors", tensors, header, overwrite=True)
+    else:
+        shutil.copy(out / "weights" / f"{by}.safetensors", out / "weights" / f"{run}.safetensors")
+    (out / "runs" / run / "state.safetensors").unlink()
+    (out / "results" / f"{run}.seen.json").unlink()
+    capsys.readouterr()
+    assert hywu(out, "--only", run) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert str(out / "weights" / f"{run}.safetensors") in error
 
 
 def test_the_last_step_judges_the_edits_that_were_measured(done, capsys):

@@ -93,6 +93,20 @@ def test_every_bad_row_of_a_folder_is_named(tmp_path: Path):
         assert f"items.jsonl {text}" in line
 
 
+@pytest.mark.parametrize(
+    ("one", "other"), [("Photo", "photo"), ("caf\u00e9", "cafe\u0301"), ("\u00df", "SS")]
+)
+def test_keys_that_some_disks_do_not_tell_apart(tmp_path, one, other):
+    """The second one's edit and judgement would take the place of the first's there."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    rows = [{"key": key, "source": "a.png", "instruction": "blur it"} for key in (one, other, "c")]
+    text = "\n".join(json.dumps(row) for row in rows)
+    (tmp_path / "items.jsonl").write_text(text, encoding="utf-8")
+    items = read_items("folder", tmp_path)
+    assert [item.key for item in items.items] == [one, "c"]
+    assert "which many disks don't tell apart from edit/en/" in str(items.bad[0])
+
+
 def test_nothing_usable_is_one_error(tmp_path: Path):
     (tmp_path / "items.jsonl").write_text('{"source": "x"}\n')
     with pytest.raises(HYWUError, match=r"No usable item of folder: items.jsonl line 1: its inst"):

@@ -366,10 +366,21 @@ def test_errors_can_be_written_anywhere():
     assert text.encode("utf-8")
 
 
-@pytest.mark.parametrize("name", ["", "a/b", " a", "a.", "nul\0", "\ud83d", "x" * 121, "图" * 90])
+@pytest.mark.parametrize(
+    "name",
+    ["", "a/b", " a", "a.", "nul\0", "\ud83d", "x" * 121, "图" * 90, "a\x1b[2J", "a\x7f", "a\x85",
+     "con", "NUL", "Aux.png", "com1", "LPT9.tar.gz", "com¹", "nul .png", "CONIN$"],
+)  # fmt: skip
 def test_names_that_no_file_can_have(name):
     with pytest.raises(HYWUError, match="can't be a file name"):
         check_name(name, "key")
+
+
+@pytest.mark.parametrize(
+    "name", ["console", "com", "com10", "nul_", "a.con", "lpt", "auxiliary.x", "名"]
+)
+def test_names_that_only_look_like_devices(name):
+    assert check_name(name, "key") == name
 
 
 def test_lines_of_logs_can_be_written_anywhere():

@@ -16,7 +16,7 @@ from torch import nn
 
 from hywu_core import GeneratedLoRA, HYWUError, LoRALayout, inject, load_lora
 from hywu_core.cli import main
-from hywu_core.files import HEADER
+from hywu_core.files import HEADER, read_header
 from hywu_core.formats import lora_header, save_lora
 from hywu_core.formats.patterns import Pattern
 from hywu_core.layout import Module, Stack
@@ -560,6 +560,18 @@ def test_matrices_of_8_bits_are_read(tmp_path, dtype):
     assert torch.equal(a[0].float(), tensors["a.0.to_q.lora_A.weight"].float())
     assert torch.equal(b[0].float(), tensors["a.0.to_q.lora_B.weight"].float())
     lora.save(tmp_path / "again", "comfyui")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, torch.float8_e5m2])
+def test_a_native_file_in_another_dtype(tmp_path, dtype):
+    path = make().save(tmp_path / "x.safetensors")
+    header = {HEADER: json.dumps(read_header(path))}
+    save_file({name: value.to(dtype) for name, value in load_file(path).items()}, path, header)
+    if dtype is torch.float8_e5m2:
+        load_lora(path).check_finite("it")
+        return
+    with pytest.raises(HYWUError, match="and a LoRA's values are floating point"):
+        load_lora(path)
 
 
 def test_names_without_a_weight_at_their_end_are_read(tmp_path):

@@ -93,6 +93,19 @@ def test_a_state_without_one_of_its_moments_is_refused(tmp_path, moment, counted
         toy.make_trainer(tmp_path).run()
 
 
+@pytest.mark.parametrize("kind", ["parameters", "average", "exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int64])
+def test_a_state_in_another_dtype_is_refused(tmp_path, kind, dtype):
+    """As a tool that makes checkpoints smaller leaves it: half of what Adam knows would be zero."""
+    toy.make_trainer(tmp_path).run(until=2)
+    header, tensors = dict(read_header(tmp_path / STATE)), read_tensors(tmp_path / STATE)[0]
+    name = next(key for key in tensors if key.startswith(f"{kind}."))
+    tensors[name] = tensors[name].to(dtype)
+    save_tensors(tmp_path / STATE, tensors, header, overwrite=True)
+    with pytest.raises(HYWUError, match=f"{kind} of .* is stored as [FI]\\d+, it is trained in"):
+        toy.make_trainer(tmp_path).run()
+
+
 # -- more steps --------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ...errors import HYWUError
-from ...files import check_fields, read_tensors, save_tensors
+from ...files import check_fields, read_header, read_weights, save_tensors
 from ...fingerprint import of_weights
 from .model import Editor, EditorConfig
 
@@ -116,7 +116,7 @@ def load_editor(
     the model's.
     """
     path = bundled("editor") if path is None else path
-    tensors, header = read_tensors(path)
+    header = read_header(path)
     if header.get("format") == FORMER_FORMAT:
         raise HYWUError(
             f"{path}: an editor of an earlier release, whose network is another one; use the bundled editor, or "
@@ -124,6 +124,7 @@ def load_editor(
         )
     if header.get("format") != FORMAT:
         raise HYWUError(f"{path}: not an editor's file; `hywu pretrain` writes them.")
+    tensors, _ = read_weights(path, finite=False)
     try:
         config = EditorConfig.from_json(header["editor"])
     except (KeyError, TypeError, ValueError, OverflowError) as error:

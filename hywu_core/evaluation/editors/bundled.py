@@ -20,7 +20,7 @@ from ...bases.bundled.engine import BundledEditor
 from ...bases.bundled.sampling import edit
 from ...devices import chosen_device
 from ...errors import HYWUError
-from ...files import read_tensors
+from ...files import read_header, read_weights
 from ...formats import load_lora
 from ...injection import inject
 from ...lora import GeneratedLoRA
@@ -138,9 +138,9 @@ class EngineEditor:
 
 def load_fine_tuned(editor: nn.Module, path: str | Path) -> None:
     """Put a fine-tuned copy's weights into the editor. Raises HYWUError naming what doesn't fit."""
-    tensors, header = read_tensors(path)
-    if header.get("strategy") != "sft":
+    if read_header(path).get("strategy") != "sft":
         raise HYWUError(f"{path}: not a fine-tuned editor; `hywu conflict` writes weights/sft.")
+    tensors, _ = read_weights(path)
     wanted = {name: tuple(value.shape) for name, value in editor.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in tensors.items()}
     unexpected = sorted(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n))

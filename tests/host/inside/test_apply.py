@@ -254,6 +254,12 @@ def test_a_strength_that_is_no_strength_is_refused(apply, hook, one, strength):
             action(one, strength)
 
 
+@pytest.mark.parametrize("mode", ["merge", "unmerged"])
+def test_a_strength_times_a_modules_is_a_strength_too(apply, scope, one, mode):
+    with pytest.raises(HYWUError, match="finite number from -10000 to 10000"):
+        apply(one, 9000.0, mode, scope=scope(modules="blocks.* = 9000"))
+
+
 @pytest.mark.parametrize("line", ["blocks.0", "= 3", "blocks.* = 1e39", "blocks.* = nan", "a = b"])
 def test_a_line_of_strengths_that_cannot_be_read_is_said_before_the_run(
     nodes, scope, apply, one, line
