@@ -28,7 +28,7 @@ logger = get_logger(__name__)
 #: Bytes of decoded images that stay in memory.
 IN_MEMORY = 1 << 30
 #: Version of what a cache's files hold: the pixels that `read_source` gives.
-CACHED = "decoded-1"
+CACHED = "decoded-2"
 
 
 class Images:
@@ -100,7 +100,7 @@ class Images:
         if path.exists():
             try:
                 image = read_tensors(path)[0].get("image")
-                if image is not None and image.dtype == torch.uint8 and image.ndim == 3:
+                if image is not None and image.dtype == torch.uint8 and image.ndim == len(image) == 3:
                     return image
             except HYWUError as error:
                 logger.warning("%s: decoded again", error)
