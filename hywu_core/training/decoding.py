@@ -94,13 +94,18 @@ class Images:
         return image
 
     def _read(self, source: Source) -> Tensor:
-        if self.folder is None:
+        folder = self.folder  # another thread may give it up meanwhile
+        if folder is None:
             return read_source(source, self.max_side)
-        path = self._place(source)
+        path = self._place(folder, source)
         if path.exists():
             try:
                 image = read_tensors(path)[0].get("image")
-                if image is not None and image.dtype == torch.uint8 and image.ndim == len(image) == 3:
+                if (
+                    image is not None
+                    and image.dtype == torch.uint8
+                    and image.ndim == len(image) == 3
+                ):
                     return image
             except HYWUError as error:
                 logger.warning("%s: decoded again", error)
@@ -114,7 +119,7 @@ class Images:
             self.folder = None
         return image
 
-    def _place(self, source: Source) -> Path:
+    def _place(self, folder: Path, source: Source) -> Path:
         if source not in self._hashes:
             try:
                 found = (
@@ -126,7 +131,7 @@ class Images:
                 raise HYWUError(f"{source}: can't be read ({error}).") from error
             self._hashes[source] = fingerprint.digest([f"{CACHED} {self.max_side} {found}"])
         name = self._hashes[source]
-        return self.folder / name[:2] / f"{name}.safetensors"
+        return folder / name[:2] / f"{name}.safetensors"
 
 
 class Ahead:

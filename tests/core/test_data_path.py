@@ -188,6 +188,18 @@ def test_a_cache_that_can_not_be_written_is_done_without(pairs, tmp_path, caplog
     assert "decoded again each time" in caplog.text
 
 
+def test_a_cache_that_another_thread_gives_up_meanwhile(pairs, tmp_path, monkeypatch):
+    """Several decode at once, and the disk is full for one of them while another looks for its place."""
+    images, real = Images(folder=tmp_path / "cache"), decoding.fingerprint.of_file
+
+    def of_file(path):
+        images.folder = None
+        return real(path)
+
+    monkeypatch.setattr(decoding.fingerprint, "of_file", of_file)
+    assert images(pairs[0].source).shape == (3, 70, 140)
+
+
 def test_an_image_that_goes_away_is_named_and_found_again(pairs):
     content = pairs[0].source.read_bytes()
     pairs[0].source.unlink()
