@@ -9,7 +9,7 @@ import io
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -330,7 +330,7 @@ def _tables(
         try:
             for number, row in enumerate(chain.from_iterable(parts(file))):
                 where = f"{file}, row {number}"
-                yield where, lambda row=row, where=where: _of_columns(row, where)
+                yield where, partial(_of_columns, row, where, file.parent)
         # pyarrow's errors have no class in common but this and OSError
         except (ValueError, OSError) as error:
             if isinstance(error, HYWUError):
@@ -338,11 +338,18 @@ def _tables(
             yield str(file), HYWUError(f"not a whole {kind} file ({one_line(error)})")
 
 
-def _of_columns(row: Mapping[str, Any], where: str) -> Pair:
-    """Of source and target (bytes, or the ``{bytes, path}`` of `datasets`), instruction, task, references."""
+def _of_columns(row: Mapping[str, Any], where: str, folder: Path) -> Pair:
+    """Of source and target (bytes, or the ``{bytes, path}`` of `datasets`), instruction, task, references.
 
-    def image(value: Any, name: str) -> Stored:
-        data = value.get("bytes") if isinstance(value, Mapping) else value
+    folder: what a path counts from, where there are no bytes.
+    """
+
+    def image(value: Any, name: str) -> Source:
+        data = value
+        if isinstance(value, Mapping):
+            data, path = value.get("bytes"), value.get("path")
+            if data is None and isinstance(path, str):
+                return folder / path
         if not isinstance(data, bytes):
             raise HYWUError(f"'{name}' holds no image's bytes")
         return Stored(f"{where}, {name}", lambda: data)

@@ -68,6 +68,8 @@ def stored(request, tmp_path):
         for row in rows:
             for key in ("source", "target"):
                 row[key] = row[key] and {"bytes": row[key], "path": None}
+        (tmp_path / "one.png").write_bytes(rows[0]["target"]["bytes"])
+        rows[0]["target"] = {"bytes": None, "path": "one.png"}  # as it keeps them in parquet
         table = arrow.Table.from_pylist(rows)
         with arrow.ipc.new_stream(tmp_path / "data-00000-of-00001.arrow", table.schema) as file:
             file.write_table(table, max_chunksize=2)
