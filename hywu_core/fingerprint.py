@@ -10,11 +10,13 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+
+if TYPE_CHECKING:  # torch only where tensors are: clients of servers hash files
+    import torch
+    from torch import Tensor, nn
 
 #: Values of a tensor that `of_values` and `of_module` look at unless all are asked for.
 SAMPLE = 64
@@ -50,7 +52,6 @@ def of_values(
     return digest(_pieces(value, whole, unfold), digits)
 
 
-@torch.no_grad()
 def of_module(module: nn.Module, instead: Mapping[str, Tensor] | None = None) -> str:
     """16 digits of names, shapes, dtypes and some values of a module's tensors: all would take minutes.
 
@@ -66,7 +67,6 @@ def of_module(module: nn.Module, instead: Mapping[str, Tensor] | None = None) ->
     return digest(pieces(), 16)
 
 
-@torch.no_grad()
 def of_weights(module: nn.Module, dtype: torch.dtype | None = None, digits: int = 64) -> str:
     """Hash of every value of a module, in `dtype` where one is given, else in their own, which counts."""
 
@@ -74,7 +74,7 @@ def of_weights(module: nn.Module, dtype: torch.dtype | None = None, digits: int 
         for name, value in sorted(module.state_dict().items()):
             kind = "" if dtype else f"{value.dtype} "
             yield f"{name} {kind}{tuple(value.shape)}"
-            yield value.to(dtype or value.dtype)
+            yield value.detach().to(dtype or value.dtype)
 
     return digest(pieces(), digits)
 
@@ -114,11 +114,15 @@ def _blocks(path: str | Path) -> Iterable[bytes]:
 
 
 def _raw(piece: str | bytes | Tensor) -> bytes | memoryview:
-    if isinstance(piece, Tensor):
-        flat = piece.detach().flatten().cpu().contiguous()
-        return memoryview(np.ascontiguousarray(flat.view(torch.uint8).numpy()))
-    # a lone surrogate (half an emoji) has no UTF-8; it is kept apart from what has
-    return piece.encode("utf-8", "surrogatepass") if isinstance(piece, str) else piece
+    if isinstance(piece, str):
+        # a lone surrogate (half an emoji) has no UTF-8; it is kept apart from what has
+        return piece.encode("utf-8", "surrogatepass")
+    if isinstance(piece, (bytes, bytearray, memoryview)):
+        return piece
+    import torch
+
+    flat = piece.detach().flatten().cpu().contiguous()
+    return memoryview(np.ascontiguousarray(flat.view(torch.uint8).numpy()))
 
 
 def _some(value: Tensor) -> Tensor:
@@ -127,6 +131,8 @@ def _some(value: Tensor) -> Tensor:
 
 
 def _pieces(value: Any, whole: bool, unfold: Callable[[Any], Any]) -> Iterable[str | Tensor]:
+    from torch import Tensor
+
     value = unfold(value)
     if isinstance(value, Tensor):
         yield f"{value.dtype}{tuple(value.shape)}"

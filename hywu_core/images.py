@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
-from torch import Tensor
 
 from .errors import HYWUError
 from .files import atomic_path
+
+if TYPE_CHECKING:  # torch only where tensors are: clients of servers send files
+    from torch import Tensor
 
 #: suffix -> Pillow's format name, of what can be written
 WRITABLE = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -82,6 +83,8 @@ def image_format(file: str | Path | BinaryIO) -> str | None:
 
 def to_tensor(image: Image.Image) -> Tensor:
     """uint8 ``[3, H, W]`` of a Pillow image."""
+    import torch
+
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
 
 
@@ -95,7 +98,7 @@ def to_pillow(image: Tensor) -> Image.Image:
     pixels = image.detach().cpu()
     if pixels.is_floating_point():
         pixels = pixels.float()
-        if not torch.isfinite(pixels).all():
+        if not pixels.isfinite().all():
             raise HYWUError("The image holds values that are not finite; look at what made it.")
         pixels = pixels.clamp(0, 1).mul(255).round().byte()
     return Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
@@ -111,7 +114,7 @@ def write_image(image: Tensor | Image.Image, path: str | Path, quality: int = 95
     kind = WRITABLE.get(Path(path).suffix.lower())
     if kind is None:
         raise HYWUError(f"{path}: the name must end in {', '.join(WRITABLE)}.")
-    image = to_pillow(image) if isinstance(image, Tensor) else image
+    image = image if isinstance(image, Image.Image) else to_pillow(image)
     with atomic_path(path, overwrite=True) as part:
         image.save(part, format=kind, quality=quality)
 

@@ -365,6 +365,12 @@ def test_an_evaluation_shares_its_items_between_servers(servers, command, tmp_pa
     assert len(list(servers.folder.glob("*.log"))) == 2
 
 
+def test_the_client_does_without_torch():
+    """Half a gigabyte and two seconds of a machine that only sends files and gets some."""
+    program = "import sys, hywu_core.cli.comfy_batch; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0
+
+
 def test_no_server_and_wrong_arguments(servers, command, tmp_path, capsys):
     servers.start(0.01)
     servers.kill(0)
