@@ -192,7 +192,12 @@ def fitting(model: Any) -> str:
             f"checkpoint is '{FITTING}', which takes the generator that fits a model; connect the MODEL, or "
             "choose a checkpoint."
         )
-    network, fits, others = model.model.diffusion_model, [], []
+    return fitting_network(model.model.diffusion_model)
+
+
+def fitting_network(network: nn.Module) -> str:
+    """As `fitting`, of a network."""
+    fits, others = [], []
     for name in generator_names():
         if name == FITTING:
             continue

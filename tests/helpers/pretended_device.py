@@ -89,15 +89,19 @@ class _Factories(TorchDispatchMode):
 @contextlib.contextmanager
 def pretended() -> Iterator[None]:
     """Around all that happens on the device."""
-    tensor = torch.tensor
+    tensor, autocast = torch.tensor, torch.is_autocast_enabled
+
+    def enabled(kind: str = "cuda") -> bool:
+        return kind != DEVICE.type and autocast(kind)
 
     def made(data: Any, *args: Any, device: Any = None, **kwargs: Any) -> Tensor:
         found = tensor(data, *args, **kwargs)
         return found if device is None else found.to(device)
 
     torch.tensor = made  # dispatches nothing by itself
+    torch.is_autocast_enabled = enabled
     try:
         with _Factories():
             yield
     finally:
-        torch.tensor = tensor
+        torch.tensor, torch.is_autocast_enabled = tensor, autocast

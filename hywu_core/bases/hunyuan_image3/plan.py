@@ -86,12 +86,20 @@ class RunPlan:
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"device": self.device}
 
-    def line(self, card: str | None = None, cpu: bool = False) -> str:
-        """What it says in a sentence, in gigabytes; cpu: whether that is the device."""
+    def line(self, card: str | None = None, cpu: bool = False, mapped: bool = False) -> str:
+        """What it says in a sentence, in gigabytes.
+
+        card: for the seconds.
+        cpu: whether that is the device.
+        mapped: whether experts rest in the files, else all weights are in memory.
+        """
         said = {
             "weights": self.weights, "keys and values": self.kv, "activations": self.activations,
-            "decoding the image": self.vae, "LoRA": self.lora,
+            "decoding the image": self.vae, "LoRA": self.lora, "generator": self.generator,
+            "in memory": self.weights - (self.experts_bytes if mapped else 0), "files": self.disk,
         }  # fmt: skip
+        if not self.generator:
+            del said["generator"]
         if cpu and self.cpu_plans:
             said["plans of products at most"] = self.cpu_plans
         parts = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in said.items())
@@ -137,7 +145,7 @@ def plan(
     branches = 1 if config.distilled else 2
     longest = branches * max(tokens - image_tokens, image_tokens)
     return RunPlan(
-        method or _stored_as(folder), fixed + sum(layers), sum(layers), placed.total_bytes,
+        method or _stored_as(folder, dtype), fixed + sum(layers), sum(layers), placed.total_bytes,
         branches * tokens * kv_bytes(config, dtype), off, moved, _lora_bytes(config, rank), len(placed.resident), len(layers),
         step_operations(parts.model, branches, image_tokens, tokens),
         activation_bytes(config, longest, dtype, max(tokens - image_tokens, 0)),
@@ -206,9 +214,9 @@ def _disk(folder: Folder) -> int:
     return sum(math.prod(h.shape) * DTYPES[h.dtype].itemsize for h in folder.heads.values())
 
 
-def _stored_as(folder: Folder) -> str:
+def _stored_as(folder: Folder, dtype: torch.dtype) -> str:
     kinds: Mapping[str, None] = dict.fromkeys(q.codec.kind for q in folder.quantized.values())
-    return ", ".join(kinds) or str(stored_dtype(folder)).removeprefix("torch.")
+    return ", ".join(kinds) or str(dtype).removeprefix("torch.")
 
 
 def _widths(config: Any) -> tuple[int, int]:

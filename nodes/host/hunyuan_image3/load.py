@@ -18,11 +18,13 @@ from ....hywu_core.bases.hunyuan_image3.config import VAEConfig
 from ....hywu_core.bases.hunyuan_image3.layers import RouterPrecision
 from ....hywu_core.bases.hunyuan_image3.offload import offload
 from ....hywu_core.bases.hunyuan_image3.pipeline import build, fill
-from ....hywu_core.bases.hunyuan_image3.plan import METHODS, card_of, plan
+from ....hywu_core.bases.hunyuan_image3.plan import METHODS, card_of, generator_plan, plan
 from ....hywu_core.bases.hunyuan_image3.prompts import Prompts
 from ....hywu_core.bases.hunyuan_image3.sources import SourceEncoder
 from ....hywu_core.bases.hunyuan_image3.vae import VAE
 from ....hywu_core.errors import HYWUError
+from ..generators import fitting_network
+from ..paths import generator_path
 from .banks import CodedBanks
 from .dynamic import dynamic_host, install
 from .model import HostModel, HunyuanModel, patched
@@ -112,7 +114,7 @@ def load(
     parts = build(folder, HostModel)
     dtype = _dtype(precision)
     dynamic = dynamic_host() and not disable_dynamic
-    said = planned(folder, dtype, dynamic)
+    said = planned(folder, dtype, dynamic, _generator(parts.model))
     kept = dtype or stored_dtype(folder)
     # all banks off the device, as they are stored: where they go is the memory manager's
     if dynamic:
@@ -134,10 +136,21 @@ def load(
     return patcher, vae, reader, said
 
 
-def planned(folder: Folder, dtype: torch.dtype | None, mapped: bool = False) -> str:
+def _generator(network: HostModel) -> Path | None:
+    """The generator in models/hywu that fits the network, if there is one."""
+    try:
+        return generator_path(fitting_network(network))
+    except HYWUError:
+        return None
+
+
+def planned(
+    folder: Folder, dtype: torch.dtype | None, mapped: bool = False, generator: Path | None = None
+) -> str:
     """What an edit of one image takes, for the folder and for what it could be quantized to, a line each.
 
     mapped: whether experts rest in the files.
+    generator: that makes the LoRA.
     Raises HYWUError where the weights don't fit in this machine's memory.
     """
     config, settings = folder.config, folder.settings
@@ -146,7 +159,9 @@ def planned(folder: Folder, dtype: torch.dtype | None, mapped: bool = False) -> 
     device = mm.get_torch_device()
     card, cpu = card_of(mm.get_torch_device_name(device)), mm.is_device_cpu(device)
     methods = (None,) if folder.quantized else (None, *METHODS)
-    plans = [plan(folder, m, None, tokens, min(image, tokens), dtype=dtype) for m in methods]
+    image = min(image, tokens)
+    beside = 0 if generator is None else generator_plan(generator, tokens - image, None).total_bytes
+    plans = [plan(folder, m, None, tokens, image, dtype=dtype, generator=beside) for m in methods]
     memory = mm.get_total_memory(torch.device("cpu"))
     away = plans[0].experts_bytes if mapped else 0
     if plans[0].weights - away > memory:
@@ -160,7 +175,7 @@ def planned(folder: Folder, dtype: torch.dtype | None, mapped: bool = False) -> 
             f"{folder.path}: its weights take {plans[0].weights:,} bytes as {plans[0].experts} and this "
             f"machine has {memory:,} of memory; {way}."
         )
-    return "\n".join(each.line(card, cpu) for each in plans)
+    return "\n".join(each.line(card, cpu, mapped) for each in plans)
 
 
 def _dtype(precision: str) -> torch.dtype | None:

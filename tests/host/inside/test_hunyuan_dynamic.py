@@ -14,6 +14,7 @@ from pathlib import Path
 import comfy.memory_management
 import comfy.model_management as mm
 import comfy.model_patcher
+import comfy.sample
 import pytest
 import torch
 from hywu_nodes.hywu_core.bases.hunyuan_image3 import open_folder, tiny
@@ -22,9 +23,10 @@ from hywu_nodes.hywu_core.bases.hunyuan_image3.prompts import Request
 from hywu_nodes.hywu_core.bases.hunyuan_image3.quantize import quantize
 from hywu_nodes.hywu_core.bases.hunyuan_image3.thinking import Sampler, think
 from hywu_nodes.hywu_core.errors import HYWUError
+from hywu_nodes.hywu_core.generator.checkpoints import load_generator, open_checkpoint
 from hywu_nodes.nodes.host.hunyuan_image3 import load
 from hywu_nodes.nodes.host.hunyuan_image3.dynamic import DynamicBank, dynamic_host
-from hywu_nodes.nodes.host.hunyuan_image3.model import Row
+from hywu_nodes.nodes.host.hunyuan_image3.model import KEY, Row
 from pretended_device import DEVICE, OnDevice, pretended
 
 pytestmark = pytest.mark.skipif(
@@ -247,6 +249,39 @@ def test_a_word_takes_the_experts_it_is_routed_to(device, folder):
         words = {later - former for former, later in itertools.pairwise(seen)}
         # 2 of 8 experts, 3 banks, 2 layers
         assert words == {2 * 3 * 2}
+
+
+def sampled(model, reader) -> torch.Tensor:
+    """Latents of two guided steps of a stock sampler, on the CPU."""
+    given = [Row(reader.prompts, REQUEST, (), unconditional) for unconditional in (False, True)]
+    positive, negative = ([[torch.zeros(1, 1, 1), {KEY: [row]}]] for row in given)
+    noise = torch.randn(1, 8, 8, 8, generator=torch.Generator().manual_seed(1))
+    return comfy.sample.sample(
+        model, noise, 2, 2.5, "euler", "simple", positive, negative, torch.zeros(1, 8, 8, 8), denoise=1.0,
+        seed=1, disable_pbar=True,
+    ).cpu()  # fmt: skip
+
+
+def test_a_lora_and_a_stock_sampler(call, device, folder):
+    """Unmerged on every matrix: the plain way's latents; memory that was pinned for it isn't any more."""
+    source = folder.parent / "generator"
+    with torch.no_grad():
+        generator = load_generator(source, dtype=torch.float32)
+        with on_the_cpu():
+            plain, _, reader, _ = load.load(folder, "float32", "float32", "You edit.", True)
+            states = predicted(plain.model)[0]
+            lora = generator(states)
+            wanted = sampled(call.HYWUApplyLoRA(plain, lora, 1.0, "auto")[0], reader)
+            without = sampled(plain, reader)
+        assert (wanted - without).norm() > 0.01 * without.norm()
+        with pretended():
+            patcher, _, reader, _ = load.load(folder, "float32", "float32", "You edit.")
+            open_checkpoint(source).config.layout.check(patcher.model.diffusion_model)
+            Pages.room = patcher.model_size() // 2
+            made = sampled(call.HYWUApplyLoRA(patcher, lora, 1.0, "auto")[0], reader)
+            torch.testing.assert_close(made, wanted, rtol=1e-3, atol=1e-4)
+            assert Pages.made.faults
+            assert not any(Pages.made.pins.values())
 
 
 def test_on_a_cpu_it_is_the_plain_way_whatever_the_switch_says(device, folder):
