@@ -240,14 +240,18 @@ def fp8(dtype: torch.dtype) -> None:
     parts = ("fp8_norm", "fp8_silu", "fp8_across")
     # on a CPU nothing multiplies 8 bits, so that nothing would be handed on in them
     with mock.patch.object(passes, "_quantizes", lambda to, x: isinstance(to, Fp8Weight)):
+        made = {}
         for switches in (Switches(), *(Switches().without(part) for part in parts)):
             fast.switches = switches
-            error = off(fast.generate_grids(condition), expected)
+            made[switches] = fast.generate_grids(condition)
+            error = off(made[switches], expected)
             assert 0.8 * own < error < 1.2 * own, (switches, error, own)
-        taking_turns(fast, condition)
+        taking_turns(fast, condition, made[Switches()])
 
 
-def taking_turns(fast: ParameterGenerator, condition: Condition) -> None:
+def taking_turns(
+    fast: ParameterGenerator, condition: Condition, expected: list[torch.Tensor]
+) -> None:
     """One loop over chunks of whole layers against sublayer after sublayer: the same bits."""
     layers = []
     own = FusedPasses.add_norm
@@ -259,12 +263,9 @@ def taking_turns(fast: ParameterGenerator, condition: Condition) -> None:
     grids = fast.config.grids
     positions = max(grid.num_tokens for grid in grids) * fast.config.rows_per_token
     one_layer = 2 * positions * 4 * 32 * 4  # of both items
-    fast.switches = Switches()
-    expected = fast.generate_grids(condition)
     for more, chunk_bytes, cut in (
         (("fp8_loop",), None, {1, 2}),
         (("fp8_loop", "norm_rows"), one_layer, {1}),
-        (("fp8_loop",), one_layer - 1, set()),  # a chunk has no room for a layer
     ):
         fast.switches, fast.chunk_bytes = Switches().also(*more), chunk_bytes
         layers.clear()
@@ -275,6 +276,11 @@ def taking_turns(fast: ParameterGenerator, condition: Condition) -> None:
             made = fast.generate_grids(condition)
         assert set(layers) == cut
         assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))
+    first, states = [fast.model.blocks[0].feed_forward.fc1], [torch.empty(2, 2, positions, 32)]
+    for rows, fits in ((2 * positions, True), (2 * positions - 1, False)):
+        # a chunk that has no room for a layer is cut anywhere, by each sublayer for itself
+        run = FusedPasses(rows, Switches().also("fp8_loop"), kernels)
+        assert run.takes_turns(first, states) == fits
 
 
 def main() -> None:
