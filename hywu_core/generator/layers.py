@@ -8,7 +8,7 @@ mix nothing across layers may also take turns on each chunk (the switch ``fp8_lo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -153,7 +153,8 @@ class Block(nn.Module):
             left = [(self._within, self.self_attn_hw.W_qkv), *left]
         # what is left mixes nothing across layers
         if context.passes.takes_turns([layer for _, layer in left], hidden):
-            return _take_turns(hidden, [make(hidden, context) for make, _ in left], context)
+            made = [list(make(hidden, context)) for make, _ in left]
+            return _take_turns(hidden, made, context)
         for make, _ in left:
             hidden = _whole(hidden, make, context)
         return hidden
@@ -195,12 +196,12 @@ class Block(nn.Module):
             Sublayer(norm, products["W_qkv"], partial(attend, own=own), out, most) for own in axes
         ]
 
-    def _cross(self, hidden: list[Tensor], context: Context) -> list[Sublayer]:
-        """Attention of every position to the condition."""
+    def _cross(self, hidden: list[Tensor], context: Context) -> Iterator[Sublayer]:
+        """Attention of every position to the condition; a stack's turned keys live no longer than they must."""
         products = _resolved(self.self_attn_cross, hidden[0])
         kv = linear(context.condition, *products["W_kv"])
         kv = kv.unflatten(-1, (2, self.heads, self.head_dim))
-        value, made = kv[:, :, 1], []
+        value = kv[:, :, 1]
 
         def attend(
             normed: Callable[[], Any], view: Tensor, start: int, key: Tensor, own: StackTables
@@ -217,8 +218,7 @@ class Block(nn.Module):
             if context.in_place and len(hidden) > 1:
                 key = key.clone()  # kv is the keys' source for every stack
             branch = partial(attend, key=context.passes.rotate(key, axes), own=own)
-            made.append(Sublayer(self.norm3, products["W_q"], branch, products["W_o"]))
-        return made
+            yield Sublayer(self.norm3, products["W_q"], branch, products["W_o"])
 
     def _mlp(self, hidden: list[Tensor], context: Context) -> list[Sublayer]:
         """The feed-forward, over chunks of rows."""
@@ -259,15 +259,14 @@ class Transformer(nn.Module):
 
 
 #: Makes a sublayer for each stack's hidden states.
-Make = Callable[[list[Tensor], Context], list[Sublayer]]
+Make = Callable[[list[Tensor], Context], Iterable[Sublayer]]
 
 
 def _whole(hidden: list[Tensor], make: Make, context: Context) -> list[Tensor]:
     """One sublayer over all hidden states; its weights are held no longer than that."""
-    made = make(hidden, context)
-    for i, sublayer in enumerate(made):
+    for i, sublayer in enumerate(make(hidden, context)):
         hidden[i] = _residual(hidden[i], sublayer, context)
-    context.passes.settle(made[0].out[1])
+    context.passes.settle(sublayer.out[1])  # the weights are the same for every stack
     return hidden
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from hywu_core import (
     load_generator,
 )
 from hywu_core.generator.checkpoints import save_generator
-from hywu_core.generator.speed import ahead, staging
+from hywu_core.generator.speed import ahead, passes, staging
 from hywu_core.generator.speed.memory import CHUNK_BYTES, SLOTS, Sizes, plan_memory
 from hywu_core.generator.speed.offload import blocks_per_buffer
 from hywu_core.layout import Module, Stack
@@ -160,6 +161,27 @@ def test_the_estimated_memory_covers_the_measured_peak(dtype, batch, tokens, chu
         generator.generate_grids(given)  # tables are made
         measured = peak_memory(lambda: generator.generate_grids(given))
     assert measured <= estimated <= 4 * measured
+
+
+def test_a_stacks_turned_keys_live_no_longer_than_it_needs_them(monkeypatch):
+    """Of many stacks and a long condition they would be most of what a call holds."""
+    stacks = tuple(Stack((f"s{i}.0", f"s{i}.1"), (Module("fc", 24, 24),)) for i in range(4))
+    generator = make(config(layout=LoRALayout(stacks, 4, 8.0)))
+    parts = {"vision": torch.randn(1, 150, 12), "text": torch.randn(1, 151, 20)}
+    keys, held, own = [], [], passes.Passes.rotate
+
+    def rotate(self, x, axes):
+        turned = own(self, x, axes)
+        if x.shape[1] == 301:
+            held.append(sum(key() is not None for key in keys))
+            keys.append(weakref.ref(turned))
+        return turned
+
+    monkeypatch.setattr(passes.Passes, "rotate", rotate)
+    with torch.no_grad():
+        generator.generate_grids(Condition(parts))
+    assert len(held) == 4 * 5
+    assert max(held) <= 1
 
 
 def test_tighter_budgets_stream_first_and_then_take_smaller_chunks():
