@@ -10,7 +10,7 @@ examples:
   hywu train --out runs/mine --data pairs.jsonl --steps 2000      # goes on, beyond the former end
   hywu train --out runs/shared --strategy shared --rank 4 --tasks blur deblur
   hywu train --out runs/blur --strategy single --task blur
-  torchrun --nproc_per_node 2 -m hywu_core.cli train --out runs/mine --data pairs.jsonl
+  torchrun --nproc_per_node 2 -m hywu_core.cli train --out runs/two --data pairs.jsonl
 """
 
 from __future__ import annotations
