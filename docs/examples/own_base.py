@@ -40,9 +40,8 @@ class OwnBase:  # all that the loop asks of a base model: `hywu_core.training.Ba
             for j, word in enumerate(text):
                 random = torch.Generator().manual_seed(zlib.crc32(word.encode()))
                 words[i, j], mask[i, j] = torch.randn(WORDS, generator=random), True
-        return Condition(
-            {"image": tokens, "words": words.to(source)}, {"words": mask.to(source.device)}
-        )
+        masks = {"words": mask.to(source.device)}
+        return Condition({"image": tokens, "words": words.to(source)}, masks)
 
     def draw(self, batch, seed):
         return {}  # nothing random beside the examples; a denoiser draws noise and times here
@@ -69,10 +68,11 @@ def main(data, out, steps=300):
     batch = watch.batches[0].to(trainer.device)
     before, after = (x.sub(batch.target).pow(2).mean() for x in (batch.source, trainer.edit(batch)))
     sys.stdout.write(f"mean squared error, held out: {before:.4f} unchanged, {after:.4f} edited\n")
-    path = trainer.export(out / "generator.safetensors", {"data": data})
-    generator = load_generator(path, trainer.device, torch.float32)
-    lora = generator(base.encode(batch.source[:1], batch.instruction[:1]))
-    return lora.save(out / "peft", format="peft", overwrite=True)  # PEFT loads it into the base
+    if trainer.accelerator.is_main_process:  # the first of those that torchrun started
+        path = trainer.export(out / "generator.safetensors", {"data": data})
+        generator = load_generator(path, trainer.device, torch.float32)
+        lora = generator(base.encode(batch.source[:1], batch.instruction[:1]))
+        lora.save(out / "peft", format="peft", overwrite=True)  # PEFT loads it into the base
 
 
 if __name__ == "__main__":

@@ -93,12 +93,12 @@ def main(data, out, steps=300):
     trainer.run()  # Ctrl-C keeps a state; the same call goes on
     after = trainer.mean_loss((batch, i) for i, batch in enumerate(watch.batches))
     sys.stdout.write(f"loss, held out: {before:.4f} before, {after:.4f} trained\n")
-    path = trainer.export(out / "generator.safetensors", {"data": data})
-    batch = watch.batches[0].to(trainer.device)
-    lora = load_generator(path, trainer.device, torch.float32)(
-        base.encode(*batch.asked).select([0])
-    )
-    return lora.save(out / "peft", format="peft", overwrite=True)  # PEFT loads it into the base
+    if trainer.accelerator.is_main_process:  # the first of those that torchrun started
+        path = trainer.export(out / "generator.safetensors", {"data": data})
+        generator = load_generator(path, trainer.device, torch.float32)
+        batch = watch.batches[0].to(trainer.device)
+        lora = generator(base.encode(*batch.asked).select([0]))
+        lora.save(out / "peft", format="peft", overwrite=True)  # PEFT loads it into the base
 
 
 if __name__ == "__main__":

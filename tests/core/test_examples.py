@@ -15,6 +15,7 @@ from PIL import Image
 from hywu_core.files import read_header
 from hywu_core.formats import load_lora
 from hywu_core.generator.checkpoints import load_generator
+from hywu_core.headless.local import free_port
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "docs" / "examples"
@@ -37,10 +38,10 @@ def pairs(tmp_path) -> Path:
     return path
 
 
-def run_example(name: str, pairs: Path, out: Path, steps: int) -> str:
+def run_example(name: str, pairs: Path, out: Path, steps: int, *launcher: str) -> str:
     """What an example writes, run as a user runs it."""
     done = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), str(pairs), str(out), str(steps)],
+        [sys.executable, *launcher, str(EXAMPLES / name), str(pairs), str(out), str(steps)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True, text=True, check=False, timeout=400,
     )  # fmt: skip
@@ -59,6 +60,21 @@ def test_an_own_base_is_trained_measured_and_written_for_peft(pairs, tmp_path):
     assert dict(generator.config.condition) == {"image": 96, "words": 48}
     assert read_header(out / "state.safetensors")["step"] == 40
     assert load_lora(out / "peft").rank == 4
+
+
+def test_an_own_base_is_trained_by_two_processes(pairs, tmp_path):
+    two = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        str(free_port()),
+    ]
+    run_example("own_base.py", pairs, tmp_path, 2, *two)
+    assert read_header(tmp_path / "state.safetensors")["processes"] == 2
+    assert load_generator(tmp_path / "generator.safetensors").config.base == "my-vit"
+    assert load_lora(tmp_path / "peft").rank == 4
 
 
 def test_an_own_denoiser_is_trained_and_written_for_peft(pairs, tmp_path):
