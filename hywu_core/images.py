@@ -61,6 +61,8 @@ def load_image(file: str | Path | BinaryIO) -> Image.Image:
 
 def read_image(file: str | Path | BinaryIO, max_side: int = MAX_SIDE) -> Tensor:
     """`load_image` as uint8 ``[3, H, W]``, at most `max_side` pixels per side. Raises HYWUError."""
+    if max_side < 1:
+        raise HYWUError(f"An image's longest side of {max_side} pixels; it must be 1 at least.")
     image = load_image(file)
     if max(image.size) > max_side:
         image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)

@@ -79,7 +79,12 @@ def add_generator_options(parser: argparse.ArgumentParser, prefix: str = "") -> 
 def size_of(text: str) -> int:
     """Bytes of "12GB", "800 MiB" or a plain number. Raises ArgumentTypeError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if match is None or match.group(2).lower() not in UNITS:
+    # no machine has more, and an infinite number is none
+    if (
+        match is None
+        or match.group(2).lower() not in UNITS
+        or not float(match.group(1)) * UNITS[match.group(2).lower()] < 1 << 63
+    ):
         raise argparse.ArgumentTypeError(f"'{text}' is no size; write one such as 12GB or 800MiB")
     return int(float(match.group(1)) * UNITS[match.group(2).lower()])
 

@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import io
 import os
+import re
 import signal
 import sys
 import threading
@@ -73,6 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     module.configure(command)
+    if empty := [word for word in argv if re.fullmatch(r"-[\w-]+=--", word)]:
+        # before Python 3.13 argparse makes a list of it, which no option is
+        command.error(f"{empty[0]}: '--' is no value")
     parsed = command.parse_args(argv[words:])
     with _ended_like_ctrl_c():
         return _run(args.command, lambda: int(module.run(parsed) or 0))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -423,3 +424,26 @@ def test_streams_that_are_closed_or_full_end_in_a_code_not_in_a_traceback(
     assert "Traceback" not in said
     assert "Exception ignored" not in said
     assert len(said.splitlines()) == (1 if "full" in stream and log.exists() else 0)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["edit", "{image}", "blur it", "--out=--"], 2, "'--' is no value"),
+        (["edit", "{image}", "blur it", "--out", "o.png", "--steps=--"], 2, "'--' is no value"),
+        (["edit", "{image}", "blur it", "--out", "o.png", "--max-side", "0"], 1, "side of 0 pix"),
+        (["edit", "{image}", "blur it", "--out", "o.png", "--max-side=-8"], 1, "side of -8 pix"),
+        (["generate", "--memory-budget", "9" * 400], 2, "is no size"),
+        (["generate", "--memory-budget", "99999999999GB"], 2, "is no size"),
+    ],
+)
+def test_values_that_no_option_takes(tmp_path, monkeypatch, capsys, words, code, said):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (64, 64)).save(tmp_path / "photo.png")
+    try:
+        found = main([word.format(image=tmp_path / "photo.png") for word in words])
+    except SystemExit as error:
+        found = error.code
+    assert found == code
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "o.png").exists()
