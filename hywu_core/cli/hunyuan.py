@@ -13,6 +13,9 @@ Examples:
   hywu hunyuan edit HunyuanImage-3.0-Instruct --generator HY-WU --image cat.png \\
       --instruction "put a red hat on the cat" --think --out hat.png --device cuda
   hywu hunyuan condition HunyuanImage-3.0-Instruct --image cat.png --instruction "a hat" --out cat.safetensors
+  hywu generate --checkpoint HY-WU --condition cat.safetensors --out lora.safetensors
+  hywu hunyuan edit HunyuanImage-3.0-Instruct --lora lora.safetensors --image cat.png --instruction "a hat" \\
+      --out hat.png
   hywu hunyuan plan HunyuanImage-3.0-Instruct --budget 20 --card rtx-4090
   hywu hunyuan quantize HunyuanImage-3.0-Instruct HunyuanImage-3-nf4 --experts nf4
   hywu hunyuan tiny tiny-hunyuan
@@ -35,6 +38,7 @@ from typing import Any
 from ..devices import chosen_device
 from ..errors import HYWUError
 from ..files import atomic_folder
+from ..formats import load_lora
 from ..images import WRITABLE, load_image, write_image
 from . import hunyuan_folder
 from .console import number, say
@@ -54,6 +58,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     _add_request(edit)
     edit.add_argument("--generator", help="a generator; without it the base model edits alone")
     add_generator_options(edit, GENERATOR)
+    edit.add_argument(
+        "--lora", help="a LoRA instead, as `hywu generate` or --save-lora wrote it, on any machine"
+    )
     edit.add_argument("--strength", type=float, default=1.0, help="of the LoRA (default 1)")
     edit.add_argument("--steps", type=int, help="sampling steps (default: the folder's)")
     edit.add_argument("--guidance", type=float, help="guidance scale (default: the folder's)")
@@ -162,10 +169,14 @@ def _edit(args: argparse.Namespace) -> int:
         _free(path, args.overwrite)
     if args.save_lora is not None and args.generator is None:
         raise HYWUError("--save-lora keeps the LoRA of a generator; name it with --generator.")
+    if args.lora is not None and args.generator is not None:
+        raise HYWUError("--lora is a LoRA and --generator makes one; use one of them.")
     check_generator_options(args, GENERATOR)
-    pipeline, request = _load(args, args.generator)
+    lora = None if args.lora is None else load_lora(args.lora)
+    pipeline, request = _load(args, _layout(args, lora))
     request = _thought(args, pipeline, request)
-    lora = None
+    if lora is not None:
+        lora = lora.to(pipeline.device, pipeline.model.dtype)
     if args.generator is not None:
         condition = pipeline.condition([request], _bar("condition"))
         with _room(args, pipeline, condition):
@@ -180,7 +191,7 @@ def _edit(args: argparse.Namespace) -> int:
         on_step=_bar("sample"),
     )[0]
     write_image(image, args.out)
-    if lora is not None and args.save_lora is not None:
+    if args.save_lora is not None:
         lora.save(args.save_lora, overwrite=args.overwrite)
     say(f"{args.out}: {image.width} x {image.height}")
     return 0
@@ -202,14 +213,22 @@ def _condition(args: argparse.Namespace) -> int:
     return 0
 
 
-def _load(args: argparse.Namespace, generator: str | None) -> tuple[Any, Any]:
+def _layout(args: argparse.Namespace, lora: Any) -> Any:
+    """Of the LoRA that the model gets, or None."""
+    if lora is not None or args.generator is None:
+        return None if lora is None else lora.layout
+    from ..generator.checkpoints import open_checkpoint
+
+    return open_checkpoint(args.generator).config.layout
+
+
+def _load(args: argparse.Namespace, layout: Any) -> tuple[Any, Any]:
     """The pipeline and the request; whatever can be wrong with either is said before weights are read."""
     import torch
 
     from ..bases.hunyuan_image3 import Pipeline, Prompts, Request
     from ..bases.hunyuan_image3.checkpoint import stored_dtype
     from ..bases.hunyuan_image3.chunks import bound_product_plans
-    from ..generator.checkpoints import open_checkpoint
 
     bound_product_plans()
     device = chosen_device(args.device)
@@ -217,7 +236,6 @@ def _load(args: argparse.Namespace, generator: str | None) -> tuple[Any, Any]:
     images = [load_image(path) for path in args.image]
     request = Request(args.instruction, images, _text(args.cot), args.size, args.seed)
     prompts.check(request)
-    layout = None if generator is None else open_checkpoint(generator).config.layout
     dtype = None if args.precision == "stored" else getattr(torch, args.precision)
     budget = None if args.budget is None else int(args.budget * 1e9)
     if budget is not None and layout is not None:

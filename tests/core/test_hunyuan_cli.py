@@ -94,6 +94,29 @@ def test_condition(tmp_path, capsys):
     assert made.origin["encoder"] == open_checkpoint(GENERATOR).config.encoder["type"]
 
 
+def test_the_generator_is_on_another_machine(tmp_path, capsys):
+    """Condition, LoRA and image by three commands, of which the second needs no base: the image of one command."""
+    paths = {
+        name: str(tmp_path / name) for name in ("c.safetensors", "l.safetensors", "a.png", "b.png")
+    }
+    edit = ["hunyuan", "edit", str(BASE), *ask("--steps", "2")]
+    exact = ["--generator-dtype", "float32"]
+    assert main([*edit, "--generator", str(GENERATOR), *exact, "--out", paths["a.png"]]) == 0
+    assert main(["hunyuan", "condition", str(BASE), *ask("--out", paths["c.safetensors"])]) == 0
+    generate = ["generate", "--checkpoint", str(GENERATOR), "--condition", paths["c.safetensors"]]
+    assert main([*generate, "--dtype", "float32", "--out", paths["l.safetensors"]]) == 0
+    more = ["--budget", "0.009"]  # the LoRA beside the weights
+    assert main([*edit, "--lora", paths["l.safetensors"], "--out", paths["b.png"], *more]) == 0
+    one, other = (np.array(Image.open(paths[name])) for name in ("a.png", "b.png"))
+    assert np.array_equal(one, other)
+    capsys.readouterr()
+    assert (
+        main([*edit, "--lora", str(tmp_path / "no.safetensors"), "--out", str(tmp_path / "c.png")])
+        == 1
+    )
+    assert "no.safetensors" in capsys.readouterr().err
+
+
 def test_inspect(capsys):
     assert main(["hunyuan", "inspect", str(BASE), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -141,6 +164,7 @@ def test_a_thought_that_is_stopped_is_said(tmp_path, monkeypatch, capsys):
         (["--out", "x.png", "--instruction", " "], "instruction is empty"),
         (["--out", "x.png", "--save-lora", "l.safetensors"], "name it with --generator"),
         (["--out", "x.png", "--generator", "nowhere"], "no such file or folder"),
+        (["--out", "x.png", "--generator", "here", "--lora", "there"], "use one of them"),
         (
             ["--out", "x.png", "--generator-dtype", "fp8", "--generator-memory-budget", "1GB"],
             "one of the two",
