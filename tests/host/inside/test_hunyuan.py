@@ -33,8 +33,7 @@ from hywu_nodes.nodes.host.encode import encode
 from hywu_nodes.nodes.host.hunyuan_image3 import prompt
 from hywu_nodes.nodes.host.hunyuan_image3.model import Banks
 
-from hywu_core.bases.hunyuan_image3 import Pipeline, Request, open_folder
-from hywu_core.bases.hunyuan_image3.plan import plan
+from hywu_core.bases.hunyuan_image3 import Pipeline, Request
 from hywu_core.bases.hunyuan_image3.quantize import quantize
 
 EQUAL = 1e-4
@@ -133,27 +132,6 @@ def test_stages_against_golden(call, loaded, hypernetwork):
         )  # fmt: skip
         assert distance(made, unscaled(alone)) < EQUAL
     assert KVCache.live() == 0
-
-
-def test_the_loader_shows_the_plan(call, base, loaded, hypernetwork):
-    """A line per precision, in gigabytes; the generator is the one in models/hywu that fits."""
-    (text,) = call.shown("HYWULoadHunyuanImage3", "tiny", "float32", "float32", SYSTEM)["text"]
-    lines = text.splitlines()
-    assert [line.partition(":")[0] for line in lines] == ["float32", "fp8", "int8", "nf4"]
-    folder = open_folder(base / "models" / "hunyuan_image_3" / "tiny")
-    wanted = plan(folder, None, None, 4096, 257, dtype=torch.float32)
-    shown = dict(
-        part.rsplit(" ", 1) for part in lines[0].split(": ")[1].split(" GB")[0].split(", ")
-    )
-    assert list(shown) == [
-        "weights", "keys and values", "activations", "decoding the image", "LoRA", "generator", "in memory",
-        "files",
-    ]  # fmt: skip
-    assert float(shown["in memory"]) == float(shown["weights"]) > 0
-    assert float(shown["keys and values"]) == pytest.approx(wanted.kv / 1e9, rel=0.01)
-    assert float(shown["files"]) == pytest.approx(wanted.disk / 1e9, rel=0.01)
-    assert float(shown["generator"]) > 0
-    assert "GB copied by a pass" in lines[0]
 
 
 def test_a_quantized_folder_stays_quantized(call, base, hypernetwork):

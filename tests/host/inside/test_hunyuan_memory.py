@@ -10,7 +10,7 @@ import comfy.model_management as mm
 import comfy.model_patcher
 import pytest
 import torch
-from hunyuan_golden import BASE, SYSTEM
+from hunyuan_golden import BASE, GENERATOR, SYSTEM
 from hywu_nodes.hywu_core import grouped
 from hywu_nodes.hywu_core.bases.hunyuan_image3 import staging
 from hywu_nodes.hywu_core.bases.hunyuan_image3.attention import KVCache, Norm, Rows, Segment
@@ -22,6 +22,8 @@ from hywu_nodes.nodes.host.hunyuan_image3.model import HostModel, HunyuanModel
 from pretended_device import DEVICE, pretended
 from torch._subclasses import FakeTensorMode
 
+from hywu_core.bases.hunyuan_image3 import open_folder
+from hywu_core.bases.hunyuan_image3.plan import plan
 from hywu_core.bases.hunyuan_image3.quantize import quantize
 
 CPU = torch.device("cpu")
@@ -87,6 +89,30 @@ def test_memory_is_given_back(call, folder):
     mm.cleanup_models()
     assert not any(each() is not None for each in held)
     assert KVCache.live() == 0
+
+
+def test_the_loader_shows_the_plan(call, base):
+    """A line per precision, in gigabytes; the generator is the one in models/hywu that fits."""
+    for source, target in ((BASE, "hunyuan_image_3/tiny"), (GENERATOR, "hywu/tiny-hunyuan")):
+        if not (base / "models" / target).exists():
+            shutil.copytree(source, base / "models" / target)
+    (text,) = call.shown("HYWULoadHunyuanImage3", "tiny", "float32", "float32", SYSTEM)["text"]
+    lines = text.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["float32", "fp8", "int8", "nf4"]
+    folder = open_folder(base / "models" / "hunyuan_image_3" / "tiny")
+    wanted = plan(folder, None, None, 4096, 257, dtype=torch.float32)
+    shown = dict(
+        part.rsplit(" ", 1) for part in lines[0].split(": ")[1].split(" GB")[0].split(", ")
+    )
+    assert list(shown) == [
+        "weights", "keys and values", "activations", "decoding the image", "LoRA", "generator", "in memory",
+        "files",
+    ]  # fmt: skip
+    assert float(shown["in memory"]) == float(shown["weights"]) > 0
+    assert float(shown["keys and values"]) == pytest.approx(wanted.kv / 1e9, rel=0.01)
+    assert float(shown["files"]) == pytest.approx(wanted.disk / 1e9, rel=0.01)
+    assert float(shown["generator"]) > 0
+    assert "GB copied by a pass" in lines[0]
 
 
 @pytest.mark.parametrize("some", [False, True])
