@@ -37,6 +37,14 @@ def reason(error: BaseException) -> str:
     return str(getattr(error, "strerror", None) or error)
 
 
+def real_path(path: str | Path) -> Path:
+    """The absolute path with links followed; unlike `Path.resolve`, also of links that lead in a circle."""
+    try:
+        return Path(os.path.realpath(path))
+    except (OSError, ValueError):
+        return Path(os.path.abspath(path))
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | Path, overwrite: bool = False, durable: bool = True) -> Iterator[Path]:
     """A temporary path beside `path`, moved onto it when the block ends well, else removed.
@@ -109,7 +117,7 @@ def atomic_folder(
     """
     path = Path(path)
     if path.is_symlink():
-        path = path.resolve()  # the folder it leads to is replaced, the link stays
+        path = real_path(path)  # the folder it leads to is replaced, the link stays
     _refuse_existing(path, overwrite)
     if path.exists() and not path.is_dir():
         raise HYWUError(f"{path}: is a file and a folder goes there; choose another name.")

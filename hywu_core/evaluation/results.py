@@ -15,6 +15,7 @@ from typing import Any
 
 from PIL import Image
 
+from ..atomic import real_path
 from ..errors import HYWUError
 from ..files import (
     append_line,
@@ -45,7 +46,7 @@ class Results:
 
     @property
     def method(self) -> str:
-        return self.root.resolve().name
+        return real_path(self.root).name
 
     def image(self, item: Item) -> Path:
         """Where the item's result lies, or should."""
@@ -139,7 +140,7 @@ def write_manifest(
         {
             **fixed,
             "method": results.method,
-            "data": str(Path(data).resolve()),
+            "data": str(real_path(data)),
             "selection": selection,
             "bad_items": [str(bad) for bad in items.bad],
             **({"sources": sources} if sources else {}),

@@ -159,7 +159,7 @@ class Client:
             raise ServerError(
                 f"{self.url}/upload/image doesn't say the name of the uploaded image."
             )
-        return "/".join(filter(None, (answer.get("subfolder"), answer["name"])))
+        return self._place(answer, answer["name"])
 
     async def upload_temporary(self, name: str, data: bytes) -> str:
         """Upload an image into the server's temporary folder, over one of this name.
@@ -176,8 +176,16 @@ class Client:
             kind = Busy if status in PASSING else ServerError
             raise kind(f"{self.url} takes no upload (HTTP {status}: {self._said(body)}).")
         answer = parse_json(body, f"{self.url}/upload/image", dict, finite=False)
-        place = "/".join(filter(None, (answer.get("subfolder"), str(answer.get("name") or name))))
-        return f"{place} [temp]"
+        return f"{self._place(answer, name)} [temp]"
+
+    def _place(self, answer: dict[str, Any], name: str) -> str:
+        """What LoadImage calls an upload by the server's answer."""
+        said, folder = answer.get("name") or name, answer.get("subfolder") or ""
+        if not isinstance(said, str) or not isinstance(folder, str):
+            raise ServerError(
+                f"{self.url}/upload/image doesn't say the name of the uploaded image."
+            )
+        return f"{folder}/{said}" if folder else said
 
     async def empty(self, name: str) -> None:
         """Take the bytes of a temporary upload, as ComfyUI can't delete one; no failure of it counts."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import fingerprint
+from ..atomic import real_path
 from ..charts import draw_loss
 from ..errors import HYWUError, get_logger, need, one_line
 from ..files import append_line, atomic_path
@@ -62,7 +63,7 @@ class Log:
             package = need("wandb", "to log for Weights & Biases")
             self._run = package.init(
                 project=os.environ.get("WANDB_PROJECT", "hywu"), name=folder.name, dir=str(folder),
-                id=fingerprint.digest([str(folder.resolve())], 16), resume="allow",
+                id=fingerprint.digest([str(real_path(folder))], 16), resume="allow",
             )  # fmt: skip
 
     def add(self, row: Mapping[str, float]) -> None:

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from hywu_core import HYWUError, atomic
+from hywu_core.atomic import real_path
 from hywu_core.errors import get_logger
 from hywu_core.evaluation.results import Failures
 from hywu_core.evaluation.store import Judgement, JudgementStore, StoreName
@@ -417,3 +418,15 @@ def test_what_is_promised_is_on_the_disk_before_it_takes_its_place(tmp_path, mon
         with atomic.atomic_path(target) as part:
             part.write_text("a")
     assert done == [False, True] or (os.name == "nt" and done == [False])
+
+
+def test_links_that_lead_in_a_circle(tmp_path):
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    assert real_path(loop).name == "loop"
+    assert real_path("a\0b").is_absolute()
+    for overwrite in (False, True):
+        with pytest.raises(HYWUError, match="loop"), atomic_folder(loop, overwrite) as folder:
+            (folder / "x").write_text("x")
+    assert os.readlink(loop) == str(loop)
+    assert os.listdir(tmp_path) == ["loop"]

@@ -412,6 +412,18 @@ def test_free_asks_for_both(server):
     assert server.commands() == [["free", {"unload_models": True, "free_memory": True}]]
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [{}, [], {"name": 3}, {"name": {}}, {"name": "a.png", "subfolder": {"a": 1}}, {"name": "a.png", "subfolder": [1]}],
+)  # fmt: skip
+def test_an_upload_whose_name_the_server_does_not_say(server, run, tmp_path, capsys, answer):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    server.upload_answer = answer
+    assert run("--image", tmp_path / "a.png") == 1
+    assert "doesn't say the name of the uploaded image" in capsys.readouterr().err
+    assert not server.prompt
+
+
 def test_nobody_there(tmp_path):
     url = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(ServerGone, match=r"can't be reached or went away"):

@@ -35,6 +35,7 @@ class FakeComfyUI(AppServer):
         self.info: dict = {}
         self.late, self.broken, self.broken_status = 0, 0, 502
         self.upload_status = 200
+        self.upload_answer: object = None
         self.busy = self.busy_view = 0
         self.login = ""
         self.other_records = False
@@ -135,6 +136,8 @@ class FakeComfyUI(AppServer):
         self.asked.append(("upload", (field.filename, bytes(await field.read()))))
         if self.upload_status != 200:
             return web.Response(status=self.upload_status, text="the disk is full")
+        if self.upload_answer is not None:
+            return web.json_response(self.upload_answer)
         return web.json_response({"name": field.filename, "subfolder": "sub", "type": "input"})
 
     async def _command(self, request):

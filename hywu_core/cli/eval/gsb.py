@@ -18,6 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
+from ...atomic import real_path
 from ...errors import HYWUError
 from ...evaluation.benchmarks import BENCHMARKS
 from ...evaluation.gsb.report import report
@@ -119,7 +120,7 @@ def _serve(args: argparse.Namespace) -> int:
 def _link(args: argparse.Namespace) -> int:
     if urlsplit(args.server).scheme not in ("http", "https"):
         raise HYWUError(f"--server is '{args.server}'; it must begin with http:// or https://.")
-    folder = args.session.resolve()
+    folder = real_path(args.session)
     if folder.parts[-3:-1] != ("hywu", "gsb"):
         raise HYWUError(
             f"{folder}: ComfyUI serves the sessions in hywu/gsb of its user folder; make it there, or "

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ... import fingerprint
+from ...atomic import real_path
 from ...devices import chosen_device
 from ...errors import HYWUError, need, one_line
 from ..options import Kind, Option
@@ -40,7 +41,7 @@ class LocalJudge:
             raise HYWUError(
                 f"{self.folder}: holds no config.json; give a transformers model's folder."
             )
-        self.name = self.folder.resolve().name
+        self.name = real_path(self.folder).name
         self.version = f"local-1-{_folder_hash(self.folder)}"
         device = str(chosen_device(self.device))
         self._model, self._processor = _load(self.folder, device, self.dtype)

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ....atomic import real_path
 from ....errors import HYWUError
 from ....files import check_name, is_file, read_json, write_json
 from ...items import Item, ItemList, check_image, check_instruction, collect
@@ -234,4 +235,4 @@ def their_table(file: Path, items: ItemList) -> Table:
         raise HYWUError(f"{file}: must map an item's key to the judge's answer.")
     scores = {key: item_score(answer) for key, answer in answers.items()}
     parsed = {key: score for key, score in scores.items() if score is not None}
-    return scores_table(file.resolve().parent.name, parsed, items)
+    return scores_table(real_path(file).parent.name, parsed, items)
