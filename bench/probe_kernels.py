@@ -27,13 +27,15 @@ def kernels(probe: Probe) -> dict[str, Any]:
     expected = F.rms_norm(view.float() + pending, (p.width,), weight.float(), 1e-6)
     count = view.numel() * view.element_size()
 
-    def norm() -> Tensor:
-        return found.rms_norm(view, weight, 1e-6, pending=pending)
+    for name, several in (("rms_norm", False), ("rms_norm_rows", True)):
 
-    result["rms_norm"] = {
-        "error": relative_error(norm(), expected),
-        "gbs": p.gigabytes(norm, 2 * count),
-    }
+        def norm(several: bool = several) -> Tensor:
+            return found.rms_norm(view, weight, 1e-6, pending=pending, several=several)
+
+        result[name] = {
+            "error": relative_error(norm(), expected),
+            "gbs": p.gigabytes(norm, 2 * count),
+        }
     qkv = p.random(p.sequences, p.layers, 3 * p.heads, p.head_dim)
     axes = Axes.of(axis_table(p.layers, p.head_dim, "bfloat16", p.device))
     turning = 2 * p.heads
@@ -75,6 +77,7 @@ def _quantizing(
 ) -> dict[str, Any]:  # fmt: skip
     """The kernels that write e4m3: error of values times scales, GB/s."""
     wide = p.random(p.rows[-1], 4 * p.width)
+    nothing = torch.zeros(view.numel() // p.width, p.width, device=p.device, dtype=view.dtype)
     calls = {
         "quantize_rows": (lambda: found.quantize_rows(wide), wide.float(), wide.numel() * 3),
         "silu_quantized": (
@@ -83,6 +86,10 @@ def _quantizing(
         "rms_norm_quantized": (
             lambda: found.rms_norm_quantized(view, weight, 1e-6, pending=pending),
             normed.flatten(0, 2), view.numel() * 3,
+        ),
+        "rms_norm_added": (
+            lambda: found.rms_norm_quantized(view, weight, 1e-6, pending=pending, added=nothing),
+            normed.flatten(0, 2), view.numel() * 7,
         ),
         "across_quantized": (
             lambda: found.across_quantized(flat, *axes, p.heads), attended.flatten(0, 1),
