@@ -96,6 +96,9 @@ class Request:
     workers: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("rank", "steps", "batch_size", "accumulation", "d_model", "blocks"):
+            if getattr(self, name) < 1:
+                raise HYWUError(f"training: {name} is {getattr(self, name)}; it must be 1 or more.")
         if (self.strategy == "single") != bool(self.task):
             raise HYWUError(
                 "training: the strategy 'single' trains one task: name it (--task NAME), and only then."

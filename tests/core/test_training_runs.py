@@ -270,6 +270,10 @@ def test_a_checkpoint_of_another_encoder_is_refused(tmp_path):
         ({"task": "blur"}, "only then"),
         ({"strategy": "shared", "init": "bundled"}, "it goes with 'hywu'"),
         ({"validation": 0.1}, "share of --data"),
+        ({"batch_size": 0}, "batch_size is 0; it must be 1 or more"),
+        ({"batch_size": -1, "data": FORMER}, "batch_size is -1"),
+        ({"rank": 0}, "rank is 0"),
+        ({"blocks": -2}, "blocks is -2"),
         ({"data": FORMER, "tasks": ["blur"]}, "says its tasks itself"),
     ],
 )
