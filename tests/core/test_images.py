@@ -10,7 +10,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, TiffImagePlugin
 
 from hywu_core import HYWUError
 from hywu_core.images import (
@@ -123,11 +123,6 @@ FILES = {
         0,
     ),
     "gray TIFF of 12 bits": (tiff(twelve_bits(GRAY * (4095 / 255)), 12), SHOWN_GRAY, 0),
-    "gray times alpha": (
-        tiff(np.dstack([GRAY // 2, np.full_like(GRAY, 128)]).tobytes(), 8, alpha=1),
-        SHOWN_GRAY // 2 + 127,
-        2,
-    ),
     "32-bit integers": (saved(Image.fromarray(WIDE.astype(np.int32)), "TIFF"), SHOWN_GRAY, 0),
     "floats": (saved(Image.fromarray((GRAY / 255).astype(np.float32)), "TIFF"), SHOWN_GRAY, 0),
     "rgb of 16 bits": (png(RGB.astype(np.uint16) * 257, 16, 2), RGB, 0),
@@ -271,6 +266,16 @@ def test_more_pixels_than_the_bytes_can_hold(tmp_path, kind):
         load_image(path)
     Image.new("L", (9000, 9000)).save(path, "PNG")
     assert load_image(path).size == (9000, 9000)
+
+
+def test_gray_times_alpha():
+    """Pillow reads it since 13.0."""
+    file = io.BytesIO(tiff(np.dstack([GRAY // 2, np.full_like(GRAY, 128)]).tobytes(), 8, alpha=1))
+    if (b"II", 1, (1,), 1, (8, 8), (1,)) not in TiffImagePlugin.OPEN_INFO:
+        with pytest.raises(HYWUError, match="can't be read as an image"):
+            load_image(file)
+        return
+    assert abs(np.asarray(load_image(file)).astype(int) - (SHOWN_GRAY // 2 + 127)).max() <= 2
 
 
 @pytest.mark.parametrize(("bits", "dtype"), [(8, "i1"), (16, "<i2"), (16, ">i2")])
