@@ -169,10 +169,11 @@ def _work_folder(path: Path) -> Iterator[Path]:
             os.close(handle)
 
 
-def sweep(folder: Path, once: bool = False) -> None:
+def sweep(folder: Path, once: bool = False, alone: bool = False) -> None:
     """Remove what killed processes left half written in a folder; a folder that had stepped aside returns.
 
     once: only at this process' first call for the folder.
+    alone: nobody else writes into the folder (its lock is held); else what was made a moment ago is left.
     """
     folder = Path(os.path.abspath(folder))
     if once and folder in _swept:
@@ -180,7 +181,7 @@ def sweep(folder: Path, once: bool = False) -> None:
     _swept.add(folder)
     with contextlib.suppress(OSError):
         for part in list(folder.glob(f".*{PART}")):
-            if _abandoned(part):
+            if alone or _abandoned(part):
                 _remove(part)
 
 

@@ -33,8 +33,9 @@ PLAN = dataclasses.replace(
     tune_steps=1, crop_size=32, evaluation_size=32, precision="no", sampling_steps=2,
     generator=GeneratorSize(token_dim=24, d_model=16, head_dim=8),
 )  # fmt: skip
-#: Sums in another order, as on another machine, may move the last printed digit of a PSNR (4) or SSIM (5).
-LAST_DIGIT = 2e-4
+#: How far decibels and the SSIM may move: edits are made in bfloat16 where the CPU is good at it, and a LoRA's
+#: product is rounded once together with the layer's since it is added in place there.
+DECIBEL, SSIM = 5e-3, 1e-3
 
 
 def read(path: Path):
@@ -123,7 +124,7 @@ def test_an_experiment_on_other_tasks_is_refused(tmp_path, capsys):
 
 
 def assert_alike(found, wanted, where: str) -> None:
-    """Equal structures whose numbers agree to the last printed digit."""
+    """Equal structures whose numbers agree but for rounding."""
     if isinstance(wanted, dict):
         assert found.keys() == wanted.keys(), where
         for key, value in wanted.items():
@@ -133,7 +134,7 @@ def assert_alike(found, wanted, where: str) -> None:
         for i, value in enumerate(wanted):
             assert_alike(found[i], value, f"{where}[{i}]")
     elif isinstance(wanted, float):
-        assert found == pytest.approx(wanted, abs=LAST_DIGIT), where
+        assert found == pytest.approx(wanted, abs=SSIM if "ssim" in where else DECIBEL), where
     else:
         assert found == wanted, where
 

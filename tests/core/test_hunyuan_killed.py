@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -11,7 +12,9 @@ from pathlib import Path
 import pytest
 from hunyuan_golden import BASE
 
-from hywu_core.bases.hunyuan_image3.quantize import WORK
+from hywu_core.atomic import PART
+from hywu_core.bases.hunyuan_image3.checkpoint import INDEX
+from hywu_core.bases.hunyuan_image3.quantize import WORK, quantize
 
 #: Forks a process per moment, so that torch is imported once; kills it, looks, and runs it again.
 KILLED = """
@@ -76,3 +79,14 @@ def test_killed_at_20_random_moments_and_run_again(tmp_path):
     for i in range(moments):
         assert contents(tmp_path / f"out{i}") == wanted
         assert not (tmp_path / f"out{i}{WORK}").exists()
+
+
+def test_what_a_killed_run_left_beside_its_last_file_goes(tmp_path):
+    """Killed when the index was in its place and its temporary folder still there: nothing is written after it."""
+    quantize(BASE, tmp_path / "wanted", "nf4")
+    work = tmp_path / f"out{WORK}"
+    shutil.copytree(tmp_path / "wanted", work)
+    (work / f".{INDEX}.abc{PART}").mkdir()
+    quantize(BASE, tmp_path / "out", "nf4")
+    names = [sorted(p.name for p in (tmp_path / name).iterdir()) for name in ("out", "wanted")]
+    assert names[0] == names[1]

@@ -18,6 +18,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from ...atomic import sweep
 from ...errors import HYWUError, one_line
 from ...files import HEADER, atomic_path, folder_lock, read_header, write_json
 from .checkpoint import DTYPES, INDEX, Folder, Head, open_folder, read_heads
@@ -57,6 +58,7 @@ def quantize(
     plans = {shard: _entries(folder, shard, method) for shard in shards}
     work = out.with_name(out.name + WORK)
     with folder_lock(work):
+        sweep(work, alone=True)
         whole = [shard for shard in shards if _is_whole(work / shard.name, plans[shard], method)]
         _check_room(work, [plans[shard] for shard in shards if shard not in whole])
         for shard in shards:

@@ -11,7 +11,6 @@ import itertools
 from dataclasses import replace
 from pathlib import Path
 
-import comfy.memory_management
 import comfy.model_management as mm
 import comfy.model_patcher
 import comfy.sample
