@@ -8,6 +8,15 @@ from torch import Tensor
 #: Of values that are computed with.
 FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
+#: How safetensors names the types that are read.
+DTYPES = {
+    "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I8": torch.int8, "U8": torch.uint8,
+    "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "BOOL": torch.bool,
+}  # fmt: skip
+#: ... and the other way.
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
 
 def widened(values: Tensor) -> Tensor:
     """8-bit floating point as bfloat16, which holds each of its values: little can be computed with it."""

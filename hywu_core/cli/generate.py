@@ -7,6 +7,7 @@ Example:
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from pathlib import Path
 
@@ -79,14 +80,11 @@ def add_generator_options(parser: argparse.ArgumentParser, prefix: str = "") -> 
 def size_of(text: str) -> int:
     """Bytes of "12GB", "800 MiB" or a plain number. Raises ArgumentTypeError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    # no machine has more, and an infinite number is none
-    if (
-        match is None
-        or match.group(2).lower() not in UNITS
-        or not float(match.group(1)) * UNITS[match.group(2).lower()] < 1 << 63
-    ):
+    unit = UNITS.get(match.group(2).lower()) if match else None
+    size = float(match.group(1)) * unit if unit else math.inf
+    if not size < 1 << 63:  # no machine has more
         raise argparse.ArgumentTypeError(f"'{text}' is no size; write one such as 12GB or 800MiB")
-    return int(float(match.group(1)) * UNITS[match.group(2).lower()])
+    return int(size)
 
 
 def check_generator_options(args: argparse.Namespace, prefix: str = "") -> None:

@@ -215,8 +215,10 @@ def _condition(args: argparse.Namespace) -> int:
 
 def _layout(args: argparse.Namespace, lora: Any) -> Any:
     """Of the LoRA that the model gets, or None."""
-    if lora is not None or args.generator is None:
-        return None if lora is None else lora.layout
+    if lora is not None:
+        return lora.layout
+    if args.generator is None:
+        return None
     from ..generator.checkpoints import open_checkpoint
 
     return open_checkpoint(args.generator).config.layout

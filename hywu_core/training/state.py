@@ -11,15 +11,12 @@ from torch import Tensor, nn
 
 from ..errors import HYWUError
 from ..files import check_fields, open_tensors, parse_header, read_header, save_tensors
+from ..precision import NAMES
 from .schedule import Average
 from .sharding import is_sharded, put
 
 FORMAT = "hywu-training-1"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-#: safetensors' names.
-_NAMES = {
-    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64",
-}  # fmt: skip
 
 
 def save_state(
@@ -104,7 +101,7 @@ def load_state(
                     "model that the run was started with, or use another output folder."
                 )
             dtype = average.values[name].dtype if kind == "average" else parameter.dtype
-            if (stored := file.get_slice(key).get_dtype()) != _NAMES.get(dtype, stored):
+            if (stored := file.get_slice(key).get_dtype()) != NAMES.get(dtype, stored):
                 raise HYWUError(
                     f"{path}: {kind} of {name} is stored as {stored}, it is trained in {dtype}; another program "
                     "changed the file: use a whole copy, or another output folder."

@@ -19,18 +19,13 @@ from torch import Tensor, nn
 
 from ...errors import HYWUError
 from ...files import is_file, open_tensors, parse_json
+from ...precision import DTYPES
 from .codecs import Codec, Plain
 from .config import GenerationSettings, HunyuanConfig, read_config
 from .quantized import Quantized, find_quantized
 from .vision import UNUSED
 
 INDEX = "model.safetensors.index.json"
-#: How safetensors names the types that are read.
-DTYPES = {
-    "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I8": torch.int8, "U8": torch.uint8,
-    "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "BOOL": torch.bool,
-}  # fmt: skip
 #: Parts of the names of parameters that are float32 in every model.
 FLOAT32 = (".gate.wg.",)
 #: Most names that an error lists.

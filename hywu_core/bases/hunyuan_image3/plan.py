@@ -14,7 +14,8 @@ import torch
 from ...generator.checkpoints import open_checkpoint
 from ...generator.model import ParameterGenerator
 from ...generator.speed.memory import MemoryPlan
-from .checkpoint import DTYPES, Folder, read_heads, stored_dtype, stored_tensors
+from ...precision import DTYPES
+from .checkpoint import Folder, read_heads, stored_dtype, stored_tensors
 from .chunks import kept_plan_bytes
 from .codecs import Method, Plain, codec_of
 from .config import HunyuanConfig, VAEConfig

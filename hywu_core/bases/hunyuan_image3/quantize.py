@@ -21,7 +21,8 @@ from torch import Tensor
 from ...atomic import sweep
 from ...errors import HYWUError, one_line
 from ...files import HEADER, atomic_path, folder_lock, read_header, write_json
-from .checkpoint import DTYPES, INDEX, Folder, Head, open_folder, read_heads
+from ...precision import DTYPES, NAMES
+from .checkpoint import INDEX, Folder, Head, open_folder, read_heads
 from .codecs import NF4, Codec, Method, codec_of, relative_error
 from .pipeline import build
 from .quantized import MARKER, OWN_NF4, SCALE
@@ -30,7 +31,6 @@ from .quantized import MARKER, OWN_NF4, SCALE
 WORK = ".quantizing"
 #: Bytes of a tensor that is copied as it is.
 PIECE = 64 << 20
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FORMATS = {"fp8": "float8_e4m3fn", "int8": "int8_tensorwise", "nf4": OWN_NF4}
 
 #: Called with (layer, relative error of its experts) when a layer's last expert is done.
